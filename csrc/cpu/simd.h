@@ -1,0 +1,207 @@
+// fp32 vectors of the instruction set this file is compiled for, and conversions from and to the storage types.
+// See cpu/dispatch.h for the rule about linkage; everything here is in namespace fastok::<isa>.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "common/dtype.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTOK_ISA
+#error "FASTOK_ISA names the instruction set (CMakeLists.txt)"
+#endif
+
+namespace fastok::FASTOK_ISA {
+
+#if defined(__AVX512F__)
+
+inline constexpr int kLanes = 16;
+using vf = __m512;
+using vi = __m512i;
+using vmask = __mmask16;
+inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+inline vf load(const bf16* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+inline vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline void store(f16* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Round to nearest even by hand: AVX512-BF16's own instruction flushes subnormals to zero.
+inline void store(bf16* p, vf x) {
+  const vi bits = _mm512_castps_si512(x);
+  const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const vi quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const vmask nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const vi out = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+inline vf splat(float x) { return _mm512_set1_ps(x); }
+inline vi splat(int32_t x) { return _mm512_set1_epi32(x); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf absolute(vf x) { return _mm512_abs_ps(x); }
+inline vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vmask greater(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline vmask unordered(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+inline vmask either(vmask a, vmask b) { return a | b; }
+inline bool any(vmask m) { return m != 0; }
+inline vf select(vmask m, vf a, vf b) { return _mm512_mask_mov_ps(b, m, a); }
+inline vi select(vmask m, vi a, vi b) { return _mm512_mask_mov_epi32(b, m, a); }
+inline vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
+
+#elif defined(__AVX2__)
+
+inline constexpr int kLanes = 8;
+using vf = __m256;
+using vi = __m256i;
+using vmask = __m256;
+inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline vf load(const bf16* p) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+inline void store(f16* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(bf16* p, vf x) {
+  const vi bits = _mm256_castps_si256(x);
+  const vi odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const vi rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const vi quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const vi nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const vi out = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const vi packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline vf splat(float x) { return _mm256_set1_ps(x); }
+inline vi splat(int32_t x) { return _mm256_set1_epi32(x); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf absolute(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline vf maximum(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vmask greater(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+inline vmask unordered(vf a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+inline vmask either(vmask a, vmask b) { return _mm256_or_ps(a, b); }
+inline bool any(vmask m) { return _mm256_movemask_ps(m) != 0; }
+inline vf select(vmask m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
+inline vi select(vmask m, vi a, vi b) { return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m)); }
+inline vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline void store(int32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+inline vi load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+#else  // 128-bit vectors in the compiler's own notation: SSE2, NEON, anything.
+
+inline constexpr int kLanes = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+using vmask = vi;
+inline vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+inline vf splat(float x) { return vf{x, x, x, x}; }
+inline vi splat(int32_t x) { return vi{x, x, x, x}; }
+#if defined(__aarch64__)
+inline vf fma(vf a, vf b, vf c) {
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#else
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+inline vmask greater(vf a, vf b) { return a > b; }
+inline vmask unordered(vf a) { return a != a; }
+inline vmask either(vmask a, vmask b) { return a | b; }
+inline bool any(vmask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+inline vf select(vmask m, vf a, vf b) { return m ? a : b; }
+inline vi select(vmask m, vi a, vi b) { return m ? a : b; }
+inline vf absolute(vf x) { return select(x < 0, -x, x); }
+inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
+inline vi add(vi a, vi b) { return a + b; }
+inline void store(int32_t* p, vi x) { std::memcpy(p, &x, sizeof x); }
+inline vi load(const int32_t* p) {
+  vi x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+#endif
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  return float_of(bits_of(float_of(magnitude << 13) * 0x1p112f) | sign);
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, bf16& out) {
+  const uint32_t bits = bits_of(x);
+  out.bits = uint16_t((x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float x, f16& out) {
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000;
+  uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x47800000) {  // too large, inf or NaN
+    magnitude = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: let an addition round
+    magnitude = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    magnitude = (magnitude + 0xc8000fff + (magnitude >> 13 & 1)) >> 13;
+  }
+  out.bits = uint16_t(sign | magnitude);
+}
+
+#if !defined(__AVX2__)
+template <class T>
+inline vf load(const T* p) {
+  return vf{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+template <class T>
+inline void store(T* p, vf x) {
+  for (int i = 0; i < kLanes; ++i) narrow(x[i], p[i]);
+}
+#endif
+
+inline float horizontal_sum(vf x) {
+  float lane[kLanes];
+  store(lane, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+inline float horizontal_max(vf x) {
+  float lane[kLanes];
+  store(lane, x);
+  float best = lane[0];
+  for (int i = 1; i < kLanes; ++i) best = lane[i] > best ? lane[i] : best;
+  return best;
+}
+
+}  // namespace fastok::FASTOK_ISA

@@ -1,0 +1,51 @@
+"""Argument checks shared by all ops: the argument's name, the value got, what is allowed."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """TypeError unless ``x`` has one of the ``allowed`` dtypes."""
+    if x.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} must have dtype {names}; got {str(x.dtype).removeprefix('torch.')}")
+
+
+def check_int(name: str, value: int) -> None:
+    """TypeError unless ``value`` is an int (a traced size counts as one)."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """ValueError unless ``x`` has ``shape``, where None stands for any length."""
+    got = x.shape
+    if len(got) == len(shape):
+        for length, wanted in zip(got, shape, strict=True):
+            if wanted is not None and length != wanted:
+                break
+        else:
+            return
+    wanted_text = ", ".join("*" if length is None else str(length) for length in shape)
+    raise ValueError(f"{name} must have shape {meaning}, here [{wanted_text}]; got {list(got)}")
+
+
+def check_same_device(name: str, x: Tensor, other: str, device: torch.device) -> None:
+    """ValueError unless ``x`` is on ``device``, where ``other`` is."""
+    if x.device != device:
+        raise ValueError(f"{name} must be on the same device as {other}, {device}; got {x.device}")
+
+
+def check_range(name: str, x: Tensor, low: int, high: int) -> None:
+    """TypeError unless ``x`` is integer, ValueError unless ``low <= x < high``. Values are trusted when tracing."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {str(x.dtype).removeprefix('torch.')}")
+    if torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0:
+        return
+    least, most = (int(value) for value in x.aminmax())
+    if least < low or most >= high:
+        bad = least if least < low else most
+        raise ValueError(f"{name} must be within [{low}, {high}), got {bad}")

@@ -1,0 +1,10 @@
+"""The specification of every op: short, plain PyTorch that runs anywhere and that all backends are tested against.
+
+Functions with a public counterpart (``bipartite_match``, ``nearest``) take the same arguments; the others mirror
+``torch.ops.fastok.<name>``. Nothing here uses another part of fastok, except the type ``TokenMap`` that results have.
+"""
+
+from .match import bipartite_match, match_map, nearest
+from .merge import build_map, merge, merge_backward, unmerge
+
+__all__ = ["bipartite_match", "build_map", "match_map", "merge", "merge_backward", "nearest", "unmerge"]
