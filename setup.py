@@ -35,6 +35,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DFASTOK_TORCH_DIR={Path(torch.__file__).parent}",
+            f"-DFASTOK_TORCH_VERSION={torch.__version__}",
             f"-DFASTOK_CUDA={'ON' if build_cuda() else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip

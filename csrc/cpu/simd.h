@@ -139,6 +139,15 @@ inline vi load(const int32_t* p) {
 
 #endif
 
+// fp64 is for gradient checks, not for speed: one lane.
+inline double load(const double* p) { return *p; }
+inline void store(double* p, double x) { *p = x; }
+inline double fma(double a, double b, double c) { return a * b + c; }
+inline bool greater(double a, double b) { return a > b; }
+inline bool unordered(double a) { return a != a; }
+inline bool either(bool a, bool b) { return a || b; }
+inline double select(bool m, double a, double b) { return m ? a : b; }
+
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

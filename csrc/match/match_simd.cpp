@@ -59,16 +59,15 @@ float range_scale(const float* x, int64_t width) {
   return float_of((exponent >= 253 ? 1u : 254 - exponent) << 23);
 }
 
-// 1 / max(norm, 1e-12) for a row already multiplied by `scale`, to be applied to the scaled row.
-float inverse_norm(const float* scaled, int64_t width, float scale) {
+// max(norm, 1e-12) of the original row, times `scale`: what to divide the row already multiplied by `scale` by.
+float clamped_norm(const float* scaled, int64_t width, float scale) {
   vf sum = splat(0.0f);
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) sum = fma(load(scaled + d), load(scaled + d), sum);
   float total = horizontal_sum(sum);
   for (; d < width; ++d) total += scaled[d] * scaled[d];
   const float norm = __builtin_sqrtf(total);
-  if (norm < 1e-12f * scale) return 1e12f / scale;
-  return 1.0f / norm;
+  return norm < 1e-12f * scale ? 1e-12f * scale : norm;
 }
 
 void scale_row(float* x, int64_t width, float factor) {
@@ -95,8 +94,8 @@ void pack(const Rows& rows, int64_t panel, Similarity similarity, float filler, 
     if (similarity == Similarity::cosine) {
       const float scale = range_scale(scratch, rows.width);
       if (scale != 1.0f) scale_row(scratch, rows.width, scale);
-      const float inverse = inverse_norm(scratch, rows.width, scale);
-      for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d] * inverse;
+      const float norm = clamped_norm(scratch, rows.width, scale);
+      for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d] / norm;
     } else {
       for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d];
     }
@@ -318,7 +317,7 @@ void pack_tiles(const Rows& rows, int64_t panel, Similarity, void* out, float* s
       widen_row(rows, row, scratch);
       const float scale = range_scale(scratch, rows.width);
       if (scale != 1.0f) scale_row(scratch, rows.width, scale);  // exact: a power of two
-      norms[i] = inverse_norm(scratch, rows.width, scale);
+      norms[i] = 1.0f / clamped_norm(scratch, rows.width, scale);
     }
     for (int64_t d = 0; d < n_blocks * kDepth; ++d) {
       const int64_t in_block = d % kDepth;

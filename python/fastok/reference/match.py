@@ -30,7 +30,8 @@ def unit(x: Tensor) -> Tensor:
 def split(n: int, src: Tensor | None, dst: Tensor | None, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Source and destination positions as int64 ``[B,·]``; None means even positions and odd positions."""
     if src is None or dst is None:
-        src, dst = torch.arange(0, n, 2, device=device), torch.arange(1, n, 2, device=device)
+        positions = torch.arange(n, device=device)
+        src, dst = positions[0::2], positions[1::2]
     return src.long().expand(batch, src.shape[-1]), dst.long().expand(batch, dst.shape[-1])
 
 
@@ -38,7 +39,7 @@ def rank_of(*keys: Tensor) -> Tensor:
     """Place of each element of a row when sorted ascending by ``keys`` (most significant first), ties by index."""
     order = torch.arange(keys[0].shape[-1], device=keys[0].device).expand_as(keys[0])
     for key in reversed(keys):
-        order = order.gather(-1, key.gather(-1, order).argsort(-1, stable=True))
+        order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
     return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
 
 
@@ -62,7 +63,7 @@ def match_map(
     device = metric.device
     src, dst = split(n, src, dst, batch, device)
     n_src, n_dst = src.shape[1], dst.shape[1]
-    if src.numel() == 0 or n_dst == 0 or r <= 0:
+    if n_src == 0 or n_dst == 0 or r <= 0:
         assign = torch.arange(n, dtype=torch.int32, device=device).repeat(batch, 1)
         return assign, torch.full((batch,), n, dtype=torch.int32, device=device), *build_map(assign, n)
 

@@ -1,0 +1,346 @@
+// CPU backend of bipartite_match and nearest: scheduling over torch's threads, selection, and map building. The
+// arithmetic is in match_simd.cpp.
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/tensor.h"
+#include "match/match.h"
+#include "merge/merge.h"
+
+namespace fastok {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<std::byte, Free>;
+
+Scratch allocate(size_t bytes) {
+  void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
+  STD_TORCH_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
+  return Scratch(static_cast<std::byte*>(p));
+}
+
+// ---- panels of a batch ---------------------------------------------------------------------------------------------
+
+// All samples' rows and columns, packed into panels of one engine.
+struct Panels {
+  const PanelEngine& engine;
+  int64_t width, n_row_panels, n_col_panels;
+  size_t row_bytes, col_bytes;
+  Scratch rows, cols;
+
+  const std::byte* row_panel(int64_t b, int64_t p) const { return rows.get() + size_t(b * n_row_panels + p) * row_bytes; }
+  const std::byte* col_panel(int64_t b) const { return cols.get() + size_t(b * n_col_panels) * col_bytes; }
+};
+
+// `rows_of(b)` and `cols_of(b)` give each sample's sources and destinations.
+template <class RowsOf, class ColsOf>
+Panels pack_panels(const PanelEngine& engine, int64_t batch, Similarity similarity, const RowsOf& rows_of,
+                   const ColsOf& cols_of) {
+  const Rows rows = rows_of(0), cols = cols_of(0);
+  const int64_t n_row_panels = (rows.count + engine.rows - 1) / engine.rows;
+  const int64_t n_col_panels = (cols.count + engine.cols - 1) / engine.cols;
+  const size_t row_bytes = engine.row_panel_bytes(rows.width), col_bytes = engine.col_panel_bytes(rows.width);
+  Panels panels{engine,    rows.width, n_row_panels, n_col_panels,
+                row_bytes, col_bytes,  allocate(size_t(batch * n_row_panels) * row_bytes),
+                allocate(size_t(batch * n_col_panels) * col_bytes)};
+  const int64_t per_sample = n_row_panels + n_col_panels;
+  const int64_t grain = 1 + (16 << 10) / (int64_t(col_bytes) + 1);
+  torch::stable::parallel_for(0, batch * per_sample, grain, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[rows.width + 1]);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / per_sample, p = task % per_sample;
+      if (p < n_row_panels) {
+        engine.pack_rows(rows_of(b), p, similarity, panels.rows.get() + size_t(b * n_row_panels + p) * row_bytes,
+                         scratch.get());
+      } else {
+        const int64_t q = p - n_row_panels;
+        engine.pack_cols(cols_of(b), q, similarity, panels.cols.get() + size_t(b * n_col_panels + q) * col_bytes,
+                         scratch.get());
+      }
+    }
+  });
+  return panels;
+}
+
+// Tasks of several row panels each: large enough to reuse the columns in cache, enough of them to share out.
+template <class Body>
+void for_row_panels(const Panels& panels, int64_t batch, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t group = std::clamp<int64_t>(batch * panels.n_row_panels / (threads * 4), 1, 8);
+  const int64_t groups = (panels.n_row_panels + group - 1) / group;
+  const double flops = 2.0 * group * panels.engine.rows * panels.n_col_panels * panels.engine.cols * panels.width;
+  const int64_t grain = 1 + int64_t(200e3 / (flops + 1));
+  torch::stable::parallel_for(0, batch * groups, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % groups * group;
+      body(task / groups, first, std::min(group, panels.n_row_panels - first));
+    }
+  });
+}
+
+const PanelEngine& choose_engine(Dtype dtype, Similarity similarity, int64_t width, int64_t k) {
+  constexpr int64_t tile_depth = 32;
+  const MatchKernels& kernels = pick_match_kernels();
+  const bool tiles =
+      kernels.bf16 && dtype == Dtype::bf16 && similarity == Similarity::cosine && width >= tile_depth && k == 1;
+  return tiles ? *kernels.bf16 : kernels.fp32;
+}
+
+// ---- bipartite_match -----------------------------------------------------------------------------------------------
+
+// Positions of one side of the partition, shared by the batch or per sample.
+struct Side {
+  std::vector<int32_t> positions;
+  int64_t count;
+  bool per_sample;
+
+  const int32_t* of(int64_t b) const { return positions.data() + (per_sample ? b * count : 0); }
+};
+
+Side every_other(int64_t n, int32_t first) {
+  Side side{{}, (n - first + 1) / 2, false};
+  side.positions.resize(side.count);
+  for (int64_t i = 0; i < side.count; ++i) side.positions[i] = first + int32_t(2 * i);
+  return side;
+}
+
+Side side_of(const Tensor& index, int64_t batch, int64_t n, const char* name) {
+  const Tensor dense = checked_contiguous(index, ScalarType::Long, name);
+  STD_TORCH_CHECK(dense.dim() == 1 || (dense.dim() == 2 && dense.size(0) == batch), name, " must be [n] or [B,n]");
+  Side side{{}, dense.size(dense.dim() - 1), dense.dim() == 2};
+  const int64_t* p = const_data<int64_t>(dense);
+  side.positions.resize(dense.numel());
+  for (size_t i = 0; i < side.positions.size(); ++i) {
+    STD_TORCH_CHECK(p[i] >= 0 && p[i] < n, name, " must be within [0, ", n, "), got ", p[i]);
+    side.positions[i] = int32_t(p[i]);
+  }
+  return side;
+}
+
+struct Selection {
+  int64_t n, r, protect;
+  std::optional<double> threshold;
+  bool sorted_order, static_shape;
+};
+
+// Sorts as (group ascending, score descending, index ascending).
+uint64_t sort_key(uint64_t group, float score, int64_t index) {
+  score += 0.0f;  // -0 ties with 0
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  const uint32_t descending = bits & 0x80000000 ? bits : ~(bits | 0x80000000);
+  return group << 62 | uint64_t(descending) << 30 | uint64_t(index);
+}
+constexpr uint64_t kIndexMask = (1u << 30) - 1;
+
+// From each source's best destination to the slots of one sample. Returns how many are used.
+int32_t select_and_number(const Selection& s, const int32_t* src, int64_t n_src, const int32_t* dst, int64_t n_dst,
+                          const float* score, int32_t* mate, const float* bias, int32_t* assign) {
+  // The r best sources. Group 0 may merge, 1 only to keep a static shape, 2 not at all.
+  std::vector<uint64_t> order(n_src);
+  const auto key_of = [&](int64_t i) { return bias ? score[i] + bias[src[i]] : score[i]; };
+  const auto scored = [&](int64_t i) { return mate[i] >= 0 && key_of(i) == key_of(i); };
+  const bool fill = s.static_shape && !s.threshold;
+  int64_t mergeable = 0;
+  for (int64_t i = 0; i < n_src; ++i) {
+    const bool free = src[i] >= s.protect, ok = free && scored(i);
+    const bool above = ok && (!s.threshold || score[i] > *s.threshold);
+    const uint64_t group = above ? 0 : fill && free ? 1 : 2;
+    mergeable += group < 2;
+    order[i] = sort_key(group, ok ? key_of(i) : 0.0f, i);
+  }
+  const int64_t n_merged = std::min(s.r, mergeable);
+  if (n_merged <= 0) {
+    for (int64_t i = 0; i < s.n; ++i) assign[i] = int32_t(i);
+    return int32_t(s.n);
+  }
+  if (n_merged < n_src) std::nth_element(order.begin(), order.begin() + n_merged, order.end());
+
+  // Who keeps a slot: 0 protected or in neither list, 1 kept source, 2 destination; 3 does not.
+  std::vector<uint8_t> kind(s.n, 0);
+  for (int64_t j = 0; j < n_dst; ++j)
+    if (dst[j] >= s.protect) kind[dst[j]] = 2;
+  for (int64_t i = 0; i < n_src; ++i)
+    if (src[i] >= s.protect) kind[src[i]] = 1;
+  int32_t first_allowed = 0;
+  while (first_allowed + 1 < n_dst && dst[first_allowed] < s.protect) ++first_allowed;
+  for (int64_t i = 0; i < n_merged; ++i) {
+    const int64_t source = order[i] & kIndexMask;
+    kind[src[source]] = 3;
+    if (!scored(source)) mate[source] = first_allowed;
+  }
+
+  std::fill(assign, assign + s.n, -1);
+  int32_t slot = 0;
+  if (s.sorted_order) {
+    std::vector<int32_t> lowest(s.n), owner(s.n, -1);
+    for (int64_t i = 0; i < s.n; ++i) lowest[i] = int32_t(i);
+    for (int64_t i = 0; i < n_merged; ++i) {
+      const int64_t source = order[i] & kIndexMask;
+      int32_t& low = lowest[dst[mate[source]]];
+      low = std::min(low, src[source]);
+    }
+    for (int64_t i = 0; i < s.n; ++i)
+      if (kind[i] != 3) owner[lowest[i]] = int32_t(i);
+    for (int64_t i = 0; i < s.n; ++i)
+      if (owner[i] >= 0) assign[owner[i]] = slot++;
+  } else {
+    for (int64_t i = 0; i < s.n; ++i)
+      if (kind[i] == 0) assign[i] = slot++;
+    if (s.protect > 0) {
+      for (int64_t i = 0; i < s.n; ++i)
+        if (kind[i] == 1) assign[i] = slot++;
+    } else {
+      for (int64_t i = n_merged; i < n_src; ++i) {
+        const int64_t source = order[i] & kIndexMask;
+        order[i] = scored(source) ? sort_key(0, key_of(source), source) : sort_key(1, 0.0f, source);
+      }
+      std::sort(order.begin() + n_merged, order.end());
+      for (int64_t i = n_merged; i < n_src; ++i) assign[src[order[i] & kIndexMask]] = slot++;
+    }
+    for (int64_t j = 0; j < n_dst; ++j)
+      if (kind[dst[j]] == 2) assign[dst[j]] = slot++;
+  }
+  for (int64_t i = 0; i < n_merged; ++i) {
+    const int64_t source = order[i] & kIndexMask;
+    assign[src[source]] = assign[dst[mate[source]]];
+  }
+  return slot;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_t r, int64_t protect,
+                                                           std::optional<double> threshold, std::optional<Tensor> bias,
+                                                           std::optional<Tensor> src, std::optional<Tensor> dst,
+                                                           bool sorted_order, bool static_shape) {
+  STD_TORCH_CHECK(metric.dim() == 3, "metric must be [B,N,D]");
+  const Dtype dtype = dtype_of(metric, "metric");
+  const Tensor x = with_dense_rows(metric);
+  const int64_t batch = x.size(0), n = x.size(1), width = x.size(2);
+  STD_TORCH_CHECK(n < int64_t(kIndexMask), "metric has too many tokens: ", n);
+  STD_TORCH_CHECK(src.has_value() == dst.has_value(), "src and dst go together");
+  Tensor bias_dense;
+  if (bias) {
+    bias_dense = checked_contiguous(*bias, ScalarType::Float, "bias");
+    STD_TORCH_CHECK(bias_dense.numel() == batch * n, "bias must be [B,N]");
+  }
+
+  const Side sources = src ? side_of(*src, batch, n, "src") : every_other(n, 0);
+  const Side targets = dst ? side_of(*dst, batch, n, "dst") : every_other(n, 1);
+  const Tensor assign = empty_like_device(x, {batch, n}, ScalarType::Int);
+  const Tensor counts = empty_like_device(x, {batch}, ScalarType::Int);
+  int32_t* assigned = data<int32_t>(assign);
+  int32_t* used = data<int32_t>(counts);
+  const bool possible = r > 0 && sources.count > 0 && targets.count > 0;
+  if (!possible) r = 0;
+
+  if (batch > 0 && possible) {
+    const PanelEngine& engine = choose_engine(dtype, Similarity::cosine, width, 1);
+    const auto rows_of = [&](int64_t b, const Side& side, int64_t first_position) {
+      const char* base = static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * int64_t(element_size(dtype));
+      return Rows{base, dtype, x.stride(1), side.of(b), side.count, width, nullptr, first_position};
+    };
+    const Panels panels = pack_panels(
+        engine, batch, Similarity::cosine, [&](int64_t b) { return rows_of(b, sources, 0); },
+        [&](int64_t b) { return rows_of(b, targets, protect); });
+    const int64_t padded = panels.n_row_panels * engine.rows;
+    const std::unique_ptr<float[]> score(new float[batch * padded]);
+    const std::unique_ptr<int32_t[]> mate(new int32_t[batch * padded]);
+    for_row_panels(panels, batch, [&](int64_t b, int64_t first, int64_t count) {
+      const int64_t at = b * padded + first * engine.rows;
+      engine.best(panels.row_panel(b, first), count, panels.col_panel(b), panels.n_col_panels, width,
+                  Similarity::cosine, score.get() + at, mate.get() + at);
+    });
+    const Selection selection{n, r, protect, threshold, sorted_order, static_shape};
+    const int64_t grain = 1 + 2048 / (n + 1);
+    torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b)
+        used[b] = select_and_number(selection, sources.of(b), sources.count, targets.of(b), targets.count,
+                                    score.get() + b * padded, mate.get() + b * padded,
+                                    bias ? const_data<float>(bias_dense) + b * n : nullptr, assigned + b * n);
+    });
+  } else {
+    for (int64_t i = 0; i < batch * n; ++i) assigned[i] = int32_t(i % n);
+    std::fill(used, used + batch, int32_t(n));
+  }
+
+  int64_t n_out = threshold ? n : n - r;
+  for (int64_t b = 0; b < batch; ++b) n_out = std::max<int64_t>(n_out, used[b]);
+  const Tensor offsets = empty_like_device(x, {batch, n_out + 1}, ScalarType::Int);
+  const Tensor members = empty_like_device(x, {batch, n}, ScalarType::Int);
+  build_csr(assigned, batch, n, n_out, data<int32_t>(offsets), data<int32_t>(members));
+  return {assign, counts, offsets, members};
+}
+
+// ---- nearest -------------------------------------------------------------------------------------------------------
+
+Similarity similarity_of(const std::string& name) {
+  if (name == "cosine") return Similarity::cosine;
+  if (name == "dot") return Similarity::dot;
+  STD_TORCH_CHECK(name == "euclidean", "similarity must be cosine, dot or euclidean; got ", name);
+  return Similarity::euclidean;
+}
+
+std::tuple<Tensor, Tensor> nearest(Tensor x, Tensor y, int64_t k, std::string similarity_name,
+                                   std::optional<Tensor> mask) {
+  STD_TORCH_CHECK(x.dim() == 3 && y.dim() == 3 && x.size(0) == y.size(0) && x.size(2) == y.size(2),
+                  "x must be [B,N,D] and y [B,M,D]");
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "x and y must have the same dtype");
+  STD_TORCH_CHECK(k >= 1 && k <= y.size(1), "k must be within [1, M=", y.size(1), "], got ", k);
+  const Similarity similarity = similarity_of(similarity_name);
+  const Dtype dtype = dtype_of(x, "x");
+  x = with_dense_rows(x);
+  y = with_dense_rows(y);
+  const int64_t batch = x.size(0), n = x.size(1), m = y.size(1), width = x.size(2);
+  Tensor allowed;
+  if (mask) {
+    allowed = checked_contiguous(*mask, ScalarType::Bool, "mask");
+    STD_TORCH_CHECK(allowed.numel() == batch * m, "mask must be [B,M]");
+  }
+  const Tensor value = empty_like_device(x, {batch, n, k}, ScalarType::Float);
+  const Tensor index = empty_like_device(x, {batch, n, k}, ScalarType::Long);
+  if (batch * n == 0) return {value, index};
+
+  const PanelEngine& engine = choose_engine(dtype, similarity, width, k);
+  const auto rows_of = [&](const Tensor& t, int64_t b, const bool* ok) {
+    const char* base = static_cast<const char*>(t.const_data_ptr()) + b * t.stride(0) * int64_t(element_size(dtype));
+    return Rows{base, dtype, t.stride(1), nullptr, t.size(1), width, ok, 0};
+  };
+  const Panels panels = pack_panels(
+      engine, batch, similarity, [&](int64_t b) { return rows_of(x, b, nullptr); },
+      [&](int64_t b) { return rows_of(y, b, mask ? const_data<bool>(allowed) + b * m : nullptr); });
+  float* values = data<float>(value);
+  int64_t* indices = data<int64_t>(index);
+  for_row_panels(panels, batch, [&](int64_t b, int64_t first, int64_t count) {
+    for (int64_t p = first; p < first + count; ++p) {
+      const int64_t row = p * engine.rows, at = (b * n + row) * k, n_rows = std::min<int64_t>(engine.rows, n - row);
+      if (k > 1) {
+        engine.best_k(panels.row_panel(b, p), n_rows, panels.col_panel(b), panels.n_col_panels, width, similarity, k,
+                      values + at, indices + at);
+        continue;
+      }
+      float score[64];
+      int32_t mate[64];
+      engine.best(panels.row_panel(b, p), 1, panels.col_panel(b), panels.n_col_panels, width, similarity, score, mate);
+      std::copy(score, score + n_rows, values + at);
+      std::copy(mate, mate + n_rows, indices + at);
+    }
+  });
+  return {value, index};
+}
+
+}  // namespace
+}  // namespace fastok
+
+STABLE_TORCH_LIBRARY_IMPL(fastok, CPU, m) {
+  m.impl("bipartite_match", TORCH_BOX(&fastok::bipartite_match));
+  m.impl("nearest", TORCH_BOX(&fastok::nearest));
+}

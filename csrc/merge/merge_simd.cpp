@@ -1,0 +1,239 @@
+// One streaming pass per op: fp32 sums in ascending source order, 16-bit types widened and rounded in registers.
+#include "cpu/simd.h"
+#include "merge/merge.h"
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+// The accumulator of a storage type and how many of them one vector holds.
+template <class T>
+struct Lane {
+  using Acc = float;
+  using Vec = vf;
+  static constexpr int width = kLanes;
+};
+template <>
+struct Lane<double> {
+  using Acc = double;
+  using Vec = double;
+  static constexpr int width = 1;
+};
+template <class T>
+typename Lane<T>::Vec spread(float x) {
+  if constexpr (Lane<T>::width == 1) {
+    return x;
+  } else {
+    return splat(x);
+  }
+}
+template <class T>
+T* row(const Tokens& t, int64_t b, int64_t i) {
+  return static_cast<T*>(t.data) + b * t.batch_stride + i * t.row_stride;
+}
+
+// Reduces columns [c, c + kVectors * width) of a slot's members into y.
+template <class T, MergeMode kMode, int kVectors>
+inline __attribute__((always_inline)) void reduce_vectors(const Tokens& x, int64_t b, const int32_t* members,
+                                                          int64_t count, const float* size, float total, T* y,
+                                                          int64_t c) {
+  constexpr int width = Lane<T>::width;
+  typename Lane<T>::Vec acc[kVectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const T* source = row<T>(x, b, members[j]) + c;
+    const auto share = spread<T>(kMode == MergeMode::mean ? (size ? size[members[j]] : 1.0f) / total : 1.0f);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const auto value = load(source + v * width);
+      if constexpr (kMode == MergeMode::max) {
+        acc[v] = j == 0 ? value : select(either(greater(value, acc[v]), unordered(value)), value, acc[v]);
+      } else if constexpr (kMode == MergeMode::sum) {
+        acc[v] = acc[v] + value;
+      } else {
+        acc[v] = fma(value, share, acc[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) store(y + c + v * width, acc[v]);
+}
+
+template <class T, MergeMode kMode>
+void reduce(const Tokens& x, int64_t b, const int32_t* members, int64_t count, const float* size, float total, T* y,
+            int64_t channels) {
+  using Acc = typename Lane<T>::Acc;
+  constexpr int width = Lane<T>::width;
+  int64_t c = 0;
+  for (; c + 8 * width <= channels; c += 8 * width)
+    reduce_vectors<T, kMode, 8>(x, b, members, count, size, total, y, c);
+  for (; c + width <= channels; c += width) reduce_vectors<T, kMode, 1>(x, b, members, count, size, total, y, c);
+  for (; c < channels; ++c) {
+    Acc acc = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const Acc value = widen(row<T>(x, b, members[j])[c]);
+      if constexpr (kMode == MergeMode::max) {
+        acc = j == 0 || value > acc || value != value ? value : acc;
+      } else if constexpr (kMode == MergeMode::sum) {
+        acc += value;
+      } else {
+        acc += value * Acc((size ? size[members[j]] : 1.0f) / total);
+      }
+    }
+    narrow(acc, y[c]);
+  }
+}
+
+template <class T>
+void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y, float* size_out,
+                int64_t channels, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / map.n_out, slot = i % map.n_out;
+    const int32_t* offsets = map.offsets + b * (map.n_out + 1) + slot;
+    const int32_t* members = map.members + b * map.n + offsets[0];
+    const int64_t count = offsets[1] - offsets[0];
+    const float* sizes = size ? size + b * map.n : nullptr;
+    float total = 0;
+    for (int64_t j = 0; j < count; ++j) total += sizes ? sizes[members[j]] : 1.0f;
+    size_out[i] = total;
+    T* out = row<T>(y, b, slot);
+    if (count == 0 || (mode == MergeMode::mean && total == 0)) {
+      std::memset(out, 0, size_t(channels) * sizeof(T));
+    } else if (count == 1 || mode == MergeMode::first) {
+      std::memcpy(out, row<T>(x, b, members[0]), size_t(channels) * sizeof(T));
+    } else if (mode == MergeMode::mean) {
+      reduce<T, MergeMode::mean>(x, b, members, count, sizes, total, out, channels);
+    } else if (mode == MergeMode::sum) {
+      reduce<T, MergeMode::sum>(x, b, members, count, sizes, total, out, channels);
+    } else {
+      reduce<T, MergeMode::max>(x, b, members, count, sizes, total, out, channels);
+    }
+  }
+}
+
+template <class T>
+void scaled_copy(const T* source, float factor, T* out, int64_t channels) {
+  using Acc = typename Lane<T>::Acc;
+  constexpr int width = Lane<T>::width;
+  int64_t c = 0;
+  for (; c + width <= channels; c += width) store(out + c, load(source + c) * spread<T>(factor));
+  for (; c < channels; ++c) narrow(Acc(widen(source[c]) * Acc(factor)), out[c]);
+}
+
+template <class T>
+void backward_rows(MergeMode mode, const TokenMapView& map, Tokens grad_y, const float* size, const float* size_out,
+                   Tokens grad_x, int64_t channels, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / map.n, token = i % map.n;
+    const int32_t slot = map.assign[i];
+    T* out = row<T>(grad_x, b, token);
+    float factor = 0;
+    if (slot >= 0) {
+      const float total = size_out[b * map.n_out + slot];
+      const int32_t first = map.members[b * map.n + map.offsets[b * (map.n_out + 1) + slot]];
+      if (mode == MergeMode::mean) {
+        factor = total == 0 ? 0 : (size ? size[i] : 1.0f) / total;
+      } else {
+        factor = mode == MergeMode::first && first != token ? 0.0f : 1.0f;
+      }
+    }
+    if (factor == 0) {
+      std::memset(out, 0, size_t(channels) * sizeof(T));
+    } else if (factor == 1) {
+      std::memcpy(out, row<T>(grad_y, b, slot), size_t(channels) * sizeof(T));
+    } else {
+      scaled_copy(row<T>(grad_y, b, slot), factor, out, channels);
+    }
+  }
+}
+
+template <class T>
+void max_backward_rows(const TokenMapView& map, Tokens grad_y, Tokens x, Tokens y, Tokens grad_x, int64_t channels,
+                       int64_t begin, int64_t end) {
+  const auto holds = [](T value, T top) {
+    const auto v = widen(value), t = widen(top);
+    return v == t || (v != v && t != t);
+  };
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / map.n_out, slot = i % map.n_out;
+    const int32_t* offsets = map.offsets + b * (map.n_out + 1) + slot;
+    const int32_t* members = map.members + b * map.n;
+    for (int64_t j = offsets[0]; j < offsets[1]; ++j) {
+      T* out = row<T>(grad_x, b, members[j]);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T top = row<T>(y, b, slot)[c];
+        bool wins = holds(row<T>(x, b, members[j])[c], top);
+        for (int64_t earlier = offsets[0]; wins && earlier < j; ++earlier)
+          wins = !holds(row<T>(x, b, members[earlier])[c], top);
+        out[c] = wins ? row<T>(grad_y, b, slot)[c] : T{};
+      }
+    }
+  }
+}
+
+template <class T>
+void unmerge_rows(const TokenMapView& map, Tokens y, Tokens residual, Tokens out, int64_t channels, int64_t begin,
+                  int64_t end) {
+  using Acc = typename Lane<T>::Acc;
+  constexpr int width = Lane<T>::width;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / map.n, token = i % map.n;
+    const int32_t slot = map.assign[i];
+    T* target = row<T>(out, b, token);
+    const T* added = residual.data ? row<T>(residual, b, token) : nullptr;
+    if (slot < 0) {
+      if (added) {
+        std::memcpy(target, added, size_t(channels) * sizeof(T));
+      } else {
+        std::memset(target, 0, size_t(channels) * sizeof(T));
+      }
+      continue;
+    }
+    const T* source = row<T>(y, b, slot);
+    if (!added) {
+      std::memcpy(target, source, size_t(channels) * sizeof(T));
+      continue;
+    }
+    int64_t c = 0;
+    for (; c + width <= channels; c += width) store(target + c, load(source + c) + load(added + c));
+    for (; c < channels; ++c) narrow(Acc(widen(source[c]) + widen(added[c])), target[c]);
+  }
+}
+
+template <class Body>
+void with_type(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f64: return body(double{});
+    case Dtype::f32: return body(float{});
+    case Dtype::f16: return body(f16{});
+    case Dtype::bf16: return body(bf16{});
+  }
+}
+
+void merge(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y,
+           float* size_out, int64_t channels, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto t) {
+    merge_rows<decltype(t)>(mode, map, x, size, y, size_out, channels, begin, end);
+  });
+}
+void backward(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens grad_y, const float* size,
+              const float* size_out, Tokens grad_x, int64_t channels, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto t) {
+    backward_rows<decltype(t)>(mode, map, grad_y, size, size_out, grad_x, channels, begin, end);
+  });
+}
+void max_backward(Dtype dtype, const TokenMapView& map, Tokens grad_y, Tokens x, Tokens y, Tokens grad_x,
+                  int64_t channels, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto t) {
+    max_backward_rows<decltype(t)>(map, grad_y, x, y, grad_x, channels, begin, end);
+  });
+}
+void unmerge(Dtype dtype, const TokenMapView& map, Tokens y, Tokens residual, Tokens out, int64_t channels,
+             int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto t) { unmerge_rows<decltype(t)>(map, y, residual, out, channels, begin, end); });
+}
+
+}  // namespace
+
+extern const MergeKernels merge_kernels;
+const MergeKernels merge_kernels = {merge, backward, max_backward, unmerge};
+
+}  // namespace fastok::FASTOK_ISA
