@@ -1,8 +1,10 @@
-"""Loads the compiled libraries and knows which backend serves which op, and why."""
+"""Loads the compiled libraries, registers the fallbacks, and knows which backend serves which op and why."""
 
+import importlib
 import importlib.util
-import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,15 +12,72 @@ FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
 CUDA_LIBRARY = FOLDER / "libfastok_cuda.so"
 
-# Ops that python/fastok/triton serves on a GPU when there is no native CUDA library.
+# Each op, and the function of fastok.reference and fastok.triton that mirrors it.
+OPS = {
+    "bipartite_match": "match_map",
+    "nearest": "nearest_rows",
+    "build_map": "build_map",
+    "merge": "merge",
+    "merge_backward": "merge_backward",
+    "unmerge": "unmerge",
+}
+# Ops that fastok.triton serves on a GPU when no native CUDA library was built.
 TRITON_OPS = ("bipartite_match", "build_map", "merge", "merge_backward", "unmerge")
+# Devices without kernels of ours run the specification.
+OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")
+
+_registrations = torch.library.Library("fastok", "IMPL")
 
 
 def load() -> None:
-    """Load the libraries that this machine can use and register the fallbacks for the others."""
+    """Load the libraries that this machine can use and register what serves the other devices."""
     if not CPU_LIBRARY.exists():
         raise ImportError(
             f"{CPU_LIBRARY} is missing: this is a source tree that was not built. "
             "Run `pip install --no-build-isolation -e .` (or `make build`) in it."
         )
     torch.ops.load_library(CPU_LIBRARY)
+    if torch.cuda.is_available() and CUDA_LIBRARY.exists():
+        torch.ops.load_library(CUDA_LIBRARY)
+    else:
+        for op in OPS:
+            _registrations.impl(op, _late("triton" if cuda_backend(op) == "triton" else "reference", op), "CUDA")
+    for device in OTHER_DEVICES:
+        for op in OPS:
+            _registrations.impl(op, _late("reference", op), device)
+
+
+def _late(package: str, op: str) -> Callable[..., Any]:
+    """The function of ``fastok.<package>`` for ``op``, imported when first called (Triton is slow to import)."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fastok.{package}"), OPS[op])(*args)
+
+    return call
+
+
+def cuda_backend(op: str) -> str:
+    """What serves ``op`` on CUDA tensors here: ``"cuda"``, ``"triton"`` or ``"reference"``."""
+    if torch.cuda.is_available() and CUDA_LIBRARY.exists():
+        return "cuda"
+    has_triton = op in TRITON_OPS and importlib.util.find_spec("triton") is not None
+    return "triton" if has_triton else "reference"
+
+
+def backends() -> list[tuple[str, str, str, str]]:
+    """For each op: its name, what serves CPU tensors, what serves CUDA tensors, and why the latter."""
+    if not torch.cuda.is_available():
+        why = "no GPU: torch.cuda.is_available() is False"
+    elif CUDA_LIBRARY.exists():
+        why = f"{CUDA_LIBRARY.name} was built"
+    else:
+        why = f"{CUDA_LIBRARY.name} was not built"
+    rows = []
+    for op in OPS:
+        backend = cuda_backend(op)
+        reason = why
+        if backend == "reference":
+            missing = "Triton is not installed" if op in TRITON_OPS else "Triton has no kernel for it"
+            reason = f"{why}; {missing}"
+        rows.append((op, "cpu", backend, reason))
+    return rows

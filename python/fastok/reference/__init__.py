@@ -4,7 +4,16 @@ Functions with a public counterpart (``bipartite_match``, ``nearest``) take the 
 ``torch.ops.fastok.<name>``. Nothing here uses another part of fastok, except the type ``TokenMap`` that results have.
 """
 
-from .match import bipartite_match, match_map, nearest
+from .match import bipartite_match, match_map, nearest, nearest_rows
 from .merge import build_map, merge, merge_backward, unmerge
 
-__all__ = ["bipartite_match", "build_map", "match_map", "merge", "merge_backward", "nearest", "unmerge"]
+__all__ = [
+    "bipartite_match",
+    "build_map",
+    "match_map",
+    "merge",
+    "merge_backward",
+    "nearest",
+    "nearest_rows",
+    "unmerge",
+]

@@ -140,6 +140,11 @@ def nearest(
     x: Tensor, y: Tensor, k: int = 1, *, similarity: str = "cosine", mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Specification of :func:`fastok.nearest`, same arguments and result."""
+    return nearest_rows(x, y, k, similarity, mask)
+
+
+def nearest_rows(x: Tensor, y: Tensor, k: int, similarity: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fastok.nearest``: the k best rows of ``y`` for each row of ``x``, ``(value, index)``."""
     if similarity == "cosine":
         x, y = unit(x), unit(y)
     elif x.dtype != torch.float64:
