@@ -1,28 +1,25 @@
 """Loads the compiled libraries, registers the fallbacks, and knows which backend serves which op and why."""
 
-import importlib
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from . import reference, triton
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
 CUDA_LIBRARY = FOLDER / "libfastok_cuda.so"
 
-# Each op, and the function of fastok.reference and fastok.triton that mirrors it.
-OPS = {
-    "bipartite_match": "match_map",
-    "nearest": "nearest_rows",
-    "build_map": "build_map",
-    "merge": "merge",
-    "merge_backward": "merge_backward",
-    "unmerge": "unmerge",
+# Each op, and the function of fastok.reference with its signature.
+REFERENCE = {
+    "bipartite_match": reference.match_map,
+    "nearest": reference.nearest_rows,
+    "build_map": reference.build_map,
+    "merge": reference.merge,
+    "merge_backward": reference.merge_backward,
+    "unmerge": reference.unmerge,
 }
-# Ops that fastok.triton serves on a GPU when no native CUDA library was built.
-TRITON_OPS = ("bipartite_match", "build_map", "merge", "merge_backward", "unmerge")
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")
 
@@ -40,27 +37,18 @@ def load() -> None:
     if torch.cuda.is_available() and CUDA_LIBRARY.exists():
         torch.ops.load_library(CUDA_LIBRARY)
     else:
-        for op in OPS:
-            _registrations.impl(op, _late("triton" if cuda_backend(op) == "triton" else "reference", op), "CUDA")
+        for op, specification in REFERENCE.items():
+            _registrations.impl(op, triton.OPS[op] if cuda_backend(op) == "triton" else specification, "CUDA")
     for device in OTHER_DEVICES:
-        for op in OPS:
-            _registrations.impl(op, _late("reference", op), device)
-
-
-def _late(package: str, op: str) -> Callable[..., Any]:
-    """The function of ``fastok.<package>`` for ``op``, imported when first called (Triton is slow to import)."""
-
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"fastok.{package}"), OPS[op])(*args)
-
-    return call
+        for op, specification in REFERENCE.items():
+            _registrations.impl(op, specification, device)
 
 
 def cuda_backend(op: str) -> str:
     """What serves ``op`` on CUDA tensors here: ``"cuda"``, ``"triton"`` or ``"reference"``."""
     if torch.cuda.is_available() and CUDA_LIBRARY.exists():
         return "cuda"
-    has_triton = op in TRITON_OPS and importlib.util.find_spec("triton") is not None
+    has_triton = op in triton.OPS and importlib.util.find_spec("triton") is not None
     return "triton" if has_triton else "reference"
 
 
@@ -73,11 +61,11 @@ def backends() -> list[tuple[str, str, str, str]]:
     else:
         why = f"{CUDA_LIBRARY.name} was not built"
     rows = []
-    for op in OPS:
+    for op in REFERENCE:
         backend = cuda_backend(op)
         reason = why
         if backend == "reference":
-            missing = "Triton is not installed" if op in TRITON_OPS else "Triton has no kernel for it"
+            missing = "Triton is not installed" if op in triton.OPS else "Triton has no kernel for it"
             reason = f"{why}; {missing}"
         rows.append((op, "cpu", backend, reason))
     return rows

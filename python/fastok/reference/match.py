@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Partition = str | tuple[Tensor, Tensor]
 
-# Rows of `x` compared at once by `nearest`, so that its memory stays linear in the number of candidates.
-_CHUNK = 1024
+# Numbers that `nearest` holds at once per sample, so that its memory does not grow with N x M.
+_CHUNK = 1 << 22
 
 
 def unit(x: Tensor) -> Tensor:
@@ -150,14 +150,15 @@ def nearest_rows(x: Tensor, y: Tensor, k: int, similarity: str, mask: Tensor | N
     elif x.dtype != torch.float64:
         x, y = x.float(), y.float()
     values, indices = [], []
-    for rows in x.split(_CHUNK, dim=1):
+    per_row = y.shape[1] * (y.shape[2] if similarity == "euclidean" else 1)
+    for rows in x.split(max(1, _CHUNK // max(1, per_row)), dim=1):
         if similarity == "euclidean":
-            score = -torch.cdist(rows, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+            score = -(rows[:, :, None] - y[:, None]).square().sum(-1)
         else:
             score = rows @ y.mT
         if mask is not None:
             score = score.masked_fill(~mask[:, None], math.nan)
-        score, index = torch.where(score.isnan(), -math.inf, score).sort(-1, descending=True, stable=True)
+        score, index = torch.where(score.isnan(), -math.inf, score).sort(dim=-1, descending=True, stable=True)
         score, index = score[..., :k], index[..., :k]
         values.append(score)
         indices.append(torch.where(score == -math.inf, -1, index))
