@@ -264,7 +264,7 @@ def test_training_and_gradient_checkpointing(name: str) -> None:
     truth = gradients(twin, lambda: published(case, twin, pixels.double(), reducer))
     with apply(model, reducer) as handle:
         plain = gradients(model, lambda: getattr(model(pixels), case.result))
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         recomputed = gradients(model, lambda: getattr(model(pixels), case.result))
         assert handle.stats.tokens == [N + case.protect - R * i for i in (1, 2, 3)]
     for actual, again, exact, other in zip(plain, recomputed, truth, peer, strict=True):
@@ -308,6 +308,6 @@ def test_unsupported_calls_are_refused() -> None:
     with apply(model, ToMe(R)):
         with pytest.raises(NotImplementedError, match="attention mask"):
             model(images(), attention_mask=torch.tensor([[1] * N + [0]] * 2))
-        model.config._attn_implementation = "flex_attention"
-        with pytest.raises(NotImplementedError, match=r"supported, 'sdpa' and 'eager'.*got 'flex_attention'"):
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(NotImplementedError, match=r"supported, 'sdpa' and 'eager'.*got 'flash_attention_2'"):
             model(images())
