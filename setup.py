@@ -1,6 +1,7 @@
 """Builds the native libraries with CMake and ninja; everything else about the package is in pyproject.toml.
 
 CUDA is built when nvcc is found and either a GPU is visible or FASTOK_CUDA=ON is set; FASTOK_CUDA=OFF never builds it.
+FASTOK_CMAKE_ARGS passes further options to CMake.
 """
 
 import os
@@ -13,7 +14,7 @@ import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 
 
 def build_cuda() -> bool:
@@ -24,10 +25,9 @@ def build_cuda() -> bool:
 
 
 class CMakeBuild(build_ext):
-    def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", os.sep) + ".so"
-
     def run(self) -> None:
+        # The cmake and ninja installed next to this Python, even when its environment is not activated.
+        env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
         build = ROOT / "build" / "cmake"
         package = ROOT / "python" / "fastok" if self.editable_mode else Path(self.build_lib).resolve() / "fastok"
         configure = [
@@ -38,10 +38,10 @@ class CMakeBuild(build_ext):
             f"-DFASTOK_TORCH_VERSION={torch.__version__}",
             f"-DFASTOK_CUDA={'ON' if build_cuda() else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            *os.environ.get("FASTOK_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
-        configure += os.environ.get("FASTOK_CMAKE_ARGS", "").split()
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "install"], check=True)
+        subprocess.run(configure, check=True, env=env)
+        subprocess.run(["cmake", "--build", str(build), "--target", "install"], check=True, env=env)
 
     def get_outputs(self) -> list[str]:
         return []

@@ -14,6 +14,10 @@ hypothesis.settings.register_profile("fastok", deadline=None, max_examples=40, d
 hypothesis.settings.load_profile("fastok")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sanitized", action="store_true", help="the library under test was built with AddressSanitizer")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

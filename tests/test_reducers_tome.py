@@ -4,16 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
-
 from fastok import TokenMap
-from fastok.reducers import ToMe, TokenContext
+from fastok.reducers import TokenContext, ToMe
 from fastok.reducers.tome import schedule
 from fastok.testing import assert_same
+from torch import Tensor
 
 
 def published_groups(metric: Tensor, r: int, protect: int) -> list[list[int]]:
-    """The published balanced matching of one sample's ``metric[N,D]``: members of each output token, in output order."""
+    """The published matching of one sample's ``metric[N,D]``: the members of each output token, in output order."""
     n = metric.shape[0]
     r = min(r, (n - protect) // 2)
     if r <= 0:
@@ -52,11 +51,13 @@ def assign_of(groups: list[list[list[int]]], n: int) -> Tensor:
     return assign
 
 
-def context(batch: int = 2, n: int = 50, heads: int = 3, dtype: torch.dtype = torch.float32, **more: int) -> TokenContext:
+def context(
+    batch: int = 2, n: int = 50, heads: int = 3, dtype: torch.dtype = torch.float32, **more: int
+) -> TokenContext:
     return TokenContext(torch.randn(batch, n, 24, dtype=dtype), torch.randn(batch, n, heads, 8, dtype=dtype), **more)
 
 
-# ---- schedule ---------------------------------------------------------------------------------------------------------
+# ---- schedule -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_layer_indexes_the_schedule_and_keeps_no_state() -> None:
     assert reducer == ToMe([8, 0, 3])
 
 
-# ---- the map ----------------------------------------------------------------------------------------------------------
+# ---- the map --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protect", [0, 1, 2, 5])
@@ -131,7 +132,7 @@ def test_no_gradient_flows_through_the_choice() -> None:
     assert ctx.hidden.grad is not None
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

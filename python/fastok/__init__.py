@@ -4,10 +4,11 @@ from . import _library
 
 _library.load()
 
-from . import reference  # noqa: E402
+from . import reducers, reference  # noqa: E402
+from .integrations import Handle, apply  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
 from .token_map import SoftMap, TokenMap  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["SoftMap", "TokenMap", "bipartite_match", "nearest", "reference"]
+__all__ = ["Handle", "SoftMap", "TokenMap", "apply", "bipartite_match", "nearest", "reducers", "reference"]

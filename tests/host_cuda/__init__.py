@@ -101,6 +101,7 @@ def merge_backward(
     """``torch.ops.fastok.merge_backward``."""
     grad_x = _poisoned(x.shape, x.dtype)
     op = "max_backward" if mode == "max" else "backward"
+    size_out = size_out.contiguous()
     used = {"x": x, "y": y} if mode == "max" else {}
     _rows(op, mode, assign, offsets, members, grad_y=grad_y, grad_x=grad_x, size=size, size_out=size_out, **used)
     return grad_x

@@ -112,7 +112,7 @@ void rows(uint64_t seed, const std::string& op, const std::string& dtype, const 
            : mode == "max" ? MergeMode::max
                            : MergeMode::first;
   const Array slots = array_of(assign);
-  p.batch = slots.shape[0], p.n = int(n), p.n_out = int(n_out), p.channels = channels;
+  p.batch = slots.shape[0], p.n = int(n), p.n_out = int(n_out), p.channels = int(channels);
   p.assign = slots.as<int32_t>(), p.offsets = array_of(offsets).as<int32_t>(), p.members = array_of(members).as<int32_t>();
   const RowOp which = op == "merge" ? RowOp::merge
                       : op == "backward" ? RowOp::backward

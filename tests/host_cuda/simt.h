@@ -5,6 +5,7 @@
 // A fiber gives way at barriers, warp collectives and atomics only. Threads that wait for one another in vain (a
 // barrier that part of the block never reaches, lanes in different collectives) are reported as an error.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -51,8 +52,11 @@ struct Group {
   alignas(16) std::byte slots[2][kWarpSize][kExchangeBytes];
 };
 
+// Contexts start by ucontext and then switch by _setjmp, which unlike swapcontext makes no system call.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false;
   std::unique_ptr<std::byte[]> stack;
   dim3 index;
   int warp = 0, lane = 0, exchanges = 0, syncs = 0;
@@ -129,7 +133,7 @@ class Machine {
       std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
       current_ = runnable_.back();
       runnable_.pop_back();
-      swapcontext(&scheduler_, &self().context);
+      resume();
       left -= self().done;
     }
   }
@@ -140,13 +144,13 @@ class Machine {
     fiber.index = {unsigned(i) % block_.x, unsigned(i) / block_.x % block_.y, unsigned(i) / block_.x / block_.y};
     fiber.warp = i / kWarpSize, fiber.lane = i % kWarpSize;
     fiber.exchanges = fiber.syncs = 0;
-    fiber.done = false;
+    fiber.done = fiber.started = false;
     ++warps_[size_t(fiber.warp)].size;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler_;
-    makecontext(&fiber.context, &Machine::enter, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, &Machine::enter, 0);
     runnable_.push_back(i);
   }
 
@@ -154,9 +158,19 @@ class Machine {
     Machine& machine = get();
     (*machine.body_)();
     machine.self().done = true;
+    _longjmp(machine.scheduler_, 1);
   }
 
-  void give_way() { swapcontext(&self().context, &scheduler_); }
+  // From the scheduler to the current fiber, until that gives way.
+  void resume() {
+    if (_setjmp(scheduler_) != 0) return;
+    if (self().started) _longjmp(self().place, 1);
+    self().started = true;
+    setcontext(&self().start);
+  }
+  void give_way() {
+    if (_setjmp(self().place) == 0) _longjmp(scheduler_, 1);
+  }
 
   // Only the scheduler may throw: an exception cannot cross fibers.
   void fail(const std::string& what) {
@@ -184,7 +198,7 @@ class Machine {
   Group everyone_;
   std::vector<int> runnable_;
   std::string failure_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   int current_ = 0;
 };
 

@@ -1,0 +1,74 @@
+# Everything sets itself up: Python >= 3.11, a C++20 compiler and a package index are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+sources := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+python_code := python tests bench examples setup.py
+cpp_code = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-cuda-host bench lint format asan wheel gpu-check build clean
+
+demo: $(VENV)/.demo $(VENV)/.build
+	$(BIN)/fastok demo
+
+test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.test $(VENV)/.build
+	$(BIN)/fastok bench --json bench/results/cpu.json
+
+build: $(VENV)/.build
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check $(python_code)
+	$(BIN)/ruff format --check $(python_code)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(cpp_code)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix $(python_code)
+	$(BIN)/ruff format $(python_code)
+	$(BIN)/clang-format -i $(cpp_code)
+
+# The CPU kernels under AddressSanitizer and UBSan, on the tests that throw odd shapes at them.
+asan: $(VENV)/.test
+	cmake -S . -B build/asan -G Ninja -DFASTOK_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/asan/package/fastok -DPython_EXECUTABLE=$(BIN)/python \
+	  -DFASTOK_TORCH_DIR=$$($(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
+	cmake --build build/asan --target install
+	cp -r $$(find python/fastok -mindepth 1 -maxdepth 1 ! -name '*.so') build/asan/package/fastok/
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=$(CURDIR)/build/asan/package $(BIN)/python -m pytest tests/test_sanitizer.py tests/test_match.py \
+	  tests/test_merge.py -k "not triton and not host and not opcheck and not compile" --sanitized
+
+wheel: $(VENV)/.test
+	$(BIN)/python -m build --wheel --no-isolation
+
+# Where a GPU is: build for it, run everything on it, and write bench/results/<gpu>.json.
+gpu-check: $(VENV)/.test
+	FASTOK_CUDA=ON $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pytest tests
+	$(BIN)/fastok bench --json bench/results/gpu.json
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: requirements/demo.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q -r requirements/demo.txt
+	touch $@
+
+$(VENV)/.test: requirements/test.txt requirements/test-no-deps.txt $(VENV)/.demo
+	$(BIN)/pip install -q -r requirements/test.txt
+	$(BIN)/pip install -q --no-deps -r requirements/test-no-deps.txt
+	touch $@
+
+$(VENV)/.build: $(sources) $(VENV)/.demo
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist out $(VENV) python/*.egg-info python/fastok/*.so

@@ -1,0 +1,81 @@
+// What device code includes instead of the CUDA headers, so that g++ can compile it for the host (FASTOK_HOST), and
+// the few helpers that every kernel shares. Torch-free.
+#pragma once
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#if defined(FASTOK_HOST)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+// The block's dynamic shared memory: the only kind that kernels use.
+#define FASTOK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace fastok::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
+// ---- element types -------------------------------------------------------------------------------------------------
+
+// The type that sums are kept in.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float widen(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
+__device__ __forceinline__ void narrow(double x, double& out) { out = x; }
+__device__ __forceinline__ void narrow(float x, bf16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ void narrow(float x, f16& out) { out.bits = __half_as_ushort(__float2half_rn(x)); }
+
+// kCount elements moved by one instruction.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T at[kCount];
+};
+
+// ---- warps and blocks ----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int lane_index() { return int(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_index() { return int(threadIdx.x) / kWarpSize; }
+__device__ __forceinline__ int warps_in_block() { return int(blockDim.x) / kWarpSize; }
+
+// Exclusive prefix sum over the block in thread order; `total` gets the sum. `scratch` is one int per warp. All threads
+// of the block must call it.
+__device__ inline int block_exclusive_sum(int value, int* scratch, int& total) {
+  int inclusive = value;
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int below = __shfl_up_sync(kFullWarp, inclusive, step);
+    if (lane_index() >= step) inclusive += below;
+  }
+  __syncthreads();  // the previous call's readers are done with scratch
+  if (lane_index() == kWarpSize - 1) scratch[warp_index()] = inclusive;
+  __syncthreads();
+
+  // Every thread adds up the warps before its own: at most 32 broadcast reads, and no third barrier.
+  int before = 0;
+  total = 0;
+  for (int warp = 0; warp < warps_in_block(); ++warp) {
+    if (warp == warp_index()) before = total;
+    total += scratch[warp];
+  }
+  return before + inclusive - value;
+}
+
+}  // namespace fastok::cuda

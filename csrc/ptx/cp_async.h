@@ -1,0 +1,29 @@
+// cp.async: copies from global to shared memory that run beside the computation.
+#pragma once
+#include "common/device.cuh"
+
+namespace fastok::ptx {
+
+// Starts copying 16 bytes (both addresses 16-byte aligned); if not `valid`, zeros are written and nothing is read.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
+#if defined(FASTOK_HOST)
+  if (valid) {
+    std::memcpy(shared, global, 16);
+  } else {
+    std::memset(shared, 0, 16);
+  }
+#else
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+#endif
+}
+
+// Waits until the calling thread's copies have landed and are visible to it; a barrier makes them visible to others.
+__device__ __forceinline__ void cp_async_wait_all() {
+#if !defined(FASTOK_HOST)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+}  // namespace fastok::ptx

@@ -1,0 +1,20 @@
+// cvt: conversions that CUDA C++ has no portable spelling for.
+#pragma once
+#include "common/device.cuh"
+
+namespace fastok::ptx {
+
+// fp32 rounded to the nearest tf32 (10 bits of mantissa, halves away from zero), as bits.
+__device__ __forceinline__ uint32_t cvt_rna_tf32(float x) {
+#if defined(FASTOK_HOST)
+  const uint32_t bits = __float_as_uint(x);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;  // infinity and NaN
+  return (bits + 0x1000u) & 0xffffe000u;
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#endif
+}
+
+}  // namespace fastok::ptx

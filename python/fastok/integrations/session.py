@@ -1,0 +1,160 @@
+"""One reducer at work in one encoder: what its layers hand to each other during a forward."""
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ..reducers.context import Reducer, TokenContext
+from ..token_map import SoftMap, TokenMap
+
+
+class Session:
+    """State of one patched encoder. Only the last forward is remembered.
+
+    Sizes (and positions) are kept per layer, not only the newest, so that a layer which gradient checkpointing runs
+    again during backward finds what it had. Inside ``torch.compile`` no maps and no time are recorded.
+    """
+
+    def __init__(self, reducer: Reducer, n_layers: int, protect: int, *, rotary: bool = False) -> None:
+        self.reducer = reducer
+        self.n_layers = n_layers
+        self.protect = protect
+        self.rotary = rotary
+        self.prop_attn: bool = getattr(reducer, "prop_attn", False)
+        self.sizes: list[Tensor | None] = [None] * (n_layers + 1)
+        self.positions: list[Tensor | None] = [None] * (n_layers + 1)
+        self.maps: dict[int, TokenMap | SoftMap | None] = {}
+        self.input: tuple[int, int, torch.device] | None = None
+        self.addresses: list[int] = [0] * n_layers
+        self.recomputed = 0
+        self.started = 0.0
+        self.seconds: float | None = None
+
+    def enter(self, index: int, x: Tensor) -> None:
+        """Layer ``index`` begins with input ``x``."""
+        compiling = torch.compiler.is_compiling()
+        if compiling or not _in_backward():
+            if index == 0:
+                self._forget(x)
+            if not compiling and x.requires_grad:
+                self.addresses[index] = x.data_ptr()
+        elif index > 0 and x.data_ptr() not in (self.addresses[index], self.recomputed):
+            # A checkpoint is being recomputed, and its input is neither what this layer had in the last forward nor
+            # what the layer before has just recomputed.
+            raise NotImplementedError(
+                "gradient checkpointing: required, the token sizes of an earlier forward; supported, "
+                "one forward per backward"
+            )
+
+    def leave(self, index: int, x: Tensor) -> None:
+        """Layer ``index`` ends with output ``x``."""
+        if torch.compiler.is_compiling():
+            if index == self.n_layers - 1:  # keep no tensor of the graph alive but the final sizes
+                self.sizes = [*[None] * self.n_layers, self.sizes[-1]]
+                self.positions = [None] * (self.n_layers + 1)
+        elif _in_backward():
+            self.recomputed = x.data_ptr()
+        elif index == self.n_layers - 1:
+            self.seconds = perf_counter() - self.started
+
+    def _forget(self, x: Tensor) -> None:
+        self.sizes = [None] * (self.n_layers + 1)
+        self.positions = [None] * (self.n_layers + 1)
+        self.maps = {}
+        self.input = (x.shape[0], x.shape[1], x.device)
+        self.seconds = None
+        if not torch.compiler.is_compiling():
+            self.started = perf_counter()
+
+    def log_size(self, dtype: torch.dtype) -> Tensor | None:
+        """``[B,M]``, what proportional attention over the encoder's final tokens adds to the logits."""
+        size = self.sizes[-1]
+        return None if size is None or not self.prop_attn else size.log().to(dtype)
+
+    def mean(self, tokens: Tensor) -> Tensor:
+        """``[B,C]``, the mean of the last ``tokens.shape[1]`` final tokens, each counted as often as its size."""
+        size = self.sizes[-1]
+        if size is None:
+            return tokens.mean(1)
+        weight = size[:, size.shape[1] - tokens.shape[1] :, None]
+        return ((tokens * weight).sum(1) / weight.sum(1)).to(tokens.dtype)
+
+
+class Layer:
+    """One block's part in a session. Its attention leaves the keys in ``keys``, ``[B,N,G,D]``."""
+
+    def __init__(self, session: Session, index: int, head_dim: int = 0) -> None:
+        self.session = session
+        self.index = index
+        self.head_dim = head_dim
+        self.keys: Tensor | None = None
+        reduces = getattr(session.reducer, "reduces", None)
+        self.active: bool = reduces is None or reduces(index, session.n_layers)
+        self.wants_keys = self.active and "keys" in session.reducer.needs
+
+    def begin(self, x: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor | None:
+        """To be called first, with the block's input. Gives the attention's additive mask ``[B,1,1,N]``, or None."""
+        if mask is not None or is_causal:
+            raise NotImplementedError(
+                "token merging with an attention mask: required, a mask for the merged tokens; supported, no mask; "
+                "missing, what a mask means for tokens that were merged across it"
+            )
+        session = self.session
+        session.enter(self.index, x)
+        size = session.sizes[self.index]
+        if size is None or not session.prop_attn:
+            return None
+        return size.log()[:, None, None].to(x.dtype)
+
+    def rope(self, rope: Tensor | None) -> Tensor | None:
+        """The rows of a rotary embedding ``[…,N,D]`` of all patches that belong to the tokens left: ``[B,…,M,D]``."""
+        position = self.session.positions[self.index]
+        if rope is None or position is None:
+            return rope
+        while rope.dim() < 4:
+            rope = rope[None]
+        protect = self.session.protect
+        return torch.take_along_dim(rope, position[:, None, protect:, None] - protect, 2)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The tokens after the attention residual, reduced."""
+        session, index = self.session, self.index
+        size = session.sizes[index]
+        token_map: TokenMap | SoftMap | None = None
+        if self.active:
+            keys, self.keys = self.keys, None
+            ctx = TokenContext(x, keys, size=size, protect=session.protect, layer=index, n_layers=session.n_layers)
+            token_map = session.reducer(ctx)
+            x, size = token_map.merge(x, size=size)
+            size = size.detach()  # a count: no gradient is wanted for it, nor the graph kept alive by it
+            if session.rotary:
+                session.positions[index + 1] = self._positions(token_map)
+        elif session.rotary:
+            session.positions[index + 1] = session.positions[index]
+        session.sizes[index + 1] = size
+        if not torch.compiler.is_compiling():
+            session.maps[index] = token_map
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """To be called last, with the block's output, which it returns."""
+        self.session.leave(self.index, x)
+        return x
+
+    def _positions(self, token_map: TokenMap | SoftMap) -> Tensor:
+        """int64 ``[B,M]``: the lowest position, in the encoder's input, of the tokens merged into each."""
+        if isinstance(token_map, SoftMap):
+            raise NotImplementedError("rotary embedding: required, one position per token; a SoftMap has none")
+        before = self.session.positions[self.index]
+        if before is None:
+            return token_map.representative.clamp(min=0)
+        assert self.session.input is not None
+        slot = torch.where(token_map.assign < 0, token_map.n_out, token_map.assign).long()
+        last = before.new_full((before.shape[0], token_map.n_out + 1), self.session.input[1] - 1)
+        return last.scatter_reduce(1, slot, before, "amin")[:, : token_map.n_out]
+
+
+def _in_backward() -> bool:
+    """Whether this runs within a backward pass, which is where gradient checkpointing recomputes layers."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,221 @@
+"""transformers' vision encoders: ViT, DeiT, DINOv2 (also with registers), CLIP vision, SigLIP vision.
+
+Keys are what ``k_proj`` of the attention returns. log(size) goes in through the ``attention_mask`` argument, which the
+attention functions "sdpa" and "eager" add to the logits as it is.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reducers.context import Reducer
+from .session import Layer, Session
+from .swap import Methods, Swaps, replaced
+
+LIBRARY = "transformers"
+
+
+def _bias(layer: Layer, x: Tensor, mask: Tensor | None, attention: Any) -> Tensor | None:
+    if layer.session.prop_attn and attention.config._attn_implementation not in ("sdpa", "eager"):
+        raise NotImplementedError(
+            "proportional attention: required, an attention that adds a mask to its logits; supported, 'sdpa' and "
+            f"'eager' (model.set_attn_implementation('sdpa')); got {attention.config._attn_implementation!r}"
+        )
+    return layer.begin(x, mask)
+
+
+def _vit_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    layer: Layer = self._fastok
+    bias = _bias(layer, hidden_states, attention_mask, self.attention)
+    attended, _ = self.attention(self.layernorm_before(hidden_states), bias, **kwargs)
+    x = layer.reduce(self.dropout(attended) + hidden_states)
+    return layer.finish(self.dropout(self.mlp(self.layernorm_after(x))) + x)
+
+
+def _dinov2_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    layer: Layer = self._fastok
+    bias = _bias(layer, hidden_states, attention_mask, self.attention)
+    attended, _ = self.attention(self.norm1(hidden_states), attention_mask=bias, **kwargs)
+    x = layer.reduce(self.drop_path(self.layer_scale1(attended)) + hidden_states)
+    return layer.finish(self.drop_path(self.layer_scale2(self.mlp(self.norm2(x)))) + x)
+
+
+def _clip_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    layer: Layer = self._fastok
+    bias = _bias(layer, hidden_states, attention_mask, self.self_attn)
+    attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), attention_mask=bias, **kwargs)
+    x = layer.reduce(hidden_states + attended)
+    return layer.finish(x + self.mlp(self.layer_norm2(x)))
+
+
+def _key_projection(base: Any) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        keys: Tensor = base.forward(self, x)
+        layer: Layer = self._fastok
+        layer.keys = keys.unflatten(-1, (-1, layer.head_dim))
+        return keys
+
+    return {"forward": forward}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where an encoder class keeps what is needed here.
+
+    Attributes:
+        module: the Python module of the class.
+        name: the class.
+        layers: dotted path to its layers.
+        attention: the attention's name in a layer.
+        forward: the replacement for a layer's forward.
+        protect: number of special tokens in front of the patches.
+        averaging: the image classifier whose head averages the patches, and whether the class token goes before them.
+    """
+
+    module: str
+    name: str
+    layers: str
+    attention: str
+    forward: Methods
+    protect: Callable[[Any], int]
+    averaging: tuple[str, bool] | None = None
+
+
+_vit = replaced(forward=_vit_forward)
+_dinov2 = replaced(forward=_dinov2_forward)
+_clip = replaced(forward=_clip_forward)
+
+_FAMILIES = (
+    _Family("vit.modeling_vit", "ViTModel", "layers", "attention", _vit, lambda encoder: 1),
+    _Family("deit.modeling_deit", "DeiTModel", "layers", "attention", _vit, lambda encoder: 2),
+    _Family(
+        "dinov2.modeling_dinov2",
+        "Dinov2Model",
+        "encoder.layer",
+        "attention",
+        _dinov2,
+        lambda encoder: 1,
+        ("Dinov2ForImageClassification", True),
+    ),
+    _Family(
+        "dinov2_with_registers.modeling_dinov2_with_registers",
+        "Dinov2WithRegistersModel",
+        "encoder.layer",
+        "attention",
+        _dinov2,
+        lambda encoder: 1 + encoder.config.num_register_tokens,
+        ("Dinov2WithRegistersForImageClassification", True),
+    ),
+    _Family(
+        "clip.modeling_clip",
+        "CLIPVisionModel",
+        "encoder.layers",
+        "self_attn",
+        _clip,
+        lambda encoder: 1,
+        ("CLIPForImageClassification", False),
+    ),
+    _Family(
+        "siglip.modeling_siglip",
+        "SiglipVisionModel",
+        "encoder.layers",
+        "self_attn",
+        _clip,
+        lambda encoder: 0,
+        ("SiglipForImageClassification", False),
+    ),
+)
+
+SUPPORTED = tuple(family.name for family in _FAMILIES)
+
+
+def _is(module: nn.Module, family: _Family, name: str) -> bool:
+    source = sys.modules.get(f"transformers.models.{family.module}")
+    return source is not None and isinstance(module, getattr(source, name))
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether ``module`` is one of the `SUPPORTED`, which it can only be once its class has been imported."""
+    return any(_is(module, family, family.name) for family in _FAMILIES)
+
+
+def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Session:
+    """Put ``reducer`` into ``encoder``, and sizes into the head of an image classifier that averages its tokens."""
+    family = next(family for family in _FAMILIES if _is(encoder, family, family.name))
+    layers = _layers(encoder, family)
+    session = Session(reducer, len(layers), family.protect(encoder))
+    for index, block in enumerate(layers):
+        attention = getattr(block, family.attention)
+        layer = Layer(session, index, attention.head_dim)
+        swaps.swap(block, layer, family.forward)
+        if layer.wants_keys:
+            swaps.swap(attention.k_proj, layer, _key_projection)
+    if getattr(encoder, "use_head", False):
+        swaps.swap(encoder.head, session, _pooling_head)
+    for module in model.modules():
+        if type(module).__name__.endswith("ForMaskedImageModeling"):
+            raise TypeError(f"{type(module).__name__} decodes the full grid of patches, which merged tokens are not")
+        if family.averaging is not None and _is(module, family, family.averaging[0]):
+            final = _FinalTokens(session, class_token=family.averaging[1])
+            swaps.swap(encoder, final, _kept_for_classifier)
+            swaps.swap(module.get_submodule("classifier"), final, _averaging_classifier)
+    return session
+
+
+def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
+    """The encoder's layers, once sure that this version of transformers builds them as expected."""
+    try:
+        layers: Any = encoder.get_submodule(family.layers)
+        for layer in layers:
+            layer.get_submodule(f"{family.attention}.k_proj")
+    except AttributeError as error:
+        raise TypeError(
+            f"this transformers version builds {family.name} unlike 5.23, which is supported: {error}"
+        ) from error
+    return list(layers)
+
+
+class _FinalTokens:
+    """The encoder's output on its way to the classifier."""
+
+    def __init__(self, session: Session, class_token: bool) -> None:
+        self.session = session
+        self.class_token = class_token
+        self.tokens: Tensor | None = None
+
+
+def _kept_for_classifier(base: Any) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = base.forward(self, *args, **kwargs)
+        self._fastok.tokens = output[0]
+        return output
+
+    return {"forward": forward}
+
+
+def _averaging_classifier(base: Any) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, pooled: Tensor) -> Tensor:
+        """Replaces the plain average in ``pooled`` by one that counts each token as often as its size."""
+        final: _FinalTokens = self._fastok
+        tokens, final.tokens = final.tokens, None
+        if tokens is not None:
+            mean = final.session.mean(tokens[:, final.session.protect :])
+            pooled = torch.cat([tokens[:, 0], mean], 1) if final.class_token else mean
+        return base.forward(self, pooled)
+
+    return {"forward": forward}
+
+
+def _pooling_head_forward(self: Any, hidden_state: Tensor) -> Tensor:
+    """SigLIP's attention pooling, with log(size) added to the logits."""
+    probe = self.probe.repeat(hidden_state.shape[0], 1, 1)
+    log_size = self._fastok.log_size(hidden_state.dtype)
+    pooled = self.attention(probe, hidden_state, hidden_state, key_padding_mask=log_size)[0]
+    return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
+
+
+_pooling_head = replaced(forward=_pooling_head_forward)

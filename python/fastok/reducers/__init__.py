@@ -1,0 +1,6 @@
+"""Published token-reduction methods, one small file each: functions from a `TokenContext` to a map, no models."""
+
+from .context import Reducer, TokenContext
+from .tome import ToMe
+
+__all__ = ["Reducer", "ToMe", "TokenContext"]

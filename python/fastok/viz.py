@@ -1,0 +1,208 @@
+"""Pictures of token maps: which patches of an image became one token. Needs Pillow only; imported on demand."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .token_map import SoftMap, TokenMap
+
+try:
+    from PIL import Image, ImageDraw, ImageFont
+except ImportError as error:
+    raise ImportError("fastok.viz draws with Pillow: pip install fastok[viz]") from error
+
+Style = Literal["mean", "outline", "color"]
+
+_BORDER = (250, 250, 250)
+_INK = (35, 38, 45)
+_FAINT = (150, 156, 166)
+_BAR = (62, 121, 196)
+_DROPPED = 0.2
+"""What is left of a dropped token's brightness."""
+
+_TINT = 0.6
+"""Opacity of a merged token's colour in the style ``"color"``."""
+
+
+def draw_tokens(
+    image: Image.Image,
+    token_map: TokenMap | SoftMap,
+    grid: tuple[int, int],
+    *,
+    prefix: int = 0,
+    sample: int = 0,
+    style: Style = "mean",
+    side: int = 448,
+) -> Image.Image:
+    """The image with each output token's patches drawn as one, and thin borders between different tokens.
+
+    Args:
+        image: the picture that the patches were cut from, of any size; stretched so that the grid fits it.
+        token_map: from ``prefix + h * w`` input tokens, for instance ``handle.token_map`` after a forward.
+        grid: (h, w), rows and columns of patches.
+        prefix: number of tokens in front of the patches (class, distillation, registers), which are not drawn.
+        sample: which sample of the batch.
+        style: ``"mean"`` fills each token with the mean colour of its patches; ``"outline"`` leaves the picture as it
+            is between the borders; ``"color"`` also tints each token of more than one patch in a colour of its own,
+            which shows patches that belong together without touching.
+        side: length of the drawing's longer side in pixels, rounded to a whole number (at least 4) per patch.
+
+    Returns:
+        An RGB picture of h by w cells. Dropped tokens are darkened.
+
+    Raises:
+        TypeError: a `SoftMap`, whose tokens are no sets of patches.
+        ValueError: a grid, prefix, sample, style or side that does not fit.
+    """
+    if style not in get_args(Style):
+        raise ValueError(f"style must be one of {', '.join(get_args(Style))}; got {style!r}")
+    if side < 1:
+        raise ValueError(f"side must be >= 1, got {side}")
+    slots = _patch_slots(token_map, grid, prefix, sample)
+    rows, columns = grid
+    pixels = _stretched(image, grid, side)
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+
+    kept = slots >= 0
+    patches = pixels.reshape(rows, height, columns, width, 3).mean((1, 3)).reshape(-1, 3)
+    counts = np.bincount(slots[kept], minlength=token_map.n_out)
+    if style == "mean":
+        sums = np.stack([np.bincount(slots[kept], channel[kept], token_map.n_out) for channel in patches.T], -1)
+        fill, opacity = (sums / np.maximum(counts, 1)[:, None])[slots], np.where(kept, 1.0, 0.0)
+    elif style == "color":
+        fill, opacity = _distinct_colours(token_map.n_out)[slots], np.where(kept & (counts[slots] > 1), _TINT, 0.0)
+    else:
+        fill, opacity = patches, np.zeros(len(slots))
+
+    def per_pixel(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        cells = values.reshape(rows, columns, -1)
+        return cells.repeat(height, 0).repeat(width, 1)
+
+    cover = per_pixel(opacity)
+    drawn = pixels * per_pixel(np.where(kept, 1.0, _DROPPED)) * (1 - cover) + per_pixel(fill) * cover
+    drawn[_borders(slots.reshape(grid), height, width)] = _BORDER
+    return Image.fromarray(np.rint(drawn).astype(np.uint8))
+
+
+def _patch_slots(token_map: TokenMap | SoftMap, grid: tuple[int, int], prefix: int, sample: int) -> NDArray[np.int64]:
+    """int64 [h*w]: the output token of each patch, -1 where dropped."""
+    if not isinstance(token_map, TokenMap):
+        raise TypeError(f"token_map must be a TokenMap, got a {type(token_map).__name__}: its tokens overlap")
+    rows, columns = grid
+    if rows < 1 or columns < 1:
+        raise ValueError(f"grid must be (rows, columns), both >= 1, got {grid}")
+    if prefix < 0:
+        raise ValueError(f"prefix must be >= 0, got {prefix}")
+    if token_map.n_in != prefix + rows * columns:
+        raise ValueError(
+            f"token_map has N={token_map.n_in} input tokens, but prefix={prefix} and grid={rows}x{columns} make "
+            f"{prefix + rows * columns}"
+        )
+    if not 0 <= sample < token_map.batch_size:
+        raise ValueError(f"sample must be within [0, {token_map.batch_size}), got {sample}")
+    slots: NDArray[np.int64] = token_map.assign[sample, prefix:].cpu().numpy().astype(np.int64)
+    return slots
+
+
+def _stretched(image: Image.Image, grid: tuple[int, int], side: int) -> NDArray[np.float64]:
+    """[H,W,3], about ``side`` long, a whole number of pixels per patch each way."""
+    rows, columns = grid
+    scale = side / max(image.size)
+    width = max(4, round(image.width * scale / columns))
+    height = max(4, round(image.height * scale / rows))
+    # A box repeats pixels where it enlarges and averages them where it shrinks: crisp, and means stay exact.
+    fitted = image.convert("RGB").resize((columns * width, rows * height), Image.Resampling.BOX)
+    return np.asarray(fitted, dtype=np.float64)
+
+
+def _borders(slots: NDArray[np.int64], height: int, width: int) -> NDArray[np.bool_]:
+    """bool [H,W]: pixels on the line between cells of different tokens."""
+    full = slots.repeat(height, 0).repeat(width, 1)
+    below, right = full[1:] != full[:-1], full[:, 1:] != full[:, :-1]
+    border = np.zeros(full.shape, bool)
+    border[1:] |= below
+    border[:, 1:] |= right
+    if min(height, width) >= 24:  # large patches: the line is 2 pixels wide, one on either side
+        border[:-1] |= below
+        border[:, :-1] |= right
+    return border
+
+
+def _distinct_colours(n: int) -> NDArray[np.float64]:
+    """[n,3]: bright colours whose hues go round by the golden ratio, so that neighbours in the list differ."""
+    hue = np.arange(n)[:, None] * (math.sqrt(5) - 1) / 2 + np.array([0, 1 / 3, 2 / 3])
+    return 255 * (0.5 + 0.5 * np.cos(2 * np.pi * hue))
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None
+) -> Image.Image:
+    """Pictures side by side on white, each with its caption below.
+
+    Args:
+        pictures: of any sizes; a column is as wide as the widest of all, a row as high as its highest.
+        captions: one line each.
+        columns: pictures per row, by default all of them.
+
+    Raises:
+        ValueError: no pictures, or another number of captions.
+    """
+    if not pictures or len(captions) != len(pictures):
+        raise ValueError(f"captions must be as many as pictures, at least 1; got {len(captions)} and {len(pictures)}")
+    columns = columns or len(pictures)
+    if columns < 1:
+        raise ValueError(f"columns must be >= 1, got {columns}")
+    width = max(picture.width for picture in pictures)
+    text = max(14, width // 16)
+    gap, line, font = text, 2 * text, ImageFont.load_default(text)
+    starts = range(0, len(pictures), columns)
+    heights = [max(picture.height for picture in pictures[start : start + columns]) + line for start in starts]
+    used = min(columns, len(pictures))
+    sheet = Image.new("RGB", (gap + used * (width + gap), gap + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = gap
+    for start, height in zip(starts, heights, strict=True):
+        for column in range(min(columns, len(pictures) - start)):
+            picture = pictures[start + column]
+            left = gap + column * (width + gap)
+            sheet.paste(picture, (left + (width - picture.width) // 2, top + height - line - picture.height))
+            middle = (left + width // 2, top + height - line // 2 - text // 8)
+            draw.text(middle, captions[start + column], fill=_INK, font=font, anchor="mm")
+        top += height
+    return sheet
+
+
+def draw_bars(labels: Sequence[str], values: Sequence[float], title: str) -> Image.Image:
+    """Horizontal bars from 0, each with its label and its value as ``1.23x``, and a line at 1.
+
+    Raises:
+        ValueError: no values, or another number of labels.
+    """
+    if not values or len(labels) != len(values):
+        raise ValueError(f"labels must be as many as values, at least 1; got {len(labels)} and {len(values)}")
+    text, step, length = 20, 34, 560
+    font = ImageFont.load_default(text)
+    left = text + math.ceil(max(font.getlength(label) for label in labels)) + text
+    longest = max(*values, 1.0)
+    sheet = Image.new("RGB", (left + length + 5 * text, (len(values) + 2) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((text, step * 0.75), title, fill=_INK, font=font, anchor="lm")
+    for row, (label, value) in enumerate(zip(labels, values, strict=True)):
+        middle = (row + 2) * step
+        end = left + round(length * max(value, 0.0) / longest)
+        draw.text((left - text // 2, middle), label, fill=_INK, font=font, anchor="rm")
+        draw.rectangle((left, middle - step // 3, end, middle + step // 3), fill=_BAR if value >= 1 else _FAINT)
+        draw.text((sheet.width - text, middle), f"{value:.2f}x", fill=_INK, font=font, anchor="rm")
+    one = left + round(length / longest)
+    draw.line((one, step * 1.5, one, sheet.height - step * 0.4), fill=_INK, width=1)
+    return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write the picture, in a new folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
