@@ -9,7 +9,7 @@ sources := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.t
 python_code := python tests bench examples setup.py
 cpp_code = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda-host bench lint format asan wheel gpu-check build clean
+.PHONY: demo test bench lint format asan wheel gpu-check build clean
 
 demo: $(VENV)/.demo $(VENV)/.build
 	$(BIN)/fastok demo
@@ -68,6 +68,12 @@ $(VENV)/.test: requirements/test.txt requirements/test-no-deps.txt $(VENV)/.demo
 
 $(VENV)/.build: $(sources) $(VENV)/.demo
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+# The CUDA kernels' own source compiled for the host: see tests/host_cuda.
+$(VENV)/.host_cuda: $(sources) $(wildcard tests/host_cuda/*) $(VENV)/.test
+	cmake -S tests/host_cuda -B build/host_cuda -G Ninja -DPython_EXECUTABLE=$(BIN)/python > /dev/null
+	cmake --build build/host_cuda
 	touch $@
 
 clean:

@@ -1,10 +1,8 @@
 """Matching and merging against the eager formula, and merging against a plain copy."""
 
-import torch
-
 import fastok
+import torch
 from fastok.testing.bench import Case
-
 from rivals import tome_eager
 
 SHAPES = [  # B, N, C, D, r, promised speed-up
@@ -56,9 +54,7 @@ def step(
     )  # fmt: skip
 
 
-def merge_alone(
-    batch: int, n: int, width: int, depth: int, r: int, dtype: torch.dtype, device: torch.device
-) -> Case:
+def merge_alone(batch: int, n: int, width: int, depth: int, r: int, dtype: torch.dtype, device: torch.device) -> Case:
     """Rival: copying the input's bytes, scaled in the target to (input + output) / (2 x input)."""
     metric = torch.randn(batch, n, depth, device=device).to(dtype)
     token_map = fastok.bipartite_match(metric, r, protect=1)

@@ -4,9 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import fastok
+import pytest
 
 OUT_OF_BOUNDS = """
 import torch, fastok

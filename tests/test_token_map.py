@@ -1,9 +1,8 @@
 """TokenMap and SoftMap: construction, composition, views of the map, bad arguments."""
 
+import fastok
 import pytest
 import torch
-
-import fastok
 from fastok import SoftMap, TokenMap
 from fastok.testing import assert_same
 
@@ -83,7 +82,9 @@ def test_then_is_composition() -> None:
     y, size_out = second.merge(first.merge(x, size=size)[0], size=first.merge(x, size=size)[1])
     torch.testing.assert_close(both.merge(x, size=size)[0], y)
     torch.testing.assert_close(both.merge(x, size=size)[1], size_out)
-    nothing = TokenMap.keep(torch.empty(2, 0, dtype=torch.int64), 6).then(TokenMap.from_assign(torch.empty(2, 0).int(), 4))
+    nothing = TokenMap.keep(torch.empty(2, 0, dtype=torch.int64), 6).then(
+        TokenMap.from_assign(torch.empty(2, 0).int(), 4)
+    )
     assert nothing.assign.tolist() == [[-1] * 6] * 2
 
 
@@ -132,7 +133,11 @@ def test_to_moves_everything() -> None:
         (lambda: example().merge(torch.ones(2, 6, 4, dtype=torch.int64)), TypeError, "x must have dtype"),
         (lambda: example().merge(torch.randn(2, 6, 4), mode="median"), ValueError, "'median'"),
         (lambda: example().merge(torch.randn(2, 6, 4), size=torch.ones(2, 5)), ValueError, "size must have shape"),
-        (lambda: example().merge(torch.randn(2, 6, 4), size=torch.ones(2, 6).long()), TypeError, "size must have dtype"),
+        (
+            lambda: example().merge(torch.randn(2, 6, 4), size=torch.ones(2, 6).long()),
+            TypeError,
+            "size must have dtype",
+        ),
         (lambda: example().merge(torch.randn(2, 6, 4, device="meta")), ValueError, "same device"),
         (lambda: example().unmerge(torch.randn(2, 4, 4)), ValueError, r"\[2, 3, …\]"),
         (
@@ -152,7 +157,7 @@ def test_bad_arguments(call, error: type[Exception], text: str) -> None:
         call()
 
 
-# ---- SoftMap -----------------------------------------------------------------------------------------------------------
+# ---- SoftMap ---------------------------------------------------------------------------------------------------------
 
 
 def test_soft_map_of_a_token_map_means_the_same() -> None:
@@ -188,15 +193,13 @@ def test_soft_map_composition_and_gradients() -> None:
     hard = TokenMap.from_assign(torch.tensor([[0, 1, 1, 0]] * 2), 2)
     x = torch.randn(2, 6, 3)
     torch.testing.assert_close(soft.then(hard).merge(x)[0], hard.merge(soft.merge(x)[0])[0])
-    torch.testing.assert_close(
-        TokenMap.identity(2, 6).then(soft).merge(x)[0], soft.merge(x)[0]
-    )
+    torch.testing.assert_close(TokenMap.identity(2, 6).then(soft).merge(x)[0], soft.merge(x)[0])
     soft.merge(x.requires_grad_())[0].sum().backward()
     assert weights.grad is not None
     assert x.grad is not None
 
 
-# ---- torch.compile -----------------------------------------------------------------------------------------------------
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 def test_maps_live_inside_compiled_functions() -> None:
@@ -215,6 +218,4 @@ def test_maps_live_inside_compiled_functions() -> None:
     y, size = expected.merge(x)
     second = fastok.bipartite_match(y, 2, protect=1)
     assert_same(both.assign, expected.then(second).assign)
-    torch.testing.assert_close(
-        out, both.unmerge(second.merge(y, size=size)[0], residual=x) + both.prune(x).sum()
-    )
+    torch.testing.assert_close(out, both.unmerge(second.merge(y, size=size)[0], residual=x) + both.prune(x).sum())

@@ -1,6 +1,6 @@
 // bipartite_match on CUDA: match_kernel finds each source's best destination and, for up to kFusedTokens tokens, also
-// selects the r best sources and builds the map; for more tokens rank_kernel and slot_kernel do that. There is no memory
-// but the results: until the map is built, `members` holds the sources' sort keys and `assign` their mates.
+// selects the r best sources and builds the map; for more tokens rank_kernel and slot_kernel do that. There is no
+// memory but the results: until the map is built, `members` holds the sources' sort keys and `assign` their mates.
 #pragma once
 #include "match/match_tile.cuh"
 #include "merge/csr.cuh"
@@ -13,7 +13,9 @@ struct BatchPositions {
   int64_t batch_stride;
   int first, step, count;
 
-  __device__ TokenList sample(int64_t b) const { return {data ? data + b * batch_stride : nullptr, first, step, count}; }
+  __device__ TokenList sample(int64_t b) const {
+    return {data ? data + b * batch_stride : nullptr, first, step, count};
+  }
 };
 
 struct MatchParams {
@@ -37,7 +39,8 @@ struct MatchParams {
   __device__ bool ranks_differ() const { return by_threshold && bias; }
 };
 
-// ---- a source's choice -----------------------------------------------------------------------------------------------
+// ---- a source's choice
+// -----------------------------------------------------------------------------------------------
 
 // Sort keys: ascending from the best score; then sources without one, then those that may not merge.
 constexpr uint32_t kKeyUnscored = 0xfffffffdu, kKeyProtected = 0xfffffffeu;
@@ -75,7 +78,8 @@ __device__ inline int find_first_allowed(const TokenList& dst, int protect, int*
   return *scratch < dst.count ? *scratch : 0;
 }
 
-// ---- selection -------------------------------------------------------------------------------------------------------
+// ---- selection
+// -------------------------------------------------------------------------------------------------------
 
 // How many sources come before one: of all, and of those that may merge.
 struct Ranks {
@@ -103,7 +107,8 @@ struct Ranks {
   __device__ int state(int mate, int r) const { return mate >= 0 && eligible < r ? mate : ~all; }
 };
 
-// ---- numbering the slots ---------------------------------------------------------------------------------------------
+// ---- numbering the slots
+// ---------------------------------------------------------------------------------------------
 
 // Heads, the tokens that keep a slot, are numbered by a bit set over their places in slot order: a head's slot is the
 // number of bits before its own. In order "tome" the places are [tokens in neither list][kept sources][destinations];
@@ -180,11 +185,13 @@ __device__ inline void number_slots(const MatchParams& p, int64_t b, const int* 
   __syncthreads();
 }
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------
+// ---- kernels
+// ---------------------------------------------------------------------------------------------------------
 
 // The rest of a sample, from its sources' choices, in one block. `shared` is match_bytes of memory whose first 32 ints
 // are scratch; the choices lie behind them.
-__device__ inline void finish_sample(const MatchParams& p, int64_t b, int* shared, const uint32_t* keys, const int* mates) {
+__device__ inline void finish_sample(const MatchParams& p, int64_t b, int* shared, const uint32_t* keys,
+                                     const int* mates) {
   const int n_src = p.src.count, thread = int(threadIdx.x), threads = int(blockDim.x);
   int* const state = shared + 32 + 2 * n_src;
   int* const slot = state + n_src;
@@ -229,8 +236,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 ? 2 : 3) match_
   for (int half = 0; half < 2; ++half) {
     const int i = row_begin + warp_index() * 16 + lane_index() / 4 + 8 * half;
     if (i >= n_src || lane_index() % 4 != 0) continue;
-    const Choice choice =
-        make_choice(p, b, sources.tokens.at(i), best.score[half], best.column[half], first_allowed);
+    const Choice choice = make_choice(p, b, sources.tokens.at(i), best.score[half], best.column[half], first_allowed);
     (alone ? keys : global_keys)[i] = choice.key;
     (alone ? mates : global_mates)[i] = choice.mate;
   }
@@ -297,7 +303,8 @@ __global__ void __launch_bounds__(kSlotThreads) slot_kernel(const MatchParams p)
 }
 
 // Grid: covers B * (N + 1) elements. The map that leaves all tokens where they are.
-__global__ void identity_kernel(int64_t batch, int n, int32_t* assign, int32_t* counts, int32_t* offsets, int32_t* members) {
+__global__ void identity_kernel(int64_t batch, int n, int32_t* assign, int32_t* counts, int32_t* offsets,
+                                int32_t* members) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t b = i / (n + 1);
   const int place = int(i % (n + 1));

@@ -1,5 +1,5 @@
-// Which matching kernels run, with what. `launch` starts kernels: launch(grid, block, shared bytes, kernel, arguments...)
-// and launch.zero(pointer, bytes); the CUDA binding and the host harness each bring their own.
+// Which matching kernels run, with what. `launch` starts kernels: launch(grid, block, shared bytes, kernel,
+// arguments...) and launch.zero(pointer, bytes); the CUDA binding and the host harness each bring their own.
 #pragma once
 #include "match/match_kernel.cuh"
 #include "match/nearest_kernel.cuh"
@@ -10,7 +10,8 @@ namespace fastok::cuda {
 // the tickets, if samples take several blocks), else three.
 template <class Launch>
 void run_match(Launch&& launch, Dtype dtype, int64_t batch, bool aligned, MatchParams p) {
-  const MatchPlan plan = plan_match(p.n, p.shape.width, p.src.count, p.dst.count, p.n_out, element_size(dtype), aligned);
+  const MatchPlan plan =
+      plan_match(p.n, p.shape.width, p.src.count, p.dst.count, p.n_out, element_size(dtype), aligned);
   p.row_tiles = int(plan.row_tiles);
   p.order_words = plan.order_words;
   p.fused = plan.fused;
@@ -21,9 +22,14 @@ void run_match(Launch&& launch, Dtype dtype, int64_t batch, bool aligned, MatchP
   const bool wide = plan.warps == 8;
   void (*match)(MatchParams) = nullptr;
   switch (dtype) {
-    case Dtype::f16: match = wide ? match_kernel<f16, 8> : match_kernel<f16, 4>; break;
-    case Dtype::bf16: match = wide ? match_kernel<bf16, 8> : match_kernel<bf16, 4>; break;
-    default: match = wide ? match_kernel<float, 8> : match_kernel<float, 4>;
+    case Dtype::f16:
+      match = wide ? match_kernel<f16, 8> : match_kernel<f16, 4>;
+      break;
+    case Dtype::bf16:
+      match = wide ? match_kernel<bf16, 8> : match_kernel<bf16, 4>;
+      break;
+    default:
+      match = match_kernel<float, 4>;
   }
   launch(dim3(unsigned(batch * plan.row_tiles)), dim3(unsigned(plan.warps * kWarpSize)), plan.match_bytes, match, p);
   if (plan.fused) return;
@@ -45,22 +51,33 @@ template <class Launch>
 void run_nearest(Launch&& launch, Dtype dtype, int64_t batch, bool aligned, NearestParams p) {
   void (*kernel)(NearestParams) = nullptr;
   if (nearest_on_tiles(p.k, p.similarity, dtype == Dtype::f32)) {
-    const int warps = plan_warps(p.n);
+    const int warps = plan_warps(p.n, element_size(dtype));
     p.row_tiles = (p.n + warps * 16 - 1) / (warps * 16);
     p.shape = plan_sweep(p.width, element_size(dtype), warps, p.similarity == Similarity::cosine, aligned);
     switch (dtype) {
-      case Dtype::f16: kernel = warps == 8 ? nearest_tile_kernel<f16, 8> : nearest_tile_kernel<f16, 4>; break;
-      case Dtype::bf16: kernel = warps == 8 ? nearest_tile_kernel<bf16, 8> : nearest_tile_kernel<bf16, 4>; break;
-      default: kernel = warps == 8 ? nearest_tile_kernel<float, 8> : nearest_tile_kernel<float, 4>;
+      case Dtype::f16:
+        kernel = warps == 8 ? nearest_tile_kernel<f16, 8> : nearest_tile_kernel<f16, 4>;
+        break;
+      case Dtype::bf16:
+        kernel = warps == 8 ? nearest_tile_kernel<bf16, 8> : nearest_tile_kernel<bf16, 4>;
+        break;
+      default:
+        kernel = nearest_tile_kernel<float, 4>;
     }
-    launch(dim3(unsigned(batch * p.row_tiles)), dim3(unsigned(warps * kWarpSize)), sweep_bytes(p.shape, warps), kernel, p);
+    launch(dim3(unsigned(batch * p.row_tiles)), dim3(unsigned(warps * kWarpSize)), sweep_bytes(p.shape, warps), kernel,
+           p);
     return;
   }
   p.row_tiles = (p.n + kListRows - 1) / kListRows;
   switch (dtype) {
-    case Dtype::f16: kernel = nearest_list_kernel<f16>; break;
-    case Dtype::bf16: kernel = nearest_list_kernel<bf16>; break;
-    default: kernel = nearest_list_kernel<float>;
+    case Dtype::f16:
+      kernel = nearest_list_kernel<f16>;
+      break;
+    case Dtype::bf16:
+      kernel = nearest_list_kernel<bf16>;
+      break;
+    default:
+      kernel = nearest_list_kernel<float>;
   }
   launch(dim3(unsigned(batch * p.row_tiles)), dim3(kListThreads), list_bytes(), kernel, p);
 }

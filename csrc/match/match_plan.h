@@ -35,11 +35,13 @@ inline constexpr SweepShape plan_sweep(int64_t width, size_t element_size, int w
 
 inline constexpr size_t sweep_bytes(const SweepShape& shape, int warps) {
   const size_t rows = size_t(warps) * 16;
-  return (size_t(shape.row_slots) * rows + 2 * kTileColumns) * kTileRowBytes + (rows + 2 * kTileColumns) * sizeof(float);
+  return (size_t(shape.row_slots) * rows + 2 * kTileColumns) * kTileRowBytes +
+         (rows + 2 * kTileColumns) * sizeof(float);
 }
 
-// Warps of a block, 16 rows each: more of them share the column tiles, fewer give more blocks.
-inline constexpr int plan_warps(int64_t rows) { return rows > 64 ? 8 : 4; }
+// Warps of a block, 16 rows each: more of them share the column tiles, fewer give more blocks. Splitting fp32 takes
+// more registers than eight warps could have.
+inline constexpr int plan_warps(int64_t rows, size_t element_size) { return rows > 64 && element_size == 2 ? 8 : 4; }
 
 // ---- bipartite_match -----------------------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ struct MatchPlan {
   int64_t row_tiles;  // blocks of match_kernel per sample
   bool fused;         // match_kernel does it all; else rank_kernel and slot_kernel follow
   SweepShape shape;
-  size_t match_bytes;  // dynamic shared memory
+  size_t match_bytes;   // dynamic shared memory
   int64_t rank_blocks;  // of rank_kernel per sample
   size_t slot_bytes;    // of slot_kernel
   int order_words;
@@ -73,7 +75,7 @@ inline constexpr size_t numbering_bytes(int64_t n, int64_t n_dst) {
 inline constexpr MatchPlan plan_match(int64_t n, int64_t width, int64_t n_src, int64_t n_dst, int64_t n_out,
                                       size_t element_size, bool aligned) {
   MatchPlan plan{};
-  plan.warps = plan_warps(n_src);
+  plan.warps = plan_warps(n_src, element_size);
   plan.row_tiles = (n_src + plan.warps * 16 - 1) / (plan.warps * 16);
   plan.fused = n <= kFusedTokens;
   plan.shape = plan_sweep(width, element_size, plan.warps, true, aligned);

@@ -1,5 +1,5 @@
-// The heart of matching: a block holds kRows rows against all columns, tile by tile, on the tensor cores, and keeps each
-// row's best column in registers. The score matrix is never written.
+// The heart of matching: a block holds kRows rows against all columns, tile by tile, on the tensor cores, and keeps
+// each row's best column in registers. The score matrix is never written.
 #pragma once
 #include <type_traits>
 
@@ -153,7 +153,8 @@ struct TileCarrier {
       for (int bit = 1; bit < kTileChunks; bit *= 2) sum += __shfl_xor_sync(kFullWarp, sum, bit);
       if constexpr (kMayBeUnsafe && !kScaled) {
         unsafe |= sum > kLargestSafeSquare;
-        if (sum < kSmallestSafeSquare && token[pass] >= 0) unsafe |= sum > 0 || has_nonzero(rows.row(token[pass]), width);
+        if (sum < kSmallestSafeSquare && token[pass] >= 0)
+          unsafe |= sum > 0 || has_nonzero(rows.row(token[pass]), width);
       }
       if (chunk() == 0) {
         if constexpr (kScaled) {
@@ -236,7 +237,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* row_tile, unsigned
   const int lane = lane_index();
   const int a_row = warp_index() * 16 + lane % 16, a_chunk = lane / 16;
   const int b_row = lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
-#pragma unroll 2  // more would only take registers
+#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // more would only take registers
   for (int chunk = 0; chunk < kTileChunks; chunk += 2) {
     Multiplier<T> rows;
     rows.load(tile_chunk(row_tile, a_row, chunk + a_chunk));
@@ -250,7 +251,8 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* row_tile, unsigned
   }
 }
 
-// ---- the best column of each row -------------------------------------------------------------------------------------
+// ---- the best column of each row
+// -------------------------------------------------------------------------------------
 
 // A lane's two rows of its warp's sixteen: lane / 4 and that + 8.
 struct Best {
@@ -272,7 +274,8 @@ struct Best {
       for (int bit = 1; bit < 4; bit *= 2) {
         const float s = __shfl_xor_sync(kFullWarp, score[half], bit);
         const int c = __shfl_xor_sync(kFullWarp, column[half], bit);
-        if (s > score[half] || (s == score[half] && unsigned(c) < unsigned(column[half]))) score[half] = s, column[half] = c;
+        if (s > score[half] || (s == score[half] && unsigned(c) < unsigned(column[half])))
+          score[half] = s, column[half] = c;
       }
     }
   }
@@ -281,7 +284,8 @@ struct Best {
 // One pass of a block over all columns. Returns whether a row's size asks for the pass to be repeated with kScaled.
 template <class T, int kWarps, bool kScaled>
 __device__ bool sweep_columns(const RowList<T>& rows, int row_begin, const RowList<T>& columns,
-                              const Candidates& candidates, const SweepShape& shape, unsigned char* shared, Best& best) {
+                              const Candidates& candidates, const SweepShape& shape, unsigned char* shared,
+                              Best& best) {
   constexpr int kRows = kWarps * 16, kThreads = kWarps * kWarpSize;
   constexpr int kDepth = kTileRowBytes / int(sizeof(T));
   const int chunks = shape.chunks, stages = (columns.tokens.count + kTileColumns - 1) / kTileColumns * chunks;
@@ -360,11 +364,11 @@ __device__ bool sweep_columns(const RowList<T>& rows, int row_begin, const RowLi
   return unsafe && shape.cosine;
 }
 
-// The best column of each of the block's rows, the same in the four lanes that share rows; -inf and -1 if none compares.
-// Ends with a barrier: shared memory is free for other use.
+// The best column of each of the block's rows, the same in the four lanes that share rows; -inf and -1 if none
+// compares. Ends with a barrier: shared memory is free for other use.
 template <class T, int kWarps>
-__device__ void find_best(const RowList<T>& rows, int row_begin, const RowList<T>& columns, const Candidates& candidates,
-                          const SweepShape& shape, unsigned char* shared, Best& best) {
+__device__ void find_best(const RowList<T>& rows, int row_begin, const RowList<T>& columns,
+                          const Candidates& candidates, const SweepShape& shape, unsigned char* shared, Best& best) {
   const bool unsafe = sweep_columns<T, kWarps, false>(rows, row_begin, columns, candidates, shape, shared, best);
   const bool repeat = __syncthreads_or(unsafe) != 0;
   if constexpr (!std::is_same_v<T, f16>) {

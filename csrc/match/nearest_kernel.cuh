@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 ? 2 : 3) neares
   }
 }
 
-// ---- lists -----------------------------------------------------------------------------------------------------------
+// ---- lists
+// -----------------------------------------------------------------------------------------------------------
 
 // Scale and inverse norm of a row, found by a warp in two passes over it; 1 and 1 unless cosine.
 struct RowFactors {
@@ -76,7 +77,8 @@ __device__ RowFactors measure_row(const T* row, int width, Similarity similarity
 
 // Inserts (score, column) into a descending list of k that one warp owns. The list's last entry is known to be worse.
 __device__ inline void insert(float* value, int64_t* index, int k, float score, int64_t column) {
-  // Chunks of 32 entries move up one place, last chunk first; an entry's old neighbour is read before it is overwritten.
+  // Chunks of 32 entries move up one place, last chunk first; an entry's old neighbour is read before it is
+  // overwritten.
   for (int begin = (k - 1) / kWarpSize * kWarpSize; begin >= 0; begin -= kWarpSize) {
     const int i = begin + lane_index();
     const bool inside = i < k;

@@ -39,7 +39,11 @@ struct MergeParams {
   __device__ int member(int64_t b, int i) const { return members[b * n + i]; }
 };
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// Blocks per multiprocessor: enough threads to hide the way from map to row.
+constexpr int kRowBlocks = 4;
+
+// ---- rows
+// ------------------------------------------------------------------------------------------------------------
 
 // Calls body(sample, row, lane's first channel, step) for this thread's rows of [batch, rows]. Grid: x covers the rows,
 // kRowThreads / lanes per block; y strides over the batch.
@@ -68,7 +72,8 @@ __device__ __forceinline__ void copy_row(const T* from, T* to, int channels, int
     store<T, kVector>(to + channel, from ? load<T, kVector>(from + channel) : Pack<T, kVector>{});
 }
 
-// ---- merge -----------------------------------------------------------------------------------------------------------
+// ---- merge
+// -----------------------------------------------------------------------------------------------------------
 
 // Mean and sum: the members' rows, each times its share.
 template <class T, int kVector>
@@ -102,7 +107,7 @@ __device__ void merge_max(const MergeParams& p, int64_t b, int begin, int end, i
 }
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kRowThreads) merge_kernel(const MergeParams p) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) merge_kernel(const MergeParams p) {
   for_rows<kVector>(p, p.n_out, [&](int64_t b, int slot, int first, int step) {
     const int begin = p.begin(b, slot), end = p.end(b, slot);
     Accumulator<T> total = 0;
@@ -128,7 +133,8 @@ __global__ void __launch_bounds__(kRowThreads) merge_kernel(const MergeParams p)
   });
 }
 
-// ---- gradient --------------------------------------------------------------------------------------------------------
+// ---- gradient
+// --------------------------------------------------------------------------------------------------------
 
 // What a token's gradient is of its slot's: 0 for dropped tokens.
 template <class T>
@@ -142,7 +148,7 @@ __device__ Accumulator<T> gradient_share(const MergeParams& p, int64_t b, int to
 
 // Mean, sum and first: one row per token.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kRowThreads) merge_backward_kernel(const MergeParams p) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) merge_backward_kernel(const MergeParams p) {
   for_rows<kVector>(p, p.n, [&](int64_t b, int token, int first, int step) {
     const int slot = p.assign[b * p.n + token];
     const Accumulator<T> share = gradient_share<T>(p, b, token, slot);
@@ -161,7 +167,7 @@ __global__ void __launch_bounds__(kRowThreads) merge_backward_kernel(const Merge
 
 // Max: one row per slot, whose members are asked in ascending order, then one row per token for the dropped ones.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kRowThreads) merge_max_backward_kernel(const MergeParams p) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) merge_max_backward_kernel(const MergeParams p) {
   for_rows<kVector>(p, p.n_out + p.n, [&](int64_t b, int row, int first, int step) {
     const int token = row - p.n_out;
     if (token >= 0) {
@@ -190,10 +196,11 @@ __global__ void __launch_bounds__(kRowThreads) merge_max_backward_kernel(const M
   });
 }
 
-// ---- unmerge ---------------------------------------------------------------------------------------------------------
+// ---- unmerge
+// ---------------------------------------------------------------------------------------------------------
 
 template <class T, int kVector>
-__global__ void __launch_bounds__(kRowThreads) unmerge_kernel(const MergeParams p) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks) unmerge_kernel(const MergeParams p) {
   for_rows<kVector>(p, p.n, [&](int64_t b, int token, int first, int step) {
     const int slot = p.assign[b * p.n + token];
     const T* const from = slot < 0 ? nullptr : p.y.row<T>(b, slot);
@@ -211,11 +218,12 @@ __global__ void __launch_bounds__(kRowThreads) unmerge_kernel(const MergeParams 
   });
 }
 
-// ---- maps ------------------------------------------------------------------------------------------------------------
+// ---- maps
+// ------------------------------------------------------------------------------------------------------------
 
 // Grid: one block per sample.
-__global__ void __launch_bounds__(1024) build_map_kernel(const int32_t* assign, int n, int n_out, const CsrPlan plan,
-                                                         int32_t* offsets, int32_t* members) {
+__global__ void __launch_bounds__(1024)
+    build_map_kernel(const int32_t* assign, int n, int n_out, const CsrPlan plan, int32_t* offsets, int32_t* members) {
   FASTOK_SHARED(shared);
   int* const scratch = reinterpret_cast<int*>(shared);
   const int64_t b = blockIdx.x;

@@ -1,5 +1,5 @@
-// Which merging kernels run, with what; each op is one launch. `launch` starts kernels: launch(grid, block, shared bytes,
-// kernel, arguments...); the CUDA binding and the host harness each bring their own.
+// Which merging kernels run, with what; each op is one launch. `launch` starts kernels: launch(grid, block, shared
+// bytes, kernel, arguments...); the CUDA binding and the host harness each bring their own.
 #pragma once
 #include "merge/merge_kernel.cuh"
 
@@ -10,10 +10,14 @@ enum class RowOp { merge, backward, max_backward, unmerge };
 template <class T, int kVector>
 auto row_kernel(RowOp op) {
   switch (op) {
-    case RowOp::merge: return &merge_kernel<T, kVector>;
-    case RowOp::backward: return &merge_backward_kernel<T, kVector>;
-    case RowOp::max_backward: return &merge_max_backward_kernel<T, kVector>;
-    default: return &unmerge_kernel<T, kVector>;
+    case RowOp::merge:
+      return &merge_kernel<T, kVector>;
+    case RowOp::backward:
+      return &merge_backward_kernel<T, kVector>;
+    case RowOp::max_backward:
+      return &merge_max_backward_kernel<T, kVector>;
+    default:
+      return &unmerge_kernel<T, kVector>;
   }
 }
 
@@ -32,10 +36,14 @@ template <class Launch>
 void run_rows(Launch&& launch, RowOp op, Dtype dtype, bool aligned, const MergeParams& p) {
   const int64_t rows = op == RowOp::merge ? p.n_out : op == RowOp::max_backward ? int64_t(p.n_out) + p.n : p.n;
   switch (dtype) {
-    case Dtype::f16: return run_rows_of<f16>(launch, op, rows, aligned, p);
-    case Dtype::bf16: return run_rows_of<bf16>(launch, op, rows, aligned, p);
-    case Dtype::f64: return run_rows_of<double>(launch, op, rows, aligned, p);
-    default: return run_rows_of<float>(launch, op, rows, aligned, p);
+    case Dtype::f16:
+      return run_rows_of<f16>(launch, op, rows, aligned, p);
+    case Dtype::bf16:
+      return run_rows_of<bf16>(launch, op, rows, aligned, p);
+    case Dtype::f64:
+      return run_rows_of<double>(launch, op, rows, aligned, p);
+    default:
+      return run_rows_of<float>(launch, op, rows, aligned, p);
   }
 }
 

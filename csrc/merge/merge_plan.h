@@ -47,8 +47,8 @@ constexpr int kRowThreads = 256;
 
 // Each row of the result is written by a group of lanes of one warp, `vector` elements per lane and step.
 struct RowPlan {
-  int vector;       // elements moved at once: 16 bytes' worth, or 1
-  int lanes;        // a power of two, at most 32
+  int vector;  // elements moved at once: 16 bytes' worth, or 1
+  int lanes;   // a power of two, at most 32
   int64_t row_blocks;
 };
 

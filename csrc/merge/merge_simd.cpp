@@ -31,6 +31,16 @@ T* row(const Tokens& t, int64_t b, int64_t i) {
   return static_cast<T*>(t.data) + b * t.batch_stride + i * t.row_stride;
 }
 
+// An array of no bytes may be null, which the standard functions do not take.
+template <class T>
+void copy_row(T* out, const T* source, int64_t channels) {
+  if (channels > 0) std::memcpy(out, source, size_t(channels) * sizeof(T));
+}
+template <class T>
+void clear_row(T* out, int64_t channels) {
+  if (channels > 0) std::memset(out, 0, size_t(channels) * sizeof(T));
+}
+
 // Reduces columns [c, c + kVectors * width) of a slot's members into y.
 template <class T, MergeMode kMode, int kVectors>
 inline __attribute__((always_inline)) void reduce_vectors(const Tokens& x, int64_t b, const int32_t* members,
@@ -96,9 +106,9 @@ void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* 
     size_out[i] = total;
     T* out = row<T>(y, b, slot);
     if (count == 0 || (mode == MergeMode::mean && total == 0)) {
-      std::memset(out, 0, size_t(channels) * sizeof(T));
+      clear_row(out, channels);
     } else if (count == 1 || mode == MergeMode::first) {
-      std::memcpy(out, row<T>(x, b, members[0]), size_t(channels) * sizeof(T));
+      copy_row(out, row<T>(x, b, members[0]), channels);
     } else if (mode == MergeMode::mean) {
       reduce<T, MergeMode::mean>(x, b, members, count, sizes, total, out, channels);
     } else if (mode == MergeMode::sum) {
@@ -136,9 +146,9 @@ void backward_rows(MergeMode mode, const TokenMapView& map, Tokens grad_y, const
       }
     }
     if (factor == 0) {
-      std::memset(out, 0, size_t(channels) * sizeof(T));
+      clear_row(out, channels);
     } else if (factor == 1) {
-      std::memcpy(out, row<T>(grad_y, b, slot), size_t(channels) * sizeof(T));
+      copy_row(out, row<T>(grad_y, b, slot), channels);
     } else {
       scaled_copy(row<T>(grad_y, b, slot), factor, out, channels);
     }
@@ -181,15 +191,15 @@ void unmerge_rows(const TokenMapView& map, Tokens y, Tokens residual, Tokens out
     const T* added = residual.data ? row<T>(residual, b, token) : nullptr;
     if (slot < 0) {
       if (added) {
-        std::memcpy(target, added, size_t(channels) * sizeof(T));
+        copy_row(target, added, channels);
       } else {
-        std::memset(target, 0, size_t(channels) * sizeof(T));
+        clear_row(target, channels);
       }
       continue;
     }
     const T* source = row<T>(y, b, slot);
     if (!added) {
-      std::memcpy(target, source, size_t(channels) * sizeof(T));
+      copy_row(target, source, channels);
       continue;
     }
     int64_t c = 0;

@@ -13,8 +13,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row)
   };
   const auto rows = simt::gather("ldmatrix", Address{row});
   const int lane = simt::lane();
-  for (int m = 0; m < 4; ++m)
-    out[m] = static_cast<const uint32_t*>(rows[size_t(8 * m + lane / 4)].row)[lane % 4];
+  for (int m = 0; m < 4; ++m) out[m] = static_cast<const uint32_t*>(rows[size_t(8 * m + lane / 4)].row)[lane % 4];
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -6,6 +6,7 @@ from typing import Literal, Union, overload
 import torch
 from torch import Tensor
 
+from .ops import checks as _checks
 from .ops import merge as _ops
 
 Mode = Literal["mean", "sum", "max", "first"]
@@ -142,7 +143,7 @@ class TokenMap:
 
         Deterministic; differentiable in ``y`` and ``residual``, once. No host synchronisation.
         """
-        _ops.check_dtype("y", y, _ops.FLOATS)
+        _checks.check_dtype("y", y, _checks.FLOATS)
         _ops.check_output_side(y, self, residual)
         return torch.ops.fastok.unmerge(y, self.assign, self.offsets, self.members, residual)
 
@@ -214,8 +215,9 @@ class TokenMap:
 class SoftMap:
     """A batch of many-to-many maps: output token m is the weighted sum of input tokens, ``y = W x``.
 
-    Build one with :meth:`from_dense` or :meth:`from_rows`. Rows need not sum to 1. Composed of PyTorch operations (there
-    is no kernel of ours in it), so it is differentiable in ``x``, ``size`` and the weights, and as deterministic as those.
+    Build one with :meth:`from_dense` or :meth:`from_rows`. Rows need not sum to 1. Composed of PyTorch operations
+    (there is no kernel of ours in it), so it is differentiable in ``x``, ``size`` and the weights, and as
+    deterministic as those.
 
     Attributes:
         n_in: N, the number of input tokens.
@@ -251,7 +253,7 @@ class SoftMap:
             )
         if not weight.is_floating_point():
             raise TypeError(f"weight must be floating-point, got {weight.dtype}")
-        _ops.check_range("index", index, -1, n_in)
+        _checks.check_range("index", index, -1, n_in)
         return cls(None, (index.long(), weight), n_in, index.shape[1])
 
     @property

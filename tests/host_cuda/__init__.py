@@ -64,9 +64,7 @@ def nearest(
     shape = (x.shape[0], x.shape[1], k)
     value, index = _poisoned(shape, torch.float32), _poisoned(shape, torch.int64)
     y = _dense(y)
-    native.nearest(
-        seed, *_typed(x), _describe(y), k, similarity, _describe(mask), _describe(value), _describe(index)
-    )
+    native.nearest(seed, *_typed(x), _describe(y), k, similarity, _describe(mask), _describe(value), _describe(index))
     return value, index
 
 

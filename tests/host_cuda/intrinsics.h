@@ -53,7 +53,8 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
   return result;
 }
 
-// ---- atomics: one fiber runs at a time, so only the order is left to chance ------------------------------------------
+// ---- atomics: one fiber runs at a time, so only the order is left to chance
+// ------------------------------------------
 
 template <class V, class Update>
 V update_atomically(V* address, Update update) {
@@ -72,7 +73,8 @@ inline unsigned atomicOr(unsigned* address, unsigned value) {
   return update_atomically(address, [=](unsigned old) { return old | value; });
 }
 
-// ---- loads, bits, conversions ----------------------------------------------------------------------------------------
+// ---- loads, bits, conversions
+// ----------------------------------------------------------------------------------------
 
 template <class T>
 T __ldcg(const T* address) {

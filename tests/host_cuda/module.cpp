@@ -1,5 +1,5 @@
-// fastok's CUDA kernels on the host SIMT machine, for Python. Pointers come as integers, strides in elements; shapes and
-// dtypes are checked by the wrapper (__init__.py).
+// fastok's CUDA kernels on the host SIMT machine, for Python. Pointers come as integers, strides in elements; shapes
+// and dtypes are checked by the wrapper (__init__.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,12 +26,13 @@ using Optional = std::optional<Array>;
 Array array_of(const py::tuple& t) {
   return {t[0].cast<uintptr_t>(), t[1].cast<std::vector<int64_t>>(), t[2].cast<std::vector<int64_t>>()};
 }
-Optional optional_of(const py::object& t) {
-  return t.is_none() ? Optional() : Optional(array_of(t.cast<py::tuple>()));
-}
+Optional optional_of(const py::object& t) { return t.is_none() ? Optional() : Optional(array_of(t.cast<py::tuple>())); }
 
 Dtype dtype_of(const std::string& name) {
-  return name == "float16" ? Dtype::f16 : name == "bfloat16" ? Dtype::bf16 : name == "float64" ? Dtype::f64 : Dtype::f32;
+  return name == "float16"    ? Dtype::f16
+         : name == "bfloat16" ? Dtype::bf16
+         : name == "float64"  ? Dtype::f64
+                              : Dtype::f32;
 }
 
 bool aligned(const Array& x, Dtype dtype) {
@@ -83,7 +84,8 @@ void nearest(uint64_t seed, const std::string& dtype, const py::tuple& x_, const
   run_nearest(simt::Launcher{seed}, type, x.shape[0], aligned(x, type) && aligned(y, type), p);
 }
 
-void build_map(uint64_t seed, const py::tuple& assign, int64_t n_out, const py::tuple& offsets, const py::tuple& members) {
+void build_map(uint64_t seed, const py::tuple& assign, int64_t n_out, const py::tuple& offsets,
+               const py::tuple& members) {
   const Array slots = array_of(assign);
   run_build_map(simt::Launcher{seed}, slots.shape[0], slots.shape[1], n_out, slots.as<int32_t>(),
                 array_of(offsets).as<int32_t>(), array_of(members).as<int32_t>());
@@ -105,17 +107,19 @@ void rows(uint64_t seed, const std::string& op, const std::string& dtype, const 
   p.x = tokens("x"), p.y = tokens("y"), p.grad_y = tokens("grad_y"), p.grad_x = tokens("grad_x");
   p.residual = tokens("residual");
   if (arrays.contains("size"))
-    if (const Optional size = optional_of(arrays["size"])) p.size = {size->as<float>(), size->strides[0], size->strides[1]};
+    if (const Optional size = optional_of(arrays["size"]))
+      p.size = {size->as<float>(), size->strides[0], size->strides[1]};
   if (arrays.contains("size_out")) p.size_out = array_of(arrays["size_out"]).as<float>();
-  p.mode = mode == "mean" ? MergeMode::mean
+  p.mode = mode == "mean"  ? MergeMode::mean
            : mode == "sum" ? MergeMode::sum
            : mode == "max" ? MergeMode::max
                            : MergeMode::first;
   const Array slots = array_of(assign);
   p.batch = slots.shape[0], p.n = int(n), p.n_out = int(n_out), p.channels = int(channels);
-  p.assign = slots.as<int32_t>(), p.offsets = array_of(offsets).as<int32_t>(), p.members = array_of(members).as<int32_t>();
-  const RowOp which = op == "merge" ? RowOp::merge
-                      : op == "backward" ? RowOp::backward
+  p.assign = slots.as<int32_t>(), p.offsets = array_of(offsets).as<int32_t>(),
+  p.members = array_of(members).as<int32_t>();
+  const RowOp which = op == "merge"          ? RowOp::merge
+                      : op == "backward"     ? RowOp::backward
                       : op == "max_backward" ? RowOp::max_backward
                                              : RowOp::unmerge;
   run_rows(simt::Launcher{seed}, which, type, all_aligned, p);

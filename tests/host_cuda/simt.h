@@ -1,6 +1,6 @@
-// A small SIMT machine on the CPU, enough to run fastok's device code compiled by g++: one fiber per CUDA thread, blocks
-// one after another, and whichever fiber can run next is drawn from a seeded generator. csrc/common/device.cuh includes
-// this in place of the CUDA headers when FASTOK_HOST is defined.
+// A small SIMT machine on the CPU, enough to run fastok's device code compiled by g++: one fiber per CUDA thread,
+// blocks one after another, and whichever fiber can run next is drawn from a seeded generator. csrc/common/device.cuh
+// includes this in place of the CUDA headers when FASTOK_HOST is defined.
 //
 // A fiber gives way at barriers, warp collectives and atomics only. Threads that wait for one another in vain (a
 // barrier that part of the block never reaches, lanes in different collectives) are reported as an error.

@@ -171,7 +171,10 @@ def test_nearest_exact(n, m, k, similarity, dtype):
     mask = torch.rand(2, m) < 0.5
     mask[1] = m > 9
     for at in (None, mask, mask[:, ::1].repeat(1, 2)[:, ::2][:, :m]):
-        same(host.nearest(x, unaligned(y), k, similarity=similarity, mask=at), match.nearest(x, y, k, similarity=similarity, mask=at))
+        same(
+            host.nearest(x, unaligned(y), k, similarity=similarity, mask=at),
+            match.nearest(x, y, k, similarity=similarity, mask=at),
+        )
     x[0, 0] = NAN
     y[1, m // 2] = NAN
     same(host.nearest(x, y, k, similarity=similarity), match.nearest(x, y, k, similarity=similarity))
@@ -228,7 +231,9 @@ def test_merge(channels, mode, dtype):
     x[1, ::2] = 1
     size = torch.randint(0, 3, (2, 50)).float()
     tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    for source, weight in itertools.product((x, unaligned(x), x.mT.contiguous().mT), (None, size, size.mT.contiguous().mT)):
+    for source, weight in itertools.product(
+        (x, unaligned(x), x.mT.contiguous().mT), (None, size, size.mT.contiguous().mT)
+    ):
         y, size_out = host.merge(source, *maps, weight, mode)
         spec, spec_size = merge.merge(x, *maps, weight, mode)
         torch.testing.assert_close(y, spec, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -1,4 +1,4 @@
-"""``bipartite_match`` and ``nearest``: checks and fake kernels. Kernels are in csrc/match, the spec in reference/match."""
+"""``bipartite_match`` and ``nearest``: checks and fake kernels; the kernels are in csrc/match."""
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ def bipartite_match(
     """Bipartite soft matching: the ``r`` sources most similar to some destination merge into it.
 
     Args:
-        metric: ``[B,N,D]`` fp32, fp16 or bf16, what similarity is measured on (cosine, in fp32). Any strides; not copied
-            if the last dimension is contiguous. No gradient flows through it.
+        metric: ``[B,N,D]`` fp32, fp16 or bf16, what similarity is measured on (cosine, in fp32). Any strides; not
+            copied if the last dimension is contiguous. No gradient flows through it.
         r: how many tokens to merge away, at least 0. Clamped to ``(N - protect) // 2`` for ``"alternate"``, to the
             unprotected sources for a pair, and per sample to the sources whose score is not NaN.
         protect: that many leading tokens are neither merged nor merged into (CLS, distillation, registers).
@@ -127,7 +127,9 @@ def nearest(
 def _checked_pair(partition: tuple[Tensor, Tensor], metric: Tensor) -> tuple[Tensor, Tensor]:
     """Source and destination positions as int64, in range, each position at most once."""
     if not isinstance(partition, tuple) or len(partition) != 2:
-        raise TypeError(f"partition must be 'alternate' or a pair (src, dst) of tensors, got {type(partition).__name__}")
+        raise TypeError(
+            f"partition must be 'alternate' or a pair (src, dst) of tensors, got {type(partition).__name__}"
+        )
     batch, n, _ = metric.shape
     for name, index in zip(("partition src", "partition dst"), partition, strict=True):
         if index.dim() == 1:

@@ -111,9 +111,7 @@ def _merge_autograd(ctx: Any, grad_y: Tensor, grad_size_out: Tensor) -> tuple[Te
     x, y, assign, offsets, members, size, size_out = ctx.saved_tensors
     grad_x = grad_size = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.fastok.merge_backward(
-            grad_y, x, y, assign, offsets, members, size, size_out, ctx.mode
-        )
+        grad_x = torch.ops.fastok.merge_backward(grad_y, x, y, assign, offsets, members, size, size_out, ctx.mode)
     if ctx.needs_input_grad[4]:
         grad_size = _size_gradient(ctx.mode, x, y, assign, offsets, members, size_out, grad_y, grad_size_out)
     return grad_x, None, None, None, grad_size, None

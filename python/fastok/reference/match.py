@@ -40,7 +40,9 @@ def rank_of(*keys: Tensor) -> Tensor:
     order = torch.arange(keys[0].shape[-1], device=keys[0].device).expand_as(keys[0])
     for key in reversed(keys):
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, stable=True))
-    return torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
 
 
 def match_map(
@@ -152,10 +154,7 @@ def nearest_rows(x: Tensor, y: Tensor, k: int, similarity: str, mask: Tensor | N
     values, indices = [], []
     per_row = y.shape[1] * (y.shape[2] if similarity == "euclidean" else 1)
     for rows in x.split(max(1, _CHUNK // max(1, per_row)), dim=1):
-        if similarity == "euclidean":
-            score = -(rows[:, :, None] - y[:, None]).square().sum(-1)
-        else:
-            score = rows @ y.mT
+        score = -(rows[:, :, None] - y[:, None]).square().sum(-1) if similarity == "euclidean" else rows @ y.mT
         if mask is not None:
             score = score.masked_fill(~mask[:, None], math.nan)
         score, index = torch.where(score.isnan(), -math.inf, score).sort(dim=-1, descending=True, stable=True)

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def build_map(assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
-    """``assign`` int32 ``[B,N]`` (-1 = dropped) as CSR: ``offsets`` ``[B,M+1]``, ``members`` ``[B,N]`` padded with -1."""
-    batch, n = assign.shape
+    """``assign`` int32 ``[B,N]`` (-1 = dropped) as CSR: ``offsets[B,M+1]``, ``members[B,N]`` padded with -1."""
+    batch = assign.shape[0]
     slot = torch.where(assign < 0, n_out, assign).long()
     members = slot.argsort(dim=1, stable=True)
     members = torch.where(slot.gather(1, members) == n_out, -1, members)
@@ -38,15 +38,17 @@ def merge(
         return torch.where(empty, 0, y).to(x.dtype), size_out.float()
     wide = slot[..., None].expand(-1, -1, channels)
     if mode == "max":
-        y = acc.new_zeros(batch, n_out + 1, channels).scatter_reduce(1, wide, acc, "amax", include_self=False)[:, :n_out]
+        y = acc.new_zeros(batch, n_out + 1, channels).scatter_reduce(1, wide, acc, "amax", include_self=False)[
+            :, :n_out
+        ]
     else:
         if mode == "mean":
             total = torch.where(size_out == 0, 1, size_out)
             share = weight / torch.nn.functional.pad(total, (0, 1), value=1.0).gather(1, slot)
             alive = torch.nn.functional.pad(size_out != 0, (0, 1)).gather(1, slot)[..., None]
             acc = torch.where(alive, acc * share[..., None], 0)
-        y = acc.new_zeros(batch, n_out + 1, channels).scatter_add(1, wide, acc)[:, :n_out]
-    return torch.where(empty, 0, y).to(x.dtype), size_out.float()
+        y = acc.new_zeros(batch, n_out + 1, channels).scatter_add(1, wide, acc)
+    return torch.where(empty, 0, y[:, :n_out]).to(x.dtype), size_out.float()
 
 
 def merge_backward(
@@ -64,7 +66,7 @@ def merge_backward(
 
     In mode ``"max"`` the gradient of a channel goes to the lowest-index member that holds the maximum.
     """
-    batch, n, channels = x.shape
+    batch, n, _ = x.shape
     n_out = offsets.shape[1] - 1
     slot = _slots(assign, n_out)
 

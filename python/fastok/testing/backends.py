@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -71,7 +71,7 @@ def _isa(isa: str | None) -> Iterator[None]:
 
 
 def _reference(op: str) -> Function:
-    return _library.REFERENCE[op]
+    return cast(Function, _library.REFERENCE[op])
 
 
 def _native(op: str) -> Function:

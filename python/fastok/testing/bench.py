@@ -169,7 +169,8 @@ def _header(machine: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n"
         f"limits measured now: copy {machine['copy_gb_per_s']} GB/s, GEMM {gemm} GFLOP/s\n"
     )
-    return title + f"{'case':<58}{'ours µs':>10}{'rival µs':>10}{'ratio':>8}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  vs"
+    columns = f"{'ours µs':>10}{'rival µs':>10}{'ratio':>8}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  vs"
+    return f"{title}{'case':<58}{columns}"
 
 
 def _row(r: Result) -> str:

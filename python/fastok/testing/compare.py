@@ -16,9 +16,7 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = "result") -> None:
         )
 
 
-def assert_accurate(
-    actual: Tensor, truth: Tensor, peer: Tensor, *, factor: float = 2.0, name: str = "result"
-) -> None:
+def assert_accurate(actual: Tensor, truth: Tensor, peer: Tensor, *, factor: float = 2.0, name: str = "result") -> None:
     """``actual`` errs at most ``factor`` times as much as the same computation in PyTorch.
 
     Args:

@@ -208,7 +208,7 @@ def _best_destination(
                 a = (a * a_scale[:, None]).to(x.dtype.element_ty)
                 b = (b * b_scale[:, None]).to(x.dtype.element_ty)
             product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
-        # One correctly rounded division by both norms: parallel rows of one channel then have cosine 1 exactly, and tie.
+        # One correctly rounded division by both norms: with a single channel every cosine is exactly 1 or -1, and ties.
         b_norm = tl.load(norm + destination, mask=j < n_dst, other=1)
         cosine = tl.div_rn(product, a_norm[:, None] * b_norm[None, :])
         cosine = tl.where(allowed[None, :] & (cosine == cosine), cosine, float("-inf"))

@@ -1,0 +1,22 @@
+# libfastok_cuda: the CUDA backend, loaded by fastok where torch sees a GPU. Its undefined symbols (torch's CUDA half)
+# resolve against the torch that Python loaded.
+set(CMAKE_CUDA_ARCHITECTURES ${FASTOK_CUDA_ARCHS})
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+
+add_library(fastok_cuda SHARED csrc/match/match_cuda.cu csrc/merge/merge_cuda.cu)
+set_target_properties(fastok_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+target_link_libraries(fastok_cuda PRIVATE fastok_torch)
+target_compile_definitions(fastok_cuda PRIVATE USE_CUDA)  # shows the stable ABI's CUDA half
+
+string(REPLACE ";" "," host_warnings "${warnings}")
+string(REPLACE ";" "," host_reproducible "${reproducible}")
+# Not CMAKE_CUDA_STANDARD: CMake 3.25.1 does not know that nvcc 13 has C++20.
+target_compile_options(fastok_cuda PRIVATE -std=c++20 -Xcompiler=${host_warnings} -Xcompiler=${host_reproducible})
+if(FASTOK_WERROR)
+  target_compile_options(fastok_cuda PRIVATE -Werror=all-warnings)
+endif()
+
+install(TARGETS fastok_cuda LIBRARY DESTINATION .)

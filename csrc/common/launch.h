@@ -1,0 +1,56 @@
+// What the CUDA bindings share: checks, pointers, and how kernels are started on torch's current stream.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/tensor.h"
+
+namespace fastok::cuda {
+
+// Starts kernels on the current stream of the device of `like`, which is made the current one for as long as this
+// lives. Neither allocates nor waits, so that it can be captured in a graph.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& like) : guard_(like.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class... Parameters, class... Arguments>
+  void operator()(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...), const Arguments&... args) {
+    constexpr size_t kGrantedToAll = 48 << 10;
+    if (shared_bytes > kGrantedToAll)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    kernel<<<grid, block, shared_bytes, stream_>>>(args...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  void zero(void* p, size_t bytes) { STD_CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, stream_)); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline void check_on_device(const Tensor& x, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " must be on the device of ",
+                  like_name);
+}
+
+inline void check_shape(const Tensor& x, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = x.dim() == int64_t(shape.size());
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(same, name, " has the wrong shape");
+}
+
+// Kernels count tokens and channels in 32 bits, elements in 64.
+inline void check_countable(int64_t count, const char* what) {
+  STD_TORCH_CHECK(count < (int64_t(1) << 30), what, " must be less than 2**30, got ", count);
+}
+
+// One dimension of a grid.
+inline void check_grid(int64_t blocks, const char* what) {
+  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), what, " is too large: ", blocks, " blocks");
+}
+
+}  // namespace fastok::cuda
