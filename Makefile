@@ -61,9 +61,9 @@ $(VENV)/.demo: requirements/demo.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -r requirements/demo.txt
 	touch $@
 
-$(VENV)/.test: requirements/test.txt requirements/test-no-deps.txt $(VENV)/.demo
+$(VENV)/.test: requirements/test.txt requirements/timm.txt $(VENV)/.demo
 	$(BIN)/pip install -q -r requirements/test.txt
-	$(BIN)/pip install -q --no-deps -r requirements/test-no-deps.txt
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/timm -r requirements/timm.txt
 	touch $@
 
 $(VENV)/.build: $(sources) $(VENV)/.demo

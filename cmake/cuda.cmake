@@ -13,7 +13,8 @@ target_compile_definitions(fastok_cuda PRIVATE USE_CUDA)  # shows the stable ABI
 
 string(REPLACE ";" "," host_warnings "${warnings}")
 string(REPLACE ";" "," host_reproducible "${reproducible}")
-# Not CMAKE_CUDA_STANDARD: CMake 3.25.1 does not know that nvcc 13 has C++20.
+# CMake 3.25.1 does not know that nvcc 13 has C++20: its own way of asking, taken over from C++, is switched off.
+set_target_properties(fastok_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED OFF)
 target_compile_options(fastok_cuda PRIVATE -std=c++20 -Xcompiler=${host_warnings} -Xcompiler=${host_reproducible})
 if(FASTOK_WERROR)
   target_compile_options(fastok_cuda PRIVATE -Werror=all-warnings)

@@ -158,7 +158,7 @@ def picture_grid(
         raise ValueError(f"columns must be >= 1, got {columns}")
     width = max(picture.width for picture in pictures)
     text = max(14, width // 16)
-    gap, line, font = text, 2 * text, ImageFont.load_default(text)
+    gap, line, font = text, text * 9 // 4, ImageFont.load_default(text)
     starts = range(0, len(pictures), columns)
     heights = [max(picture.height for picture in pictures[start : start + columns]) + line for start in starts]
     used = min(columns, len(pictures))
@@ -170,7 +170,7 @@ def picture_grid(
             picture = pictures[start + column]
             left = gap + column * (width + gap)
             sheet.paste(picture, (left + (width - picture.width) // 2, top + height - line - picture.height))
-            middle = (left + width // 2, top + height - line // 2 - text // 8)
+            middle = (left + width // 2, top + height - line + text)
             draw.text(middle, captions[start + column], fill=_INK, font=font, anchor="mm")
         top += height
     return sheet

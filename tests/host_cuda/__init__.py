@@ -7,10 +7,12 @@ blocks and threads run. Results are poisoned before each call.
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
@@ -50,9 +52,17 @@ def match_map(
     n_dst = n // 2 if dst is None else dst.shape[-1]
     n_out = n if threshold is not None or r <= 0 or 0 in (n_src, n_dst) else n - r
     results = tuple(_poisoned(shape) for shape in ((batch, n), (batch,), (batch, n_out + 1), (batch, n)))
-    arrays = [_describe(x) for x in (bias, _dense(src), _dense(dst))]
+    metric, src, dst = _dense(metric), _dense(src), _dense(dst)  # held here: the kernels see only addresses
     native.bipartite_match(
-        seed, *_typed(metric), r, protect, threshold, *arrays, sorted_order, *map(_describe, results)
+        seed,
+        _name(metric),
+        _describe(metric),
+        r,
+        protect,
+        threshold,
+        *map(_describe, (bias, src, dst)),
+        sorted_order,
+        *map(_describe, results),
     )
     return results
 
@@ -63,8 +73,9 @@ def nearest(
     """``torch.ops.fastok.nearest``."""
     shape = (x.shape[0], x.shape[1], k)
     value, index = _poisoned(shape, torch.float32), _poisoned(shape, torch.int64)
-    y = _dense(y)
-    native.nearest(seed, *_typed(x), _describe(y), k, similarity, _describe(mask), _describe(value), _describe(index))
+    x, y = _dense(x), _dense(y)  # held here: the kernels see only addresses
+    arrays = map(_describe, (mask, value, index))
+    native.nearest(seed, _name(x), _describe(x), _describe(y), k, similarity, *arrays)
     return value, index
 
 
@@ -120,7 +131,7 @@ def _rows(op: str, mode: str, assign: Tensor, offsets: Tensor, members: Tensor, 
     native.rows(
         seed,
         op,
-        str(example.dtype).removeprefix("torch."),
+        _name(example),
         mode,
         assign.shape[1],
         offsets.shape[1] - 1,
@@ -137,13 +148,13 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tenso
     return torch.full(shape, float("nan") if dtype.is_floating_point else -(10**9), dtype=dtype)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _dense(x: MaybeTensor) -> MaybeTensor:
     """``x`` with a contiguous last dimension, as the binding sees to it."""
     return x if x is None or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _typed(x: Tensor) -> tuple[str, Any]:
-    return str(x.dtype).removeprefix("torch."), _describe(_dense(x))
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _describe(x: Tensor | None) -> tuple[int, list[int], list[int]] | None:

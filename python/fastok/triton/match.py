@@ -55,7 +55,7 @@ def bipartite_match(
         src, dst = (positions.contiguous().expand(batch, positions.shape[-1]) for positions in (src, dst))
         n_src, n_dst = src.shape[1], dst.shape[1]
     identity = torch.arange(n, dtype=torch.int32, device=device)
-    if batch * n_src == 0 or n_dst == 0 or r <= 0:
+    if n_src == 0 or n_dst == 0 or r <= 0:
         assign = identity.repeat(batch, 1)
         return assign, torch.full((batch,), n, dtype=torch.int32, device=device), *build_map(assign, n)
 
@@ -91,7 +91,7 @@ def bipartite_match(
     _assign[(batch, triton.cdiv(n, _ASSIGN_BLOCK))](head, slot, counts, assign, n, BLOCK=_ASSIGN_BLOCK)
     if threshold is not None:
         n_out = n
-    elif static_shape:
+    elif static_shape or batch == 0:
         n_out = n - r
     else:
         n_out = int(counts.max())

@@ -38,7 +38,7 @@ def build_map(assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
     members = torch.empty_like(assign)
     if batch > 0:
         grid = (batch, triton.cdiv(max(n, n_out + 1), _MAP_TILE))
-        _build_map[grid](assign, offsets, members, n, n_out, TILE=_MAP_TILE)
+        _build_map[grid](assign, offsets, members, n, n_out, TILE=_MAP_TILE, num_warps=8)
     return offsets, members
 
 

@@ -1,0 +1,1 @@
+"""Models and data sets that ship with fastok for demonstrations and tests."""
