@@ -15,13 +15,17 @@ using torch::stable::Tensor;
 
 inline Dtype dtype_of(const Tensor& x, const char* name, bool allow_f64 = false) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
     case ScalarType::Double:
       if (allow_f64) return Dtype::f64;
       [[fallthrough]];
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
 }
 

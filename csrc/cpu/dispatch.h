@@ -18,22 +18,36 @@ FASTOK_EXPORT bool set_isa(Isa isa);
 FASTOK_EXPORT bool has_isa(Isa isa);
 
 #if defined(__x86_64__)
-#define FASTOK_DECLARE_KERNELS(Table, name)      \
-  namespace baseline { extern const Table name; } \
-  namespace avx2 { extern const Table name; }     \
-  namespace avx512 { extern const Table name; }   \
-  namespace amx { extern const Table name; }      \
-  inline const Table& pick_##name() {             \
-    switch (active_isa()) {                       \
-      case Isa::amx: return amx::name;            \
-      case Isa::avx512: return avx512::name;      \
-      case Isa::avx2: return avx2::name;          \
-      default: return baseline::name;             \
-    }                                             \
+#define FASTOK_DECLARE_KERNELS(Table, name) \
+  namespace baseline {                      \
+  extern const Table name;                  \
+  }                                         \
+  namespace avx2 {                          \
+  extern const Table name;                  \
+  }                                         \
+  namespace avx512 {                        \
+  extern const Table name;                  \
+  }                                         \
+  namespace amx {                           \
+  extern const Table name;                  \
+  }                                         \
+  inline const Table& pick_##name() {       \
+    switch (active_isa()) {                 \
+      case Isa::amx:                        \
+        return amx::name;                   \
+      case Isa::avx512:                     \
+        return avx512::name;                \
+      case Isa::avx2:                       \
+        return avx2::name;                  \
+      default:                              \
+        return baseline::name;              \
+    }                                       \
   }
 #else
-#define FASTOK_DECLARE_KERNELS(Table, name)      \
-  namespace baseline { extern const Table name; } \
+#define FASTOK_DECLARE_KERNELS(Table, name) \
+  namespace baseline {                      \
+  extern const Table name;                  \
+  }                                         \
   inline const Table& pick_##name() { return baseline::name; }
 #endif
 

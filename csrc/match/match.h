@@ -15,9 +15,9 @@ struct Rows {
   int64_t stride;            // elements from one row to the next; the last dimension is contiguous
   const int32_t* positions;  // nullptr: row i is row i
   int64_t count;
-  int64_t width;             // D
-  const bool* mask;          // by row number; nullptr: all rows are candidates
-  int64_t first_position;    // rows at positions before this one are no candidates
+  int64_t width;           // D
+  const bool* mask;        // by row number; nullptr: all rows are candidates
+  int64_t first_position;  // rows at positions before this one are no candidates
 };
 
 enum class Similarity { cosine, dot, euclidean };

@@ -37,7 +37,9 @@ struct Panels {
   size_t row_bytes, col_bytes;
   Scratch rows, cols;
 
-  const std::byte* row_panel(int64_t b, int64_t p) const { return rows.get() + size_t(b * n_row_panels + p) * row_bytes; }
+  const std::byte* row_panel(int64_t b, int64_t p) const {
+    return rows.get() + size_t(b * n_row_panels + p) * row_bytes;
+  }
   const std::byte* col_panel(int64_t b) const { return cols.get() + size_t(b * n_col_panels) * col_bytes; }
 };
 
@@ -49,8 +51,13 @@ Panels pack_panels(const PanelEngine& engine, int64_t batch, Similarity similari
   const int64_t n_row_panels = (rows.count + engine.rows - 1) / engine.rows;
   const int64_t n_col_panels = (cols.count + engine.cols - 1) / engine.cols;
   const size_t row_bytes = engine.row_panel_bytes(rows.width), col_bytes = engine.col_panel_bytes(rows.width);
-  Panels panels{engine,    rows.width, n_row_panels, n_col_panels,
-                row_bytes, col_bytes,  allocate(size_t(batch * n_row_panels) * row_bytes),
+  Panels panels{engine,
+                rows.width,
+                n_row_panels,
+                n_col_panels,
+                row_bytes,
+                col_bytes,
+                allocate(size_t(batch * n_row_panels) * row_bytes),
                 allocate(size_t(batch * n_col_panels) * col_bytes)};
   const int64_t per_sample = n_row_panels + n_col_panels;
   const int64_t grain = 1 + (16 << 10) / (int64_t(col_bytes) + 1);

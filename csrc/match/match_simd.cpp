@@ -36,9 +36,12 @@ void widen_row(const Rows& rows, int64_t row, float* out) {
   const int64_t position = rows.positions ? rows.positions[row] : row;
   const int64_t offset = position * rows.stride;
   switch (rows.dtype) {
-    case Dtype::f16: return widen_row(static_cast<const f16*>(rows.data) + offset, rows.width, out);
-    case Dtype::bf16: return widen_row(static_cast<const bf16*>(rows.data) + offset, rows.width, out);
-    default: return widen_row(static_cast<const float*>(rows.data) + offset, rows.width, out);
+    case Dtype::f16:
+      return widen_row(static_cast<const f16*>(rows.data) + offset, rows.width, out);
+    case Dtype::bf16:
+      return widen_row(static_cast<const bf16*>(rows.data) + offset, rows.width, out);
+    default:
+      return widen_row(static_cast<const float*>(rows.data) + offset, rows.width, out);
   }
 }
 
@@ -284,8 +287,8 @@ void best_k_of(const float* a, int64_t n_rows, const float* b, int64_t n_col_pan
 void best_k(const void* row_panel, int64_t n_rows, const void* col_panels, int64_t n_col_panels, int64_t width,
             Similarity similarity, int64_t k, float* score, int64_t* index) {
   const auto run = similarity == Similarity::euclidean ? best_k_of<Similarity::euclidean> : best_k_of<Similarity::dot>;
-  run(static_cast<const float*>(row_panel), n_rows, static_cast<const float*>(col_panels), n_col_panels, width, k, score,
-      index);
+  run(static_cast<const float*>(row_panel), n_rows, static_cast<const float*>(col_panels), n_col_panels, width, k,
+      score, index);
 }
 
 // ---- bf16 engine: AMX tiles ----------------------------------------------------------------------------------------
@@ -321,8 +324,8 @@ void pack_tiles(const Rows& rows, int64_t panel, Similarity, void* out, float* s
     }
     for (int64_t d = 0; d < n_blocks * kDepth; ++d) {
       const int64_t in_block = d % kDepth;
-      const int64_t at = kColumns ? (in_block / 2) * kTile * 2 + (i % kTile) * 2 + in_block % 2
-                                  : (i % kTile) * kDepth + in_block;
+      const int64_t at =
+          kColumns ? (in_block / 2) * kTile * 2 + (i % kTile) * 2 + in_block % 2 : (i % kTile) * kDepth + in_block;
       bf16& element = base[(d / kDepth) * kBlock + at];
       if (valid && d < rows.width) {
         narrow(scratch[d], element);

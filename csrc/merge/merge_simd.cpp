@@ -211,18 +211,20 @@ void unmerge_rows(const TokenMapView& map, Tokens y, Tokens residual, Tokens out
 template <class Body>
 void with_type(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::f64: return body(double{});
-    case Dtype::f32: return body(float{});
-    case Dtype::f16: return body(f16{});
-    case Dtype::bf16: return body(bf16{});
+    case Dtype::f64:
+      return body(double{});
+    case Dtype::f32:
+      return body(float{});
+    case Dtype::f16:
+      return body(f16{});
+    case Dtype::bf16:
+      return body(bf16{});
   }
 }
 
-void merge(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y,
-           float* size_out, int64_t channels, int64_t begin, int64_t end) {
-  with_type(dtype, [&](auto t) {
-    merge_rows<decltype(t)>(mode, map, x, size, y, size_out, channels, begin, end);
-  });
+void merge(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y, float* size_out,
+           int64_t channels, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto t) { merge_rows<decltype(t)>(mode, map, x, size, y, size_out, channels, begin, end); });
 }
 void backward(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens grad_y, const float* size,
               const float* size_out, Tokens grad_x, int64_t channels, int64_t begin, int64_t end) {
@@ -232,9 +234,7 @@ void backward(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens grad_
 }
 void max_backward(Dtype dtype, const TokenMapView& map, Tokens grad_y, Tokens x, Tokens y, Tokens grad_x,
                   int64_t channels, int64_t begin, int64_t end) {
-  with_type(dtype, [&](auto t) {
-    max_backward_rows<decltype(t)>(map, grad_y, x, y, grad_x, channels, begin, end);
-  });
+  with_type(dtype, [&](auto t) { max_backward_rows<decltype(t)>(map, grad_y, x, y, grad_x, channels, begin, end); });
 }
 void unmerge(Dtype dtype, const TokenMapView& map, Tokens y, Tokens residual, Tokens out, int64_t channels,
              int64_t begin, int64_t end) {
