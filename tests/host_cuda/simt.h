@@ -60,6 +60,7 @@ struct Fiber {
   std::unique_ptr<std::byte[]> stack;
   dim3 index;
   int warp = 0, lane = 0, exchanges = 0, syncs = 0;
+  size_t shared_used = 0;
   bool done = false;
 };
 
@@ -144,6 +145,7 @@ class Machine {
     fiber.index = {unsigned(i) % block_.x, unsigned(i) / block_.x % block_.y, unsigned(i) / block_.x / block_.y};
     fiber.warp = i / kWarpSize, fiber.lane = i % kWarpSize;
     fiber.exchanges = fiber.syncs = 0;
+    fiber.shared_used = 0;
     fiber.done = fiber.started = false;
     ++warps_[size_t(fiber.warp)].size;
     getcontext(&fiber.start);
@@ -204,6 +206,15 @@ class Machine {
 
 inline unsigned char* shared_memory() { return Machine::get().shared_memory(); }
 inline int lane() { return Machine::get().self().lane; }
+
+// What SharedMemory of csrc/common/device.cuh is made of: divides the block's memory anew, and takes the next array.
+inline void start_sharing() { Machine::get().self().shared_used = 0; }
+inline unsigned char* share(size_t bytes, const char*) {
+  Fiber& fiber = Machine::get().self();
+  unsigned char* const array = shared_memory() + fiber.shared_used;
+  fiber.shared_used += (bytes + 15) / 16 * 16;
+  return array;
+}
 
 // The exchange on which every warp collective is built: each lane gives a value and gets all 32. `doing` names the
 // collective; lanes in different ones are an error.
