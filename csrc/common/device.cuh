@@ -20,7 +20,7 @@ namespace fastok::cuda {
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 
-// ---- element types -------------------------------------------------------------------------------------------------
+// ---- element types --------------------------------------------------------------------------------------------------
 
 // The type that sums are kept in.
 template <class T>
@@ -50,7 +50,34 @@ struct alignas(sizeof(T) * kCount) Pack {
   T at[kCount];
 };
 
-// ---- warps and blocks ----------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+// The block's dynamic shared memory, divided into named arrays in the order of the calls; shared_bytes() in
+// common/plan.h tells what each takes. Another object divides the whole anew, once nobody uses the old arrays.
+class SharedMemory {
+ public:
+#if defined(FASTOK_HOST)
+  // The host machine knows where every array ends.
+  explicit SharedMemory(unsigned char*) { simt::start_sharing(); }
+  template <class T>
+  T* take(int count, const char* name) {
+    return reinterpret_cast<T*>(simt::share(size_t(count) * sizeof(T), name));
+  }
+#else
+  __device__ __forceinline__ explicit SharedMemory(unsigned char* memory) : next_(memory) {}
+  template <class T>
+  __device__ __forceinline__ T* take(int count, const char*) {
+    T* const array = reinterpret_cast<T*>(next_);
+    next_ += (count * int(sizeof(T)) + 15) & ~15;
+    return array;
+  }
+
+ private:
+  unsigned char* next_;
+#endif
+};
+
+// ---- warps and blocks -----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp_index() { return int(threadIdx.x) / kWarpSize; }

@@ -28,7 +28,7 @@ Scratch allocate(size_t bytes) {
   return Scratch(static_cast<std::byte*>(p));
 }
 
-// ---- panels of a batch ---------------------------------------------------------------------------------------------
+// ---- panels of a batch ----------------------------------------------------------------------------------------------
 
 // All samples' rows and columns, packed into panels of one engine.
 struct Panels {
@@ -102,7 +102,7 @@ const PanelEngine& choose_engine(Dtype dtype, Similarity similarity, int64_t wid
   return tiles ? *kernels.bf16 : kernels.fp32;
 }
 
-// ---- bipartite_match -----------------------------------------------------------------------------------------------
+// ---- bipartite_match ------------------------------------------------------------------------------------------------
 
 // Positions of one side of the partition, shared by the batch or per sample.
 struct Side {
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_
   return {assign, counts, offsets, members};
 }
 
-// ---- nearest -------------------------------------------------------------------------------------------------------
+// ---- nearest --------------------------------------------------------------------------------------------------------
 
 Similarity similarity_of(const std::string& name) {
   if (name == "cosine") return Similarity::cosine;

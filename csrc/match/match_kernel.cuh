@@ -28,7 +28,7 @@ struct MatchParams {
   bool by_threshold, sorted_order;
   float threshold;
 
-  int row_tiles, order_words;
+  int row_tiles, sort_width, order_words;
   bool fused;
   SweepShape shape;
   CsrPlan csr;
@@ -39,8 +39,7 @@ struct MatchParams {
   __device__ bool ranks_differ() const { return by_threshold && bias; }
 };
 
-// ---- a source's choice
-// -----------------------------------------------------------------------------------------------
+// ---- a source's choice ----------------------------------------------------------------------------------------------
 
 // Sort keys: ascending from the best score; then sources without one, then those that may not merge.
 constexpr uint32_t kKeyUnscored = 0xfffffffdu, kKeyProtected = 0xfffffffeu;
@@ -78,10 +77,56 @@ __device__ inline int find_first_allowed(const TokenList& dst, int protect, int*
   return *scratch < dst.count ? *scratch : 0;
 }
 
-// ---- selection
-// -------------------------------------------------------------------------------------------------------
+// ---- selection ------------------------------------------------------------------------------------------------------
 
-// How many sources come before one: of all, and of those that may merge.
+// What becomes of a source: its mate's number if it merges, else ~(its place in order). `all` and `eligible` are how
+// many sources come before it: of all, and of those that may merge.
+__device__ inline int decide(int mate, int all, int eligible, int r) { return mate >= 0 && eligible < r ? mate : ~all; }
+
+// A source's sort key, then its index: equal keys go by index.
+__device__ inline uint64_t ordered(uint32_t key, int i) { return uint64_t(key) << 32 | unsigned(i); }
+
+// Sorts keys[count], a power of two, ascending. Bitonic: each step compares pairs that are `step` apart.
+__device__ inline void sort_in_block(uint64_t* keys, int count) {
+  for (int span = 2; span <= count; span *= 2) {
+    for (int step = span / 2; step > 0; step /= 2) {
+      for (int pair = int(threadIdx.x); pair < count / 2; pair += int(blockDim.x)) {
+        const int low = (pair & ~(step - 1)) * 2 + (pair & (step - 1)), high = low + step;
+        const uint64_t a = keys[low], b = keys[high];
+        if ((a > b) == ((low & span) == 0)) keys[low] = b, keys[high] = a;
+      }
+      // Pairs at most a warp apart stay with their warp as long as the next ones do.
+      const int next = step > 1 ? step / 2 : span;
+      if (step <= kWarpSize && next <= kWarpSize) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// From the sources' sorted order to what becomes of each, in place of its mate.
+__device__ inline void decide_in_order(const uint64_t* order, int n_src, int r, bool ranks_differ, int* mates,
+                                       int* scratch) {
+  int carry = 0;
+  for (int base = 0; base < n_src; base += int(blockDim.x)) {
+    const int place = base + int(threadIdx.x);
+    const bool inside = place < n_src;
+    const int i = inside ? int(uint32_t(order[place])) : 0;
+    const int mate = inside ? mates[i] : ~0;
+    int eligible = place;  // those that may merge come first
+    if (ranks_differ) {
+      int total;
+      eligible = carry + block_exclusive_sum(mate >= 0, scratch, total);
+      carry += total;
+    }
+    if (inside) mates[i] = decide(mate, place, eligible, r);
+  }
+}
+
+// A source's place in order, by counting those before it: for more sources than one block could sort.
 struct Ranks {
   int all = 0, eligible = 0;
 
@@ -102,13 +147,9 @@ struct Ranks {
       eligible += before;
     }
   }
-
-  // What becomes of the source: its mate's number if it merges, else ~(its place in order).
-  __device__ int state(int mate, int r) const { return mate >= 0 && eligible < r ? mate : ~all; }
 };
 
-// ---- numbering the slots
-// ---------------------------------------------------------------------------------------------
+// ---- numbering the slots --------------------------------------------------------------------------------------------
 
 // Heads, the tokens that keep a slot, are numbered by a bit set over their places in slot order: a head's slot is the
 // number of bits before its own. In order "tome" the places are [tokens in neither list][kept sources][destinations];
@@ -185,29 +226,24 @@ __device__ inline void number_slots(const MatchParams& p, int64_t b, const int* 
   __syncthreads();
 }
 
-// ---- kernels
-// ---------------------------------------------------------------------------------------------------------
+// ---- kernels --------------------------------------------------------------------------------------------------------
 
-// The rest of a sample, from its sources' choices, in one block. `shared` is match_bytes of memory whose first 32 ints
-// are scratch; the choices lie behind them.
-__device__ inline void finish_sample(const MatchParams& p, int64_t b, int* shared, const uint32_t* keys,
-                                     const int* mates) {
+// The rest of a sample, from its sources' choices, in one block.
+__device__ inline void finish_sample(const MatchParams& p, int64_t b, SharedMemory& memory, int* scratch,
+                                     uint64_t* order, int* mates) {
   const int n_src = p.src.count, thread = int(threadIdx.x), threads = int(blockDim.x);
-  int* const state = shared + 32 + 2 * n_src;
-  int* const slot = state + n_src;
-  int* const rest = slot + p.n;
-  for (int i = thread; i < n_src; i += threads) {
-    Ranks ranks;
-    ranks.count(keys, mates, 0, n_src, i, keys[i], p.ranks_differ());
-    state[i] = ranks.state(mates[i], p.r);
-  }
+  for (int i = n_src + thread; i < p.sort_width; i += threads) order[i] = ~uint64_t(0);
+  __syncthreads();
+  sort_in_block(order, p.sort_width);
+  decide_in_order(order, n_src, p.r, p.ranks_differ(), mates, scratch);
   __syncthreads();
 
-  const int words = p.order_words;
-  const Numbering memory{shared, reinterpret_cast<uint32_t*>(rest), rest + words, slot};
-  number_slots(p, b, state, memory);
+  const Numbering numbering{scratch, memory.take<uint32_t>(p.order_words, "bits"),
+                            memory.take<int>(p.order_words, "before"), memory.take<int>(p.n, "slot")};
+  number_slots(p, b, mates, numbering);
+  const int* const slot = numbering.slot;
   for (int i = thread; i < p.n; i += threads) p.assign[b * p.n + i] = slot[i];
-  build_csr(slot, p.n, p.n_out, p.csr, rest + 2 * words, shared, p.offsets + b * (p.n_out + 1), p.members + b * p.n);
+  build_csr(slot, p.n, p.n_out, p.csr, memory, scratch, p.offsets + b * (p.n_out + 1), p.members + b * p.n);
 }
 
 // Grid: row_tiles blocks per sample. Blocks of kWarps warps, 16 sources each.
@@ -224,21 +260,27 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 ? 2 : 3) match_
   find_best<T, kWarps>(sources, row_begin, destinations, {p.protect, nullptr, 0}, p.shape, shared, best);
 
   // Choices go to shared memory if this block has the whole sample, else to what will hold the results.
-  int* const words = reinterpret_cast<int*>(shared);
+  SharedMemory memory(shared);
   const int n_src = sources.tokens.count;
   const bool alone = p.fused && p.row_tiles == 1;
-  uint32_t* const keys = reinterpret_cast<uint32_t*>(words + 32);
-  int* const mates = words + 32 + n_src;
+  int* const scratch = memory.take<int>(32, "scratch");
+  uint64_t* const order = memory.take<uint64_t>(p.fused ? p.sort_width : 0, "order");
+  int* const mates = memory.take<int>(p.fused ? n_src : 0, "mates");
   uint32_t* const global_keys = reinterpret_cast<uint32_t*>(p.members + b * p.n);
   int* const global_mates = p.assign + b * p.n;
-  const int first_allowed = find_first_allowed(destinations.tokens, p.protect, words);
+  const int first_allowed = find_first_allowed(destinations.tokens, p.protect, scratch);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = row_begin + warp_index() * 16 + lane_index() / 4 + 8 * half;
     if (i >= n_src || lane_index() % 4 != 0) continue;
     const Choice choice = make_choice(p, b, sources.tokens.at(i), best.score[half], best.column[half], first_allowed);
-    (alone ? keys : global_keys)[i] = choice.key;
-    (alone ? mates : global_mates)[i] = choice.mate;
+    if (alone) {
+      order[i] = ordered(choice.key, i);
+      mates[i] = choice.mate;
+    } else {
+      global_keys[i] = choice.key;
+      global_mates[i] = choice.mate;
+    }
   }
   if (!p.fused) return;
 
@@ -250,12 +292,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 ? 2 : 3) match_
     if (!__syncthreads_or(last)) return;
     __threadfence();
     for (int i = int(threadIdx.x); i < n_src; i += int(blockDim.x)) {
-      keys[i] = __ldcg(global_keys + i);
+      order[i] = ordered(__ldcg(global_keys + i), i);
       mates[i] = __ldcg(global_mates + i);
     }
   }
-  __syncthreads();
-  finish_sample(p, b, words, keys, mates);
+  finish_sample(p, b, memory, scratch, order, mates);
 }
 
 // Where rank_kernel leaves the states: in place of the mates, unless other blocks still read those. Then there is a
@@ -267,8 +308,9 @@ __device__ inline int32_t* states_of(const MatchParams& p, int64_t b) {
 // Grid: rank_blocks blocks per sample, one source per thread, all keys through shared memory.
 __global__ void __launch_bounds__(kRankThreads) rank_kernel(const MatchParams p, int rank_blocks) {
   FASTOK_SHARED(shared);
-  uint32_t* const keys = reinterpret_cast<uint32_t*>(shared);
-  int* const mates = reinterpret_cast<int*>(shared) + kRankTile;
+  SharedMemory memory(shared);
+  uint32_t* const keys = memory.take<uint32_t>(kRankTile, "keys");
+  int* const mates = memory.take<int>(kRankTile, "mates");
   const int64_t b = blockIdx.x / unsigned(rank_blocks);
   const int i = int(blockIdx.x % unsigned(rank_blocks)) * kRankThreads + int(threadIdx.x), n_src = p.src.count;
   const uint32_t* const all_keys = reinterpret_cast<const uint32_t*>(p.members + b * p.n);
@@ -286,20 +328,22 @@ __global__ void __launch_bounds__(kRankThreads) rank_kernel(const MatchParams p,
     __syncthreads();
     ranks.count(keys, mates, begin, count, i, key, p.ranks_differ());
   }
-  if (i < n_src) states_of(p, b)[i] = ranks.state(all_mates[i], p.r);
+  if (i < n_src) states_of(p, b)[i] = decide(all_mates[i], ranks.all, ranks.eligible, p.r);
 }
 
 // Grid: one block per sample. Slots are made in `members`, then moved.
-__global__ void __launch_bounds__(kSlotThreads) slot_kernel(const MatchParams p) {
+__global__ void __launch_bounds__(kSlotThreads, 1) slot_kernel(const MatchParams p) {
   FASTOK_SHARED(shared);
   const int64_t b = blockIdx.x;
   int32_t *const assign = p.assign + b * p.n, *const members = p.members + b * p.n;
-  int* const words = reinterpret_cast<int*>(shared);
-  const int count = p.order_words;
-  number_slots(p, b, states_of(p, b), {words, reinterpret_cast<uint32_t*>(words + 32), words + 32 + count, members});
+  SharedMemory memory(shared);
+  int* const scratch = memory.take<int>(32, "scratch");
+  number_slots(
+      p, b, states_of(p, b),
+      {scratch, memory.take<uint32_t>(p.order_words, "bits"), memory.take<int>(p.order_words, "before"), members});
   for (int i = int(threadIdx.x); i < p.n; i += int(blockDim.x)) assign[i] = members[i];
   __syncthreads();
-  build_csr(assign, p.n, p.n_out, p.csr, words + 32 + 2 * count, words, p.offsets + b * (p.n_out + 1), members);
+  build_csr(assign, p.n, p.n_out, p.csr, memory, scratch, p.offsets + b * (p.n_out + 1), members);
 }
 
 // Grid: covers B * (N + 1) elements. The map that leaves all tokens where they are.

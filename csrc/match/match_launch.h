@@ -13,6 +13,7 @@ void run_match(Launch&& launch, Dtype dtype, int64_t batch, bool aligned, MatchP
   const MatchPlan plan =
       plan_match(p.n, p.shape.width, p.src.count, p.dst.count, p.n_out, element_size(dtype), aligned);
   p.row_tiles = int(plan.row_tiles);
+  p.sort_width = plan.sort_width;
   p.order_words = plan.order_words;
   p.fused = plan.fused;
   p.shape = plan.shape;
@@ -33,7 +34,7 @@ void run_match(Launch&& launch, Dtype dtype, int64_t batch, bool aligned, MatchP
   }
   launch(dim3(unsigned(batch * plan.row_tiles)), dim3(unsigned(plan.warps * kWarpSize)), plan.match_bytes, match, p);
   if (plan.fused) return;
-  launch(dim3(unsigned(batch * plan.rank_blocks)), dim3(kRankThreads), 2 * kRankTile * sizeof(int), rank_kernel, p,
+  launch(dim3(unsigned(batch * plan.rank_blocks)), dim3(kRankThreads), 2 * shared_bytes<int>(kRankTile), rank_kernel, p,
          int(plan.rank_blocks));
   launch(dim3(unsigned(batch)), dim3(kSlotThreads), plan.slot_bytes, slot_kernel, p);
 }

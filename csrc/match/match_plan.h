@@ -1,16 +1,13 @@
 // Shapes of the matching kernels: tile sizes, which of them run, and how much shared memory they get. Pure functions of
 // the problem, for host and device. Torch-free.
 #pragma once
-#include <cstddef>
-#include <cstdint>
-
 #include "merge/merge_plan.h"
 
 namespace fastok::cuda {
 
 enum class Similarity { cosine, dot, euclidean };
 
-// ---- similarity tiles ----------------------------------------------------------------------------------------------
+// ---- similarity tiles -----------------------------------------------------------------------------------------------
 
 constexpr int kTileColumns = 64;
 constexpr int kTileRowBytes = 128, kTileChunks = kTileRowBytes / 16;
@@ -35,19 +32,19 @@ inline constexpr SweepShape plan_sweep(int64_t width, size_t element_size, int w
 
 inline constexpr size_t sweep_bytes(const SweepShape& shape, int warps) {
   const size_t rows = size_t(warps) * 16;
-  return (size_t(shape.row_slots) * rows + 2 * kTileColumns) * kTileRowBytes +
-         (rows + 2 * kTileColumns) * sizeof(float);
+  return (size_t(shape.row_slots) * rows + 2 * kTileColumns) * kTileRowBytes + shared_bytes<float>(rows) +
+         shared_bytes<float>(2 * kTileColumns);
 }
 
 // Warps of a block, 16 rows each: more of them share the column tiles, fewer give more blocks. Splitting fp32 takes
 // more registers than eight warps could have.
 inline constexpr int plan_warps(int64_t rows, size_t element_size) { return rows > 64 && element_size == 2 ? 8 : 4; }
 
-// ---- bipartite_match -----------------------------------------------------------------------------------------------
+// ---- bipartite_match ------------------------------------------------------------------------------------------------
 
-// Up to this many tokens the block that finishes a sample last also selects and numbers, all in one launch. Ranks are
-// counted, quadratically: beyond this, the whole grid has to help.
-constexpr int64_t kFusedTokens = 1024;
+// Up to this many tokens and sources the block that finishes a sample last also selects and numbers, all in one
+// launch: its shared memory holds them. Beyond, the whole grid ranks the sources by counting.
+constexpr int64_t kFusedTokens = 4096, kFusedSources = 2048;
 // The bit set that numbers the slots must fit into one block's shared memory.
 constexpr int64_t kMostTokens = 1 << 17;
 constexpr int kRankThreads = 256, kRankTile = 1024, kSlotThreads = 1024;
@@ -60,7 +57,7 @@ struct MatchPlan {
   size_t match_bytes;   // dynamic shared memory
   int64_t rank_blocks;  // of rank_kernel per sample
   size_t slot_bytes;    // of slot_kernel
-  int order_words;
+  int sort_width, order_words;
   CsrPlan csr;
 };
 
@@ -69,7 +66,19 @@ inline constexpr int64_t order_words(int64_t n, int64_t n_dst) { return (2 * n +
 
 // Bit set, its running counts, and one int per warp.
 inline constexpr size_t numbering_bytes(int64_t n, int64_t n_dst) {
-  return size_t(2 * order_words(n, n_dst) + 32) * sizeof(int);
+  return 2 * shared_bytes<int>(order_words(n, n_dst)) + shared_bytes<int>(32);
+}
+
+// What the one block sorts: a power of two.
+inline constexpr int64_t sort_width(int64_t n_src) {
+  int64_t width = 2;
+  while (width < n_src) width *= 2;
+  return width;
+}
+
+// Sort keys and mates of the sources, and a place for each token.
+inline constexpr size_t selection_bytes(int64_t n, int64_t n_src) {
+  return shared_bytes<uint64_t>(sort_width(n_src)) + shared_bytes<int>(n_src) + shared_bytes<int>(n);
 }
 
 inline constexpr MatchPlan plan_match(int64_t n, int64_t width, int64_t n_src, int64_t n_dst, int64_t n_out,
@@ -77,23 +86,25 @@ inline constexpr MatchPlan plan_match(int64_t n, int64_t width, int64_t n_src, i
   MatchPlan plan{};
   plan.warps = plan_warps(n_src, element_size);
   plan.row_tiles = (n_src + plan.warps * 16 - 1) / (plan.warps * 16);
-  plan.fused = n <= kFusedTokens;
+  plan.fused = n <= kFusedTokens && n_src <= kFusedSources;
   plan.shape = plan_sweep(width, element_size, plan.warps, true, aligned);
   plan.match_bytes = sweep_bytes(plan.shape, plan.warps);
   plan.rank_blocks = (n_src + kRankThreads - 1) / kRankThreads;
-  const int warps = plan.fused ? plan.warps : kSlotThreads / 32;
-  plan.csr = plan_csr(n, n_out, warps, kMostSharedBytes - numbering_bytes(n, n_dst));
+  plan.sort_width = int(sort_width(n_src));
   plan.order_words = int(order_words(n, n_dst));
-  plan.slot_bytes = numbering_bytes(n, n_dst) + plan.csr.shared_bytes;
-  if (plan.fused) {
-    // keys, mates and states of the sources, and a place for each token
-    const size_t selection = size_t(3 * n_src + n) * sizeof(int) + plan.slot_bytes;
-    plan.match_bytes = selection > plan.match_bytes ? selection : plan.match_bytes;
+  const int warps = plan.fused ? plan.warps : kSlotThreads / 32;
+  const size_t before_csr = numbering_bytes(n, n_dst) + (plan.fused ? selection_bytes(n, n_src) : 0);
+  plan.csr = plan_csr(n, n_out, warps, kMostSharedBytes - before_csr);
+  const size_t ending = before_csr + plan.csr.bytes;
+  if (!plan.fused) {
+    plan.slot_bytes = ending;
+  } else if (ending > plan.match_bytes) {
+    plan.match_bytes = ending;
   }
   return plan;
 }
 
-// ---- nearest -------------------------------------------------------------------------------------------------------
+// ---- nearest --------------------------------------------------------------------------------------------------------
 
 // The general kernel compares kListRows x kTileColumns rows with plain fp32 arithmetic, kListDepth elements at a time.
 constexpr int kListRows = 64, kListDepth = 32, kListThreads = 256;
@@ -101,7 +112,8 @@ constexpr int kListRows = 64, kListDepth = 32, kListThreads = 256;
 constexpr int kListPitch = kListRows + 4;
 
 inline constexpr size_t list_bytes() {
-  return (2 * size_t(kListDepth) * kListPitch + size_t(kListRows) * kListPitch + 3 * kListRows) * sizeof(float);
+  return 2 * shared_bytes<float>(kListDepth * kListPitch) + shared_bytes<float>(kListRows * kListPitch) +
+         3 * shared_bytes<float>(kListRows);
 }
 
 // Whether the tensor cores serve: one best column, and products that keep fp32's accuracy and range. (An fp32 dot

@@ -79,7 +79,7 @@ void scale_row(float* x, int64_t width, float factor) {
   for (; d < width; ++d) x[d] *= factor;
 }
 
-// ---- fp32 engine ---------------------------------------------------------------------------------------------------
+// ---- fp32 engine ----------------------------------------------------------------------------------------------------
 // A panel is [width][kRows] or [width][kCols] floats.
 
 size_t row_panel_bytes(int64_t width) { return size_t(width) * kRows * sizeof(float); }
@@ -291,7 +291,7 @@ void best_k(const void* row_panel, int64_t n_rows, const void* col_panels, int64
       score, index);
 }
 
-// ---- bf16 engine: AMX tiles ----------------------------------------------------------------------------------------
+// ---- bf16 engine: AMX tiles -----------------------------------------------------------------------------------------
 #if defined(FASTOK_AMX)
 
 // A panel is two tiles of 16 rows or columns, each [depth/32] blocks of 1 KiB, then 32 inverse norms. Products of bf16

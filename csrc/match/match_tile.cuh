@@ -44,7 +44,7 @@ struct Candidates {
   }
 };
 
-// ---- norms ---------------------------------------------------------------------------------------------------------
+// ---- norms ----------------------------------------------------------------------------------------------------------
 
 // Sums of squares between these bounds are as exact as fp32 gets, and so are dot products of such rows. Rows outside
 // (and not zero) are multiplied by a power of two first, which changes no rounding.
@@ -66,7 +66,7 @@ __device__ inline float inverse_norm(float squares, float scale) {
   return norm < 1e-12f * scale ? 1e12f / scale : 1.0f / norm;
 }
 
-// ---- tiles in shared memory ----------------------------------------------------------------------------------------
+// ---- tiles in shared memory -----------------------------------------------------------------------------------------
 
 // A tile row is kTileRowBytes long: eight 16-byte chunks, XORed with the row so that the eight rows that ldmatrix or
 // eight neighbouring threads touch at once lie in different banks.
@@ -189,7 +189,7 @@ struct TileCarrier {
   }
 };
 
-// ---- products ------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // The words of 16 rows and of 8 columns that a warp multiplies at once: 32 bytes of each row.
 template <class T>
@@ -251,8 +251,7 @@ __device__ __forceinline__ void multiply_tiles(unsigned char* row_tile, unsigned
   }
 }
 
-// ---- the best column of each row
-// -------------------------------------------------------------------------------------
+// ---- the best column of each row ------------------------------------------------------------------------------------
 
 // A lane's two rows of its warp's sixteen: lane / 4 and that + 8.
 struct Best {
@@ -293,10 +292,11 @@ __device__ bool sweep_columns(const RowList<T>& rows, int row_begin, const RowLi
 
   // Shared memory: row tiles (all of the depth if it fits, else two in turn), two column tiles, and the factors that
   // turn dot products into scores.
-  unsigned char* const row_tiles = shared;
-  unsigned char* const column_tiles = row_tiles + shape.row_slots * kRows * kTileRowBytes;
-  float* const row_factor = reinterpret_cast<float*>(column_tiles + 2 * kTileColumns * kTileRowBytes);
-  float* const column_factor = row_factor + kRows;
+  SharedMemory memory(shared);
+  auto* const row_tiles = memory.take<unsigned char>(shape.row_slots * kRows * kTileRowBytes, "row_tiles");
+  auto* const column_tiles = memory.take<unsigned char>(2 * kTileColumns * kTileRowBytes, "column_tiles");
+  float* const row_factor = memory.take<float>(kRows, "row_factor");
+  float* const column_factor = memory.take<float>(2 * kTileColumns, "column_factor");
 
   TileCarrier<T, kRows, kThreads, kScaled> row_carrier;
   TileCarrier<T, kTileColumns, kThreads, kScaled> column_carrier;

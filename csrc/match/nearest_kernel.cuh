@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 ? 2 : 3) neares
   }
 }
 
-// ---- lists
-// -----------------------------------------------------------------------------------------------------------
+// ---- lists ----------------------------------------------------------------------------------------------------------
 
 // Scale and inverse norm of a row, found by a warp in two passes over it; 1 and 1 unless cosine.
 struct RowFactors {
@@ -111,12 +110,13 @@ __device__ void load_slice(const RowList<T>& rows, int begin, int depth, int wid
 template <class T>
 __global__ void __launch_bounds__(kListThreads) nearest_list_kernel(const NearestParams p) {
   FASTOK_SHARED(shared);
-  float* const row_slice = reinterpret_cast<float*>(shared);
-  float* const column_slice = row_slice + kListDepth * kListPitch;
-  float* const scores = column_slice + kListDepth * kListPitch;
-  float* const row_scale = scores + kListRows * kListPitch;
-  float* const column_scale = row_scale + kListRows;
-  float* const column_factor = column_scale + kListRows;
+  SharedMemory memory(shared);
+  float* const row_slice = memory.take<float>(kListDepth * kListPitch, "row_slice");
+  float* const column_slice = memory.take<float>(kListDepth * kListPitch, "column_slice");
+  float* const scores = memory.take<float>(kListRows * kListPitch, "scores");
+  float* const row_scale = memory.take<float>(kListRows, "row_scale");
+  float* const column_scale = memory.take<float>(kListRows, "column_scale");
+  float* const column_factor = memory.take<float>(kListRows, "column_factor");
 
   const int64_t b = blockIdx.x / unsigned(p.row_tiles);
   const int row_begin = int(blockIdx.x % unsigned(p.row_tiles)) * kListRows;

@@ -5,16 +5,16 @@
 
 namespace fastok::cuda {
 
-// slot[n] (outside [0, n_out) = dropped) to offsets[n_out + 1] and members[n], ascending and padded with -1. `cursors`
-// is shared memory for plan.warps * n_out ints if plan.shared; `scratch` is one int per warp. `slot` must be visible to
-// the whole block and may not overlap the results. Deterministic: atomics only count.
-__device__ inline void build_csr(const int32_t* slot, int n, int n_out, const CsrPlan& plan, int* cursors, int* scratch,
-                                 int32_t* offsets, int32_t* members) {
+// slot[n] (outside [0, n_out) = dropped) to offsets[n_out + 1] and members[n], ascending and padded with -1. Takes
+// plan.bytes of `memory`; `scratch` is one int per warp. `slot` must be visible to the whole block and may not overlap
+// the results. Deterministic: atomics only count.
+__device__ inline void build_csr(const int32_t* slot, int n, int n_out, const CsrPlan& plan, SharedMemory& memory,
+                                 int* scratch, int32_t* offsets, int32_t* members) {
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const int stretch = ((n + plan.warps - 1) / plan.warps + kWarpSize - 1) / kWarpSize * kWarpSize;
   // Without room in shared memory the one warp's cursor of slot m is offsets[m + 1]: it starts at the slot's begin and
   // arrives at its end, which is what belongs there.
-  int* const cursor = plan.shared ? cursors : offsets + 1;
+  int* const cursor = plan.shared ? memory.take<int>(plan.warps * n_out, "cursors") : offsets + 1;
 
   // How many tokens each warp's stretch has for each slot.
   for (int i = thread; i < plan.warps * n_out; i += threads) cursor[i] = 0;

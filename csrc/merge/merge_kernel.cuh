@@ -42,8 +42,7 @@ struct MergeParams {
 // Blocks per multiprocessor: enough threads to hide the way from map to row.
 constexpr int kRowBlocks = 4;
 
-// ---- rows
-// ------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // Calls body(sample, row, lane's first channel, step) for this thread's rows of [batch, rows]. Grid: x covers the rows,
 // kRowThreads / lanes per block; y strides over the batch.
@@ -72,8 +71,7 @@ __device__ __forceinline__ void copy_row(const T* from, T* to, int channels, int
     store<T, kVector>(to + channel, from ? load<T, kVector>(from + channel) : Pack<T, kVector>{});
 }
 
-// ---- merge
-// -----------------------------------------------------------------------------------------------------------
+// ---- merge ----------------------------------------------------------------------------------------------------------
 
 // Mean and sum: the members' rows, each times its share.
 template <class T, int kVector>
@@ -133,8 +131,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) merge_kernel(const Me
   });
 }
 
-// ---- gradient
-// --------------------------------------------------------------------------------------------------------
+// ---- gradient -------------------------------------------------------------------------------------------------------
 
 // What a token's gradient is of its slot's: 0 for dropped tokens.
 template <class T>
@@ -196,8 +193,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) merge_max_backward_ke
   });
 }
 
-// ---- unmerge
-// ---------------------------------------------------------------------------------------------------------
+// ---- unmerge --------------------------------------------------------------------------------------------------------
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks) unmerge_kernel(const MergeParams p) {
@@ -218,16 +214,16 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks) unmerge_kernel(const 
   });
 }
 
-// ---- maps
-// ------------------------------------------------------------------------------------------------------------
+// ---- maps -----------------------------------------------------------------------------------------------------------
 
 // Grid: one block per sample.
 __global__ void __launch_bounds__(1024)
     build_map_kernel(const int32_t* assign, int n, int n_out, const CsrPlan plan, int32_t* offsets, int32_t* members) {
   FASTOK_SHARED(shared);
-  int* const scratch = reinterpret_cast<int*>(shared);
+  SharedMemory memory(shared);
+  int* const scratch = memory.take<int>(32, "scratch");
   const int64_t b = blockIdx.x;
-  build_csr(assign + b * n, n, n_out, plan, scratch + 32, scratch, offsets + b * (n_out + 1), members + b * n);
+  build_csr(assign + b * n, n, n_out, plan, memory, scratch, offsets + b * (n_out + 1), members + b * n);
 }
 
 }  // namespace fastok::cuda

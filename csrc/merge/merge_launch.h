@@ -51,8 +51,8 @@ template <class Launch>
 void run_build_map(Launch&& launch, int64_t batch, int64_t n, int64_t n_out, const int32_t* assign, int32_t* offsets,
                    int32_t* members) {
   const MapPlan plan = plan_map(n, n_out);
-  launch(dim3(unsigned(batch)), dim3(unsigned(plan.threads)), plan.shared_bytes, build_map_kernel, assign, int(n),
-         int(n_out), plan.csr, offsets, members);
+  launch(dim3(unsigned(batch)), dim3(unsigned(plan.threads)), plan.bytes, build_map_kernel, assign, int(n), int(n_out),
+         plan.csr, offsets, members);
 }
 
 }  // namespace fastok::cuda

@@ -1,23 +1,19 @@
 // Shapes of the merging kernels: grids, vector widths, shared memory. Pure functions of the problem, for host and
 // device. Torch-free.
 #pragma once
-#include <cstddef>
-#include <cstdint>
+#include "common/plan.h"
 
 namespace fastok::cuda {
 
 enum class MergeMode { mean, sum, max, first };
 
-// What every supported device grants a block (compute capability 8.6 has the least: 99 KiB).
-constexpr size_t kMostSharedBytes = 99 << 10;
-
-// ---- maps ----------------------------------------------------------------------------------------------------------
+// ---- maps -----------------------------------------------------------------------------------------------------------
 
 // Building a CSR map: `warps` warps take a stretch of tokens each, with a cursor per slot and warp.
 struct CsrPlan {
   int warps;
-  bool shared;  // cursors in shared memory; else one warp keeps them in `offsets`
-  size_t shared_bytes;
+  bool shared;   // cursors in shared memory; else one warp keeps them in `offsets`
+  size_t bytes;  // of shared memory
 };
 
 inline constexpr CsrPlan plan_csr(int64_t n, int64_t n_out, int most_warps, size_t budget) {
@@ -26,22 +22,23 @@ inline constexpr CsrPlan plan_csr(int64_t n, int64_t n_out, int most_warps, size
   int warps = 1;
   // A stretch is worth a warp from a few steps of 32 tokens on.
   while (warps * 2 <= most_warps && size_t(warps) * 2 * per_warp <= budget && warps * 2 * 64 <= n) warps *= 2;
-  return {warps, true, warps * per_warp};
+  return {warps, true, shared_bytes<int>(size_t(warps) * size_t(n_out))};
 }
 
 struct MapPlan {
   int threads;
-  size_t shared_bytes;  // one int per warp, then the cursors
+  size_t bytes;  // of shared memory: one int per warp, then the cursors
   CsrPlan csr;
 };
 
 inline constexpr MapPlan plan_map(int64_t n, int64_t n_out) {
   const int threads = n > 2048 || n_out > 2048 ? 1024 : 256;
-  const CsrPlan csr = plan_csr(n, n_out, threads / 32, kMostSharedBytes - 32 * sizeof(int));
-  return {threads, 32 * sizeof(int) + csr.shared_bytes, csr};
+  const size_t scratch = shared_bytes<int>(32);
+  const CsrPlan csr = plan_csr(n, n_out, threads / 32, kMostSharedBytes - scratch);
+  return {threads, scratch + csr.bytes, csr};
 }
 
-// ---- rows ----------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 constexpr int kRowThreads = 256;
 

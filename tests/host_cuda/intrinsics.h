@@ -1,7 +1,7 @@
 // CUDA's built-in device functions, as far as fastok uses them, for the machine in simt.h (which includes this).
 #pragma once
 
-// ---- barriers ------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { simt::Machine::get().wait(simt::Machine::get().block(), "__syncthreads"); }
 inline void __syncwarp() { simt::Machine::get().wait(simt::Machine::get().warp(), "__syncwarp"); }
@@ -20,7 +20,7 @@ inline int __syncthreads_or(int predicate) {
   return result;
 }
 
-// ---- warp collectives ----------------------------------------------------------------------------------------------
+// ---- warp collectives -----------------------------------------------------------------------------------------------
 
 template <class V>
 V __shfl_sync(unsigned mask, V value, int source) {
@@ -53,8 +53,7 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
   return result;
 }
 
-// ---- atomics: one fiber runs at a time, so only the order is left to chance
-// ------------------------------------------
+// ---- atomics: one fiber runs at a time, so only the order is left to chance -----------------------------------------
 
 template <class V, class Update>
 V update_atomically(V* address, Update update) {
@@ -73,8 +72,7 @@ inline unsigned atomicOr(unsigned* address, unsigned value) {
   return update_atomically(address, [=](unsigned old) { return old | value; });
 }
 
-// ---- loads, bits, conversions
-// ----------------------------------------------------------------------------------------
+// ---- loads, bits, conversions ---------------------------------------------------------------------------------------
 
 template <class T>
 T __ldcg(const T* address) {

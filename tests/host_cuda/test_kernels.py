@@ -141,6 +141,16 @@ def test_many_tokens(n):
     check_match(metric, n - 1, 0, None, None, everything[: n - 1], everything[n - 1 :])
 
 
+@pytest.mark.parametrize(("n", "n_src"), [(2100, 2080), (4200, 40), (4096, 2048)])
+def test_around_the_fused_limits(n, n_src):
+    metric = signs(1, n, 16, torch.float16)
+    bias = torch.randint(-2, 3, (1, n)).float() / 8
+    everything = torch.randperm(n)
+    src, dst = everything[:n_src], everything[n_src : n_src + 20]
+    for ranking, threshold in ((None, None), (bias, 0.25)):
+        check_match(metric, n_src // 2, 0, threshold, ranking, src, dst)
+
+
 def test_nothing():
     for batch, n in ((0, 5), (2, 0), (2, 1)):
         assert batch == 0 or n <= 1

@@ -1,0 +1,17 @@
+// What launch plans share. Pure functions, for host and device. Torch-free.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fastok::cuda {
+
+// What every supported device grants a block (compute capability 8.6 has the least: 99 KiB).
+constexpr size_t kMostSharedBytes = 99 << 10;
+
+// What an array takes of a block's shared memory (SharedMemory::take).
+template <class T>
+constexpr size_t shared_bytes(size_t count) {
+  return (count * sizeof(T) + 15) / 16 * 16;
+}
+
+}  // namespace fastok::cuda
