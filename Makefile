@@ -9,13 +9,18 @@ sources := $(shell find csrc cmake third_party -type f 2>/dev/null) CMakeLists.t
 python_code := python tests bench examples setup.py
 cpp_code = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format asan wheel gpu-check build clean
+.PHONY: demo test cuda-table bench lint format asan wheel gpu-check build clean nvcc
 
 demo: $(VENV)/.demo $(VENV)/.build
 	$(BIN)/fastok demo
 
-test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda
+test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda nvcc
 	$(BIN)/python -m pytest tests
+
+# What the CUDA kernels' machine code takes and uses, as the tests will hold it to: look at the difference.
+cuda-table: $(VENV)/.test nvcc
+	PYTHONPATH=tests $(BIN)/python -m cuda_build
+	git --no-pager diff --stat -- tests/cuda_build
 
 bench: $(VENV)/.test $(VENV)/.build
 	$(BIN)/fastok bench --json bench/results/cpu.json
@@ -74,6 +79,16 @@ $(VENV)/.build: $(sources) $(VENV)/.demo
 $(VENV)/.host_cuda: $(sources) $(wildcard tests/host_cuda/*) $(VENV)/.test
 	cmake -S tests/host_cuda -B build/host_cuda -G Ninja -DPython_EXECUTABLE=$(BIN)/python > /dev/null
 	cmake --build build/host_cuda
+	touch $@
+
+# PyPI's nvcc where the system has none; without either, the tests that compile for GPUs are skipped.
+nvcc:
+	@command -v nvcc > /dev/null || $(MAKE) -s $(VENV)/.cuda || \
+	  echo "No nvcc on PATH and none to be had from PyPI: the CUDA sources will not be compiled."
+
+$(VENV)/.cuda: requirements/cuda.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/cuda -r requirements/cuda.txt
+	ln -sfn lib $(VENV)/cuda/nvidia/cu13/lib64  # where nvcc looks
 	touch $@
 
 clean:

@@ -2,7 +2,6 @@
 # resolve against the torch that Python loaded.
 set(CMAKE_CUDA_ARCHITECTURES ${FASTOK_CUDA_ARCHS})
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
 
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 

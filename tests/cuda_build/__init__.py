@@ -1,0 +1,1 @@
+"""The compile gate: CUDA sources are compiled for every architecture, their machine code held to a committed table."""
