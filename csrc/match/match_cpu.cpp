@@ -28,69 +28,81 @@ Scratch allocate(size_t bytes) {
   return Scratch(static_cast<std::byte*>(p));
 }
 
-// ---- panels of a batch ----------------------------------------------------------------------------------------------
+// ---- panels ---------------------------------------------------------------------------------------------------------
 
-// All samples' rows and columns, packed into panels of one engine.
+// One sample's rows and columns, packed into panels of one engine.
 struct Panels {
   const PanelEngine& engine;
+  Similarity similarity;
   int64_t width, n_row_panels, n_col_panels;
   size_t row_bytes, col_bytes;
-  Scratch rows, cols;
 
-  const std::byte* row_panel(int64_t b, int64_t p) const {
-    return rows.get() + size_t(b * n_row_panels + p) * row_bytes;
-  }
-  const std::byte* col_panel(int64_t b) const { return cols.get() + size_t(b * n_col_panels) * col_bytes; }
-};
+  Panels(const PanelEngine& engine_in, Similarity similarity_in, int64_t n_rows, int64_t n_cols, int64_t width_in)
+      : engine(engine_in),
+        similarity(similarity_in),
+        width(width_in),
+        n_row_panels((n_rows + engine.rows - 1) / engine.rows),
+        n_col_panels((n_cols + engine.cols - 1) / engine.cols),
+        row_bytes(engine.row_panel_bytes(width)),
+        col_bytes(engine.col_panel_bytes(width)) {}
 
-// `rows_of(b)` and `cols_of(b)` give each sample's sources and destinations.
-template <class RowsOf, class ColsOf>
-Panels pack_panels(const PanelEngine& engine, int64_t batch, Similarity similarity, const RowsOf& rows_of,
-                   const ColsOf& cols_of) {
-  const Rows rows = rows_of(0), cols = cols_of(0);
-  const int64_t n_row_panels = (rows.count + engine.rows - 1) / engine.rows;
-  const int64_t n_col_panels = (cols.count + engine.cols - 1) / engine.cols;
-  const size_t row_bytes = engine.row_panel_bytes(rows.width), col_bytes = engine.col_panel_bytes(rows.width);
-  Panels panels{engine,
-                rows.width,
-                n_row_panels,
-                n_col_panels,
-                row_bytes,
-                col_bytes,
-                allocate(size_t(batch * n_row_panels) * row_bytes),
-                allocate(size_t(batch * n_col_panels) * col_bytes)};
-  const int64_t per_sample = n_row_panels + n_col_panels;
-  const int64_t grain = 1 + (16 << 10) / (int64_t(col_bytes) + 1);
-  torch::stable::parallel_for(0, batch * per_sample, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[rows.width + 1]);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / per_sample, p = task % per_sample;
+  size_t bytes() const { return col_offset(n_col_panels); }
+  int64_t n_panels() const { return n_row_panels + n_col_panels; }
+  int64_t padded_rows() const { return n_row_panels * engine.rows; }
+  double flops() const { return 2.0 * double(padded_rows()) * double(n_col_panels * engine.cols) * double(width); }
+
+  // `memory` holds bytes(). Panels [begin, end): the rows', then the columns'.
+  void pack(const Rows& rows, const Rows& cols, int64_t begin, int64_t end, std::byte* memory) const {
+    const std::unique_ptr<float[]> scratch(new float[width + 1]);
+    for (int64_t p = begin; p < end; ++p) {
       if (p < n_row_panels) {
-        engine.pack_rows(rows_of(b), p, similarity, panels.rows.get() + size_t(b * n_row_panels + p) * row_bytes,
-                         scratch.get());
+        engine.pack_rows(rows, p, similarity, memory + size_t(p) * row_bytes, scratch.get());
       } else {
-        const int64_t q = p - n_row_panels;
-        engine.pack_cols(cols_of(b), q, similarity, panels.cols.get() + size_t(b * n_col_panels + q) * col_bytes,
-                         scratch.get());
+        engine.pack_cols(cols, p - n_row_panels, similarity, memory + col_offset(p - n_row_panels), scratch.get());
       }
     }
+  }
+  // Of `count` row panels from `first` on; `score` and `mate` start at the first one's rows.
+  void best(const std::byte* memory, int64_t first, int64_t count, float* score, int32_t* mate) const {
+    engine.best(memory + size_t(first) * row_bytes, count, memory + col_offset(0), n_col_panels, width, similarity,
+                score, mate);
+  }
+  void best_k(const std::byte* memory, int64_t panel, int64_t n_rows, int64_t k, float* score, int64_t* index) const {
+    engine.best_k(memory + size_t(panel) * row_bytes, n_rows, memory + col_offset(0), n_col_panels, width, similarity,
+                  k, score, index);
+  }
+
+ private:
+  // Columns begin on a cache line.
+  size_t col_offset(int64_t p) const {
+    return (size_t(n_row_panels) * row_bytes + 63) / 64 * 64 + size_t(p) * col_bytes;
+  }
+};
+
+// Calls body(sample, begin, end) for `count` items of each sample; at least `grain` of them are worth a thread.
+template <class Body>
+void for_items(int64_t batch, int64_t count, int64_t grain, const Body& body) {
+  torch::stable::parallel_for(0, batch * count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t b = at / count, first = at % count, stop = std::min(count, first + end - at);
+      body(b, first, stop);
+      at += stop - first;
+    }
   });
-  return panels;
 }
 
-// Tasks of several row panels each: large enough to reuse the columns in cache, enough of them to share out.
+int64_t pack_grain(const Panels& panels) { return 1 + (16 << 10) / (int64_t(panels.col_bytes) + 1); }
+
+// Calls body(sample, first row panel, count): groups large enough to reuse the columns in cache, and enough of them to
+// share out.
 template <class Body>
 void for_row_panels(const Panels& panels, int64_t batch, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t group = std::clamp<int64_t>(batch * panels.n_row_panels / (threads * 4), 1, 8);
   const int64_t groups = (panels.n_row_panels + group - 1) / group;
-  const double flops = 2.0 * group * panels.engine.rows * panels.n_col_panels * panels.engine.cols * panels.width;
-  const int64_t grain = 1 + int64_t(200e3 / (flops + 1));
-  torch::stable::parallel_for(0, batch * groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % groups * group;
-      body(task / groups, first, std::min(group, panels.n_row_panels - first));
-    }
+  const double flops = panels.flops() / double(groups);
+  for_items(batch, groups, 1 + int64_t(200e3 / (flops + 1)), [&](int64_t b, int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) body(b, g * group, std::min(group, panels.n_row_panels - g * group));
   });
 }
 
@@ -152,6 +164,11 @@ constexpr uint64_t kIndexMask = (1u << 30) - 1;
 // From each source's best destination to the slots of one sample. Returns how many are used.
 int32_t select_and_number(const Selection& s, const int32_t* src, int64_t n_src, const int32_t* dst, int64_t n_dst,
                           const float* score, int32_t* mate, const float* bias, int32_t* assign) {
+  if (s.r == 0) {
+    for (int64_t i = 0; i < s.n; ++i) assign[i] = int32_t(i);
+    return int32_t(s.n);
+  }
+
   // The r best sources. Group 0 may merge, 1 only to keep a static shape, 2 not at all.
   std::vector<uint64_t> order(n_src);
   const auto key_of = [&](int64_t i) { return bias ? score[i] + bias[src[i]] : score[i]; };
@@ -242,48 +259,71 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_
 
   const Side sources = src ? side_of(*src, batch, n, "src") : every_other(n, 0);
   const Side targets = dst ? side_of(*dst, batch, n, "dst") : every_other(n, 1);
+  if (r < 0 || sources.count == 0 || targets.count == 0) r = 0;
+  int64_t n_out = threshold ? n : n - r;
   const Tensor assign = empty_like_device(x, {batch, n}, ScalarType::Int);
   const Tensor counts = empty_like_device(x, {batch}, ScalarType::Int);
-  int32_t* assigned = data<int32_t>(assign);
-  int32_t* used = data<int32_t>(counts);
-  const bool possible = r > 0 && sources.count > 0 && targets.count > 0;
-  if (!possible) r = 0;
+  const Tensor members = empty_like_device(x, {batch, n}, ScalarType::Int);
+  Tensor offsets = empty_like_device(x, {batch, n_out + 1}, ScalarType::Int);
+  int32_t *assigned = data<int32_t>(assign), *used = data<int32_t>(counts);
 
-  if (batch > 0 && possible) {
-    const PanelEngine& engine = choose_engine(dtype, Similarity::cosine, width, 1);
-    const auto rows_of = [&](int64_t b, const Side& side, int64_t first_position) {
-      const char* base = static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * int64_t(element_size(dtype));
-      return Rows{base, dtype, x.stride(1), side.of(b), side.count, width, nullptr, first_position};
-    };
-    const Panels panels = pack_panels(
-        engine, batch, Similarity::cosine, [&](int64_t b) { return rows_of(b, sources, 0); },
-        [&](int64_t b) { return rows_of(b, targets, protect); });
-    const int64_t padded = panels.n_row_panels * engine.rows;
-    const std::unique_ptr<float[]> score(new float[batch * padded]);
-    const std::unique_ptr<int32_t[]> mate(new int32_t[batch * padded]);
-    for_row_panels(panels, batch, [&](int64_t b, int64_t first, int64_t count) {
-      const int64_t at = b * padded + first * engine.rows;
-      engine.best(panels.row_panel(b, first), count, panels.col_panel(b), panels.n_col_panels, width,
-                  Similarity::cosine, score.get() + at, mate.get() + at);
-    });
-    const Selection selection{n, r, protect, threshold, sorted_order, static_shape};
-    const int64_t grain = 1 + 2048 / (n + 1);
+  const Panels panels(choose_engine(dtype, Similarity::cosine, width, 1), Similarity::cosine, sources.count,
+                      targets.count, width);
+  const auto rows_of = [&](int64_t b, const Side& side, int64_t first_position) {
+    const char* base = static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * int64_t(element_size(dtype));
+    return Rows{base, dtype, x.stride(1), side.of(b), side.count, width, nullptr, first_position};
+  };
+  const auto pack = [&](int64_t b, int64_t begin, int64_t end, std::byte* memory) {
+    panels.pack(rows_of(b, sources, 0), rows_of(b, targets, protect), begin, end, memory);
+  };
+  const Selection selection{n, r, protect, threshold, sorted_order, static_shape};
+  const auto finish = [&](int64_t b, const float* score, int32_t* mate) {
+    used[b] = select_and_number(selection, sources.of(b), sources.count, targets.of(b), targets.count, score, mate,
+                                bias ? const_data<float>(bias_dense) + b * n : nullptr, assigned + b * n);
+    if (used[b] <= n_out)
+      build_csr(assigned + b * n, 1, n, n_out, data<int32_t>(offsets) + b * (n_out + 1),
+                data<int32_t>(members) + b * n);
+  };
+
+  const int64_t padded = panels.padded_rows();
+  if (r == 0 || batch >= torch::stable::get_num_threads()) {
+    // Samples are shared out whole: one round of threads, and each sample's panels stay in a thread's own cache.
+    const int64_t grain = 1 + int64_t(100e3 / (panels.flops() + 50.0 * double(n * width) + 1));
     torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        used[b] = select_and_number(selection, sources.of(b), sources.count, targets.of(b), targets.count,
-                                    score.get() + b * padded, mate.get() + b * padded,
-                                    bias ? const_data<float>(bias_dense) + b * n : nullptr, assigned + b * n);
+      const Scratch memory = allocate(panels.bytes());
+      const std::unique_ptr<float[]> score(new float[padded]);
+      const std::unique_ptr<int32_t[]> mate(new int32_t[padded]);
+      for (int64_t b = begin; b < end; ++b) {
+        if (r > 0) {
+          pack(b, 0, panels.n_panels(), memory.get());
+          panels.best(memory.get(), 0, panels.n_row_panels, score.get(), mate.get());
+        }
+        finish(b, score.get(), mate.get());
+      }
     });
   } else {
-    for (int64_t i = 0; i < batch * n; ++i) assigned[i] = int32_t(i % n);
-    std::fill(used, used + batch, int32_t(n));
+    const Scratch memory = allocate(size_t(batch) * panels.bytes());
+    const auto of = [&](int64_t b) { return memory.get() + size_t(b) * panels.bytes(); };
+    const std::unique_ptr<float[]> score(new float[batch * padded]);
+    const std::unique_ptr<int32_t[]> mate(new int32_t[batch * padded]);
+    for_items(batch, panels.n_panels(), pack_grain(panels),
+              [&](int64_t b, int64_t begin, int64_t end) { pack(b, begin, end, of(b)); });
+    for_row_panels(panels, batch, [&](int64_t b, int64_t first, int64_t count) {
+      const int64_t at = b * padded + first * panels.engine.rows;
+      panels.best(of(b), first, count, score.get() + at, mate.get() + at);
+    });
+    torch::stable::parallel_for(0, batch, 1 + 2048 / (n + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) finish(b, score.get() + b * padded, mate.get() + b * padded);
+    });
   }
 
-  int64_t n_out = threshold ? n : n - r;
-  for (int64_t b = 0; b < batch; ++b) n_out = std::max<int64_t>(n_out, used[b]);
-  const Tensor offsets = empty_like_device(x, {batch, n_out + 1}, ScalarType::Int);
-  const Tensor members = empty_like_device(x, {batch, n}, ScalarType::Int);
-  build_csr(assigned, batch, n, n_out, data<int32_t>(offsets), data<int32_t>(members));
+  // NaN left fewer sources than r somewhere.
+  const int64_t most_used = batch > 0 ? *std::max_element(used, used + batch) : 0;
+  if (most_used > n_out) {
+    n_out = most_used;
+    offsets = empty_like_device(x, {batch, n_out + 1}, ScalarType::Int);
+    build_csr(assigned, batch, n, n_out, data<int32_t>(offsets), data<int32_t>(members));
+  }
   return {assign, counts, offsets, members};
 }
 
@@ -316,27 +356,30 @@ std::tuple<Tensor, Tensor> nearest(Tensor x, Tensor y, int64_t k, std::string si
   const Tensor index = empty_like_device(x, {batch, n, k}, ScalarType::Long);
   if (batch * n == 0) return {value, index};
 
-  const PanelEngine& engine = choose_engine(dtype, similarity, width, k);
+  const Panels panels(choose_engine(dtype, similarity, width, k), similarity, n, m, width);
   const auto rows_of = [&](const Tensor& t, int64_t b, const bool* ok) {
     const char* base = static_cast<const char*>(t.const_data_ptr()) + b * t.stride(0) * int64_t(element_size(dtype));
     return Rows{base, dtype, t.stride(1), nullptr, t.size(1), width, ok, 0};
   };
-  const Panels panels = pack_panels(
-      engine, batch, similarity, [&](int64_t b) { return rows_of(x, b, nullptr); },
-      [&](int64_t b) { return rows_of(y, b, mask ? const_data<bool>(allowed) + b * m : nullptr); });
+  const Scratch memory = allocate(size_t(batch) * panels.bytes());
+  const auto of = [&](int64_t b) { return memory.get() + size_t(b) * panels.bytes(); };
+  for_items(batch, panels.n_panels(), pack_grain(panels), [&](int64_t b, int64_t begin, int64_t end) {
+    panels.pack(rows_of(x, b, nullptr), rows_of(y, b, mask ? const_data<bool>(allowed) + b * m : nullptr), begin, end,
+                of(b));
+  });
   float* values = data<float>(value);
   int64_t* indices = data<int64_t>(index);
   for_row_panels(panels, batch, [&](int64_t b, int64_t first, int64_t count) {
     for (int64_t p = first; p < first + count; ++p) {
-      const int64_t row = p * engine.rows, at = (b * n + row) * k, n_rows = std::min<int64_t>(engine.rows, n - row);
+      const int64_t row = p * panels.engine.rows, at = (b * n + row) * k;
+      const int64_t n_rows = std::min<int64_t>(panels.engine.rows, n - row);
       if (k > 1) {
-        engine.best_k(panels.row_panel(b, p), n_rows, panels.col_panel(b), panels.n_col_panels, width, similarity, k,
-                      values + at, indices + at);
+        panels.best_k(of(b), p, n_rows, k, values + at, indices + at);
         continue;
       }
       float score[64];
       int32_t mate[64];
-      engine.best(panels.row_panel(b, p), 1, panels.col_panel(b), panels.n_col_panels, width, similarity, score, mate);
+      panels.best(of(b), p, 1, score, mate);
       std::copy(score, score + n_rows, values + at);
       std::copy(mate, mate + n_rows, indices + at);
     }

@@ -62,21 +62,41 @@ float range_scale(const float* x, int64_t width) {
   return float_of((exponent >= 253 ? 1u : 254 - exponent) << 23);
 }
 
-// max(norm, 1e-12) of the original row, times `scale`: what to divide the row already multiplied by `scale` by.
-float clamped_norm(const float* scaled, int64_t width, float scale) {
+float sum_of_squares(const float* x, int64_t width) {
   vf sum = splat(0.0f);
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) sum = fma(load(scaled + d), load(scaled + d), sum);
+  for (; d + kLanes <= width; d += kLanes) sum = fma(load(x + d), load(x + d), sum);
   float total = horizontal_sum(sum);
-  for (; d < width; ++d) total += scaled[d] * scaled[d];
-  const float norm = __builtin_sqrtf(total);
-  return norm < 1e-12f * scale ? 1e-12f * scale : norm;
+  for (; d < width; ++d) total += x[d] * x[d];
+  return total;
 }
 
 void scale_row(float* x, int64_t width, float factor) {
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) store(x + d, load(x + d) * splat(factor));
   for (; d < width; ++d) x[d] *= factor;
+}
+
+void divide_row(float* x, int64_t width, float divisor) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(x + d, load(x + d) / splat(divisor));
+  for (; d < width; ++d) x[d] /= divisor;
+}
+
+// What to divide a row by: max(its norm, 1e-12). A row whose squares leave fp32's range is first multiplied by a power
+// of two, in place, and so is the norm.
+float clamped_norm(float* x, int64_t width) {
+  constexpr float kSmallestSafeSquare = 0x1p-80f, kLargestSafeSquare = 0x1p80f;
+  float total = sum_of_squares(x, width), scale = 1.0f;
+  if (!(total >= kSmallestSafeSquare && total <= kLargestSafeSquare)) {
+    scale = range_scale(x, width);
+    if (scale != 1.0f) {
+      scale_row(x, width, scale);
+      total = sum_of_squares(x, width);
+    }
+  }
+  const float norm = __builtin_sqrtf(total);
+  return norm < 1e-12f * scale ? 1e-12f * scale : norm;
 }
 
 // ---- fp32 engine ----------------------------------------------------------------------------------------------------
@@ -94,14 +114,8 @@ void pack(const Rows& rows, int64_t panel, Similarity similarity, float filler, 
       continue;
     }
     widen_row(rows, row, scratch);
-    if (similarity == Similarity::cosine) {
-      const float scale = range_scale(scratch, rows.width);
-      if (scale != 1.0f) scale_row(scratch, rows.width, scale);
-      const float norm = clamped_norm(scratch, rows.width, scale);
-      for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d] / norm;
-    } else {
-      for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d];
-    }
+    if (similarity == Similarity::cosine) divide_row(scratch, rows.width, clamped_norm(scratch, rows.width));
+    for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d];
   }
 }
 
@@ -318,19 +332,23 @@ void pack_tiles(const Rows& rows, int64_t panel, Similarity, void* out, float* s
     norms[i] = kColumns ? kNaN : 0.0f;
     if (valid) {
       widen_row(rows, row, scratch);
-      const float scale = range_scale(scratch, rows.width);
-      if (scale != 1.0f) scale_row(scratch, rows.width, scale);  // exact: a power of two
-      norms[i] = 1.0f / clamped_norm(scratch, rows.width, scale);
+      norms[i] = 1.0f / clamped_norm(scratch, rows.width);
     }
-    for (int64_t d = 0; d < n_blocks * kDepth; ++d) {
-      const int64_t in_block = d % kDepth;
-      const int64_t at =
-          kColumns ? (in_block / 2) * kTile * 2 + (i % kTile) * 2 + in_block % 2 : (i % kTile) * kDepth + in_block;
-      bf16& element = base[(d / kDepth) * kBlock + at];
-      if (valid && d < rows.width) {
-        narrow(scratch[d], element);
+    for (int64_t block = 0; block < n_blocks; ++block) {
+      // Back to bf16, which is exact: at most a power of two has been multiplied in.
+      alignas(64) bf16 depth[kDepth] = {};
+      const int64_t begin = block * kDepth, rest = valid ? rows.width - begin : 0;
+      if (rest >= kDepth) {
+        for (int d = 0; d < kDepth; d += kLanes) store(depth + d, load(scratch + begin + d));
       } else {
-        element.bits = 0;
+        for (int d = 0; d < rest; ++d) narrow(scratch[begin + d], depth[d]);
+      }
+      bf16* const tile = base + block * kBlock;
+      if constexpr (kColumns) {
+        for (int pair = 0; pair < kDepth / 2; ++pair)
+          std::memcpy(tile + (pair * kTile + i % kTile) * 2, depth + 2 * pair, 2 * sizeof(bf16));
+      } else {
+        std::memcpy(tile + (i % kTile) * kDepth, depth, sizeof depth);
       }
     }
   }

@@ -7,11 +7,7 @@ namespace fastok::ptx {
 // Starts copying 16 bytes (both addresses 16-byte aligned); if not `valid`, zeros are written and nothing is read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
 #if defined(FASTOK_HOST)
-  if (valid) {
-    std::memcpy(shared, global, 16);
-  } else {
-    std::memset(shared, 0, 16);
-  }
+  simt::begin_copy(shared, global, 16, valid);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
@@ -21,7 +17,9 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 
 // Waits until the calling thread's copies have landed and are visible to it; a barrier makes them visible to others.
 __device__ __forceinline__ void cp_async_wait_all() {
-#if !defined(FASTOK_HOST)
+#if defined(FASTOK_HOST)
+  simt::wait_for_copies(0);
+#else
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

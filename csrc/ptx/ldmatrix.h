@@ -8,12 +8,7 @@ namespace fastok::ptx {
 // lane / 4, bytes 4 * (lane % 4) onwards. All 32 lanes take part.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
 #if defined(FASTOK_HOST)
-  struct Address {
-    const void* row;
-  };
-  const auto rows = simt::gather("ldmatrix", Address{row});
-  const int lane = simt::lane();
-  for (int m = 0; m < 4; ++m) out[m] = static_cast<const uint32_t*>(rows[size_t(8 * m + lane / 4)].row)[lane % 4];
+  simt::ldmatrix(out, 4, row, false);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
