@@ -16,20 +16,38 @@ RESOURCES = re.compile(r"^\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
 
 LOCAL_MEMORY = {"LDL", "STL"}
-GLOBAL_MEMORY = {"LDG", "LDGSTS", "STG"}
+GLOBAL_LOADS = ("LDG", "LDGSTS")
+GLOBAL_STORES = ("STG",)
 BULK_COPIES = {"UBLKCP", "UTMALDG", "UTMASTG"}
 
 
 @dataclass
 class Kernel:
-    """The facts about one kernel on one architecture. From sm_90 on, ``shared`` has the 1 KiB that the system keeps."""
+    """The facts about one kernel on one architecture."""
 
     registers: int = 0
     shared: int = 0
+    """Bytes of static shared memory. From sm_90 on, with the 1 KiB that the system keeps."""
     stack: int = 0
     local: int = 0
+    narrow_loads: int = 0
+    narrow_stores: int = 0
+    """Instructions that move less than 16 bytes per thread between global memory and elsewhere."""
     uses: set[str] = field(default_factory=set)
-    """Tensor-core instructions, accesses to global memory of 16 bytes or more, accesses to local memory."""
+    """Tensor-core instructions, those that move 16 bytes or more, those on local memory."""
+
+    def note(self, instruction: str) -> None:
+        """Take account of an instruction such as ``LDG.E.128.CONSTANT``."""
+        opcode, *modifiers = instruction.split(".")
+        width = next((m for m in modifiers if m in ("128", "256")), None)
+        if opcode in LOCAL_MEMORY or opcode in BULK_COPIES or opcode.endswith("MMA"):
+            self.uses.add(opcode)
+        elif opcode in GLOBAL_LOADS + GLOBAL_STORES and width:
+            self.uses.add(f"{opcode}.{width}")
+        elif opcode in GLOBAL_LOADS:
+            self.narrow_loads += 1
+        elif opcode in GLOBAL_STORES:
+            self.narrow_stores += 1
 
 
 def find_cuobjdump(nvcc: Path) -> str | None:
@@ -42,7 +60,7 @@ def find_cuobjdump(nvcc: Path) -> str | None:
 
 
 def read_kernels(cuobjdump: str, binary: Path) -> dict[KernelId, Kernel]:
-    """Every kernel in a library or object file. One compiled into several files shows its worst sides."""
+    """Every kernel in a library or object file. One compiled into several files counts as all of them together."""
     found: dict[tuple[str, str], Kernel] = {}
     for mangled, arch, line in _lines(cuobjdump, "-res-usage", binary):
         if match := RESOURCES.match(line):
@@ -51,19 +69,10 @@ def read_kernels(cuobjdump: str, binary: Path) -> dict[KernelId, Kernel]:
             kernel.registers, kernel.stack = max(kernel.registers, registers), max(kernel.stack, stack)
             kernel.shared, kernel.local = max(kernel.shared, shared), max(kernel.local, local)
     for mangled, arch, line in _lines(cuobjdump, "-sass", binary):
-        if (match := INSTRUCTION.match(line)) and (use := notable(match[1])):
-            found[mangled, arch].uses.add(use)
+        if match := INSTRUCTION.match(line):
+            found[mangled, arch].note(match[1])
     names = _demangle({mangled for mangled, _ in found})
     return {(names[mangled], arch): kernel for (mangled, arch), kernel in found.items()}
-
-
-def notable(instruction: str) -> str | None:
-    """The name under which an instruction such as ``LDG.E.128.CONSTANT`` counts as used, if it does."""
-    opcode, *modifiers = instruction.split(".")
-    if opcode in LOCAL_MEMORY or opcode in BULK_COPIES or opcode.endswith("MMA"):
-        return opcode
-    width = next((m for m in modifiers if m in ("128", "256")), None)
-    return f"{opcode}.{width}" if opcode in GLOBAL_MEMORY and width else None
 
 
 def _lines(cuobjdump: str, option: str, binary: Path) -> Iterator[tuple[str, str, str]]:

@@ -10,10 +10,11 @@ from .disassembly import LOCAL_MEMORY, Kernel, KernelId
 PATH = Path(__file__).parent / "kernels.toml"
 HEADER = """\
 # What every kernel takes and uses on each architecture, read from its machine code. Written by `make cuda-table`: look
-# at the difference before committing it. registers and shared (bytes of static shared memory, 1 KiB of it the system's
-# own from sm_90 on) are ceilings; each instruction listed must still be there: tensor cores (*MMA) and accesses to
-# global memory of 16 bytes or more.
+# at the difference before committing it. The numbers are ceilings: registers, bytes of static shared memory (1 KiB of
+# it the system's own from sm_90 on), loads from and stores to global memory of less than 16 bytes. The instructions
+# listed must still be there: tensor cores (*MMA) and moves of 16 bytes or more.
 """
+CEILINGS = ("registers", "shared", "narrow_loads", "narrow_stores")
 
 
 @dataclass
@@ -31,8 +32,9 @@ class Table:
             if name != section:
                 section = name
                 lines += ["", f'["{name}"]']
+            ceilings = ", ".join(f"{name} = {getattr(kernel, name)}" for name in CEILINGS)
             uses = ", ".join(f'"{use}"' for use in sorted(kernel.uses - LOCAL_MEMORY))
-            lines.append(f"{arch} = {{ registers = {kernel.registers}, shared = {kernel.shared}, uses = [{uses}] }}")
+            lines.append(f"{arch} = {{ {ceilings}, uses = [{uses}] }}")
         path.write_text("\n".join(lines) + "\n")
 
     @staticmethod
@@ -41,7 +43,7 @@ class Table:
         content = tomllib.loads(path.read_text())
         nvcc = content.pop("nvcc")
         kernels = {
-            (name, arch): Kernel(registers=row["registers"], shared=row["shared"], uses=set(row["uses"]))
+            (name, arch): Kernel(**row | {"uses": set(row["uses"])})
             for name, rows in content.items()
             for arch, row in rows.items()
         }
@@ -73,7 +75,7 @@ def not_the_same_kernels(kernels: dict[KernelId, Kernel], table: Table) -> Itera
 
 
 def above_ceiling(kernels: dict[KernelId, Kernel], table: Table, resource: str) -> Iterator[str]:
-    """More ``registers`` or ``shared`` memory than the table allows."""
+    """More of one of CEILINGS than the table allows."""
     for (name, arch), kernel, listed in _pairs(kernels, table):
         now, ceiling = getattr(kernel, resource), getattr(listed, resource)
         if now > ceiling:

@@ -74,14 +74,11 @@ def test_no_spills_and_no_stack(kernels: dict[KernelId, Kernel]) -> None:
     accept_no(table.local_memory(kernels))
 
 
-def test_registers(nvcc: Path, kernels: dict[KernelId, Kernel], committed: table.Table) -> None:
-    if (version := compiler.nvcc_version(nvcc)) != committed.nvcc:
-        pytest.skip(f"registers in the table are those of nvcc {committed.nvcc}, this is {version}")
-    accept_no(table.above_ceiling(kernels, committed, "registers"), REMEDY)
-
-
-def test_static_shared_memory(kernels: dict[KernelId, Kernel], committed: table.Table) -> None:
-    accept_no(table.above_ceiling(kernels, committed, "shared"), REMEDY)
+@pytest.mark.parametrize("resource", table.CEILINGS)
+def test_ceilings(nvcc: Path, kernels: dict[KernelId, Kernel], committed: table.Table, resource: str) -> None:
+    if resource != "shared" and (version := compiler.nvcc_version(nvcc)) != committed.nvcc:
+        pytest.skip(f"{resource} in the table are those of nvcc {committed.nvcc}, this is {version}")
+    accept_no(table.above_ceiling(kernels, committed, resource), REMEDY)
 
 
 def test_wide_accesses_and_tensor_cores(kernels: dict[KernelId, Kernel], committed: table.Table) -> None:
@@ -143,9 +140,11 @@ def test_lost_wide_loads_are_caught(copies: list[dict[KernelId, Kernel]], tmp_pa
     assert written.kernels["copy", "sm_80"].uses == {"LDG.128", "STG.128"}
     assert list(table.lost_instructions(wide, written)) == []
     assert list(table.lost_instructions(narrow, written)) == ["copy on sm_80 no longer uses LDG.128, STG.128"]
+    for what in ("narrow_loads", "narrow_stores"):
+        assert list(table.above_ceiling(narrow, written, what)) == [f"copy on sm_80: 1 {what}, in the table 0"]
 
 
-@pytest.mark.parametrize("resource", ["registers", "shared"])
+@pytest.mark.parametrize("resource", table.CEILINGS)
 def test_growth_is_caught(copies: list[dict[KernelId, Kernel]], resource: str) -> None:
     wide, _ = copies
     kernel = wide["copy", "sm_80"]
