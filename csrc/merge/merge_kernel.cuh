@@ -2,6 +2,7 @@
 // sums are kept in fp32 (fp64 for fp64) and run over a slot's members in ascending order, without atomics. Torch-free.
 #pragma once
 #include "merge/csr.cuh"
+#include "ptx/st.h"
 
 namespace fastok::cuda {
 
@@ -60,7 +61,13 @@ __device__ __forceinline__ Pack<T, kVector> load(const T* p) {
 }
 template <class T, int kVector>
 __device__ __forceinline__ void store(T* p, const Pack<T, kVector>& values) {
-  *reinterpret_cast<Pack<T, kVector>*>(p) = values;
+  if constexpr (sizeof values == 16) {
+    uint32_t words[4];
+    memcpy(words, &values, sizeof words);
+    ptx::st_global_16(p, words);
+  } else {
+    *reinterpret_cast<Pack<T, kVector>*>(p) = values;
+  }
 }
 
 // A lane's part of a row, from `from` or zeros.
