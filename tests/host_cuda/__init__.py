@@ -1,16 +1,21 @@
 """The CUDA kernels run on the CPU by the SIMT machine of simt.h, with the op-level signatures of fastok.reference.
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
-blocks and threads run. Results are poisoned before each call.
+blocks and threads run. What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from .report import KernelError as KernelError
+from .report import locate
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -34,6 +39,38 @@ def load() -> ModuleType:
 native = load()
 
 
+@contextmanager
+def races_allowed() -> Iterator[None]:
+    """For input that a kernel may answer with anything, as long as it stays within its arrays."""
+    native.report_races(False)
+    try:
+        yield
+    finally:
+        native.report_races(True)
+
+
+def call(
+    op: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor], /, **options: float | str | None
+) -> None:
+    """Run an op of module.cpp. It may read the inputs, and must write all of the outputs before it reads them.
+
+    None stands for an argument that is not there. Results are poisoned.
+    """
+    for x in outputs.values():
+        x.fill_(float("nan") if x.is_floating_point() else -(10**9))
+    try:
+        native.call(
+            op,
+            seed,
+            {name: _describe(x) for name, x in inputs.items() if x is not None},
+            {name: _describe(x) for name, x in outputs.items()},
+            {name: x for name, x in options.items() if isinstance(x, int | float)},
+            {name: x for name, x in options.items() if isinstance(x, str)},
+        )
+    except native.Failure as failure:
+        raise KernelError(locate(str(failure), Path(native.__file__ or ""))) from None
+
+
 def match_map(
     metric: Tensor,
     r: int,
@@ -51,20 +88,19 @@ def match_map(
     n_src = (n + 1) // 2 if src is None else src.shape[-1]
     n_dst = n // 2 if dst is None else dst.shape[-1]
     n_out = n if threshold is not None or r <= 0 or 0 in (n_src, n_dst) else n - r
-    results = tuple(_poisoned(shape) for shape in ((batch, n), (batch,), (batch, n_out + 1), (batch, n)))
-    metric, src, dst = _dense(metric), _dense(src), _dense(dst)  # held here: the kernels see only addresses
-    native.bipartite_match(
-        seed,
-        _name(metric),
-        _describe(metric),
-        r,
-        protect,
-        threshold,
-        *map(_describe, (bias, src, dst)),
-        sorted_order,
-        *map(_describe, results),
+    shapes = {"assign": (batch, n), "counts": (batch,), "offsets": (batch, n_out + 1), "members": (batch, n)}
+    results = {name: torch.empty(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    call(
+        "bipartite_match",
+        {"metric": _dense(metric), "bias": bias, "src": _dense(src), "dst": _dense(dst)},
+        results,
+        dtype=_name(metric),
+        r=r,
+        protect=protect,
+        threshold=threshold,
+        sorted_order=sorted_order,
     )
-    return results
+    return results["assign"], results["counts"], results["offsets"], results["members"]
 
 
 def nearest(
@@ -72,17 +108,17 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.fastok.nearest``."""
     shape = (x.shape[0], x.shape[1], k)
-    value, index = _poisoned(shape, torch.float32), _poisoned(shape, torch.int64)
-    x, y = _dense(x), _dense(y)  # held here: the kernels see only addresses
-    arrays = map(_describe, (mask, value, index))
-    native.nearest(seed, _name(x), _describe(x), _describe(y), k, similarity, *arrays)
+    value, index = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    inputs = {"x": _dense(x), "y": _dense(y), "mask": mask}
+    call("nearest", inputs, {"value": value, "index": index}, dtype=_name(x), k=k, similarity=similarity)
     return value, index
 
 
 def build_map(assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
     """``torch.ops.fastok.build_map``."""
-    offsets, members = _poisoned((assign.shape[0], n_out + 1)), _poisoned(assign.shape)
-    native.build_map(seed, _describe(assign), n_out, _describe(offsets), _describe(members))
+    offsets = torch.empty((assign.shape[0], n_out + 1), dtype=torch.int32)
+    members = torch.empty(assign.shape, dtype=torch.int32)
+    call("build_map", {"assign": assign}, {"offsets": offsets, "members": members}, n_out=n_out)
     return offsets, members
 
 
@@ -91,8 +127,9 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """``torch.ops.fastok.merge``."""
     batch, n_out = x.shape[0], offsets.shape[1] - 1
-    y, size_out = _poisoned((batch, n_out, x.shape[2]), x.dtype), _poisoned((batch, n_out), torch.float32)
-    _rows("merge", mode, assign, offsets, members, x=x, y=y, size=size, size_out=size_out)
+    y, size_out = torch.empty((batch, n_out, x.shape[2]), dtype=x.dtype), torch.empty((batch, n_out))
+    maps = {"assign": assign, "offsets": offsets, "members": members}
+    _rows("merge", mode, {"x": x, "size": size, **maps}, {"y": y, "size_out": size_out})
     return y, size_out
 
 
@@ -108,44 +145,29 @@ def merge_backward(
     mode: str,
 ) -> Tensor:
     """``torch.ops.fastok.merge_backward``."""
-    grad_x = _poisoned(x.shape, x.dtype)
-    op = "max_backward" if mode == "max" else "backward"
-    size_out = size_out.contiguous()
-    used = {"x": x, "y": y} if mode == "max" else {}
-    _rows(op, mode, assign, offsets, members, grad_y=grad_y, grad_x=grad_x, size=size, size_out=size_out, **used)
+    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    inputs = {"grad_y": grad_y, "size": size, "size_out": size_out.contiguous()}
+    inputs |= {"assign": assign, "offsets": offsets, "members": members}
+    if mode == "max":
+        _rows("max_backward", mode, {"x": x, "y": y, **inputs}, {"grad_x": grad_x})
+    else:
+        _rows("backward", mode, inputs, {"grad_x": grad_x})
     return grad_x
 
 
 def unmerge(y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, residual: Tensor | None) -> Tensor:
     """``torch.ops.fastok.unmerge``."""
-    out = _poisoned((assign.shape[0], assign.shape[1], y.shape[2]), y.dtype)
-    _rows("unmerge", "sum", assign, offsets, members, x=out, y=y, residual=residual)
+    out = torch.empty((assign.shape[0], assign.shape[1], y.shape[2]), dtype=y.dtype)
+    maps = {"assign": assign, "offsets": offsets, "members": members}
+    _rows("unmerge", "sum", {"y": y, "residual": residual, **maps}, {"x": out})
     return out
 
 
-def _rows(op: str, mode: str, assign: Tensor, offsets: Tensor, members: Tensor, **arrays: Tensor | None) -> None:
-    tokens = {name: x if name in ("size", "size_out") else _dense(x) for name, x in arrays.items()}
-    example = next(x for name, x in tokens.items() if name in ("x", "grad_y") and x is not None)
-    if assign.shape[0] == 0:
-        return
-    native.rows(
-        seed,
-        op,
-        _name(example),
-        mode,
-        assign.shape[1],
-        offsets.shape[1] - 1,
-        example.shape[2],
-        _describe(assign),
-        _describe(offsets),
-        _describe(members),
-        {name: _describe(x) for name, x in tokens.items()},
-    )
-
-
-def _poisoned(shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
-    """What no kernel may leave behind: NaN, or a large negative number."""
-    return torch.full(shape, float("nan") if dtype.is_floating_point else -(10**9), dtype=dtype)
+def _rows(op: str, mode: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]) -> None:
+    rows = {name: x if name in ("size", "size_out") else _dense(x) for name, x in inputs.items()}
+    example = next(iter(outputs.values()))
+    if example.shape[0] > 0:
+        call("rows", rows, outputs, op=op, dtype=_name(example), mode=mode, channels=example.shape[2])
 
 
 def _dense(x: MaybeTensor) -> MaybeTensor:
@@ -157,5 +179,5 @@ def _name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _describe(x: Tensor | None) -> tuple[int, list[int], list[int]] | None:
-    return None if x is None else (x.data_ptr(), list(x.shape), list(x.stride()))
+def _describe(x: Tensor) -> tuple[int, list[int], list[int], int]:
+    return x.data_ptr(), list(x.shape), list(x.stride()), x.element_size()

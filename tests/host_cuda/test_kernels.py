@@ -162,7 +162,8 @@ def test_repeated_positions_stay_inside():
     metric = torch.randn(2, 40, 16)
     src, dst = torch.randint(0, 40, (2, 30)), torch.randint(0, 40, (2, 30))
     for sorted_order, protect, r in itertools.product((False, True), (0, 5), (3, 30)):
-        assign, _, offsets, members = host.match_map(metric, r, protect, None, None, src, dst, sorted_order, True)
+        with host.races_allowed():
+            assign, _, offsets, members = host.match_map(metric, r, protect, None, None, src, dst, sorted_order, True)
         assert assign.max() < 40
         assert offsets.min() >= 0
         assert offsets.max() <= 40

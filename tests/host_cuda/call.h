@@ -1,0 +1,55 @@
+// An op as Python calls it: named arrays, named numbers.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "simt.h"
+
+namespace simt {
+
+struct Tensor {
+  void* data = nullptr;
+  std::vector<int64_t> shape, strides;  // in elements
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+struct Call {
+  uint64_t seed;
+  std::map<std::string, Tensor> arrays;
+  std::map<std::string, double> numbers;
+  std::map<std::string, std::string> words;
+
+  Launcher launcher() const { return {seed}; }
+  bool has(const std::string& name) const { return arrays.count(name) > 0; }
+  const Tensor& array(const std::string& name) const { return arrays.at(name); }
+  template <class T>
+  T* pointer(const std::string& name) const {
+    return array(name).as<T>();
+  }
+  double number(const std::string& name) const { return numbers.at(name); }
+  int64_t integer(const std::string& name) const { return int64_t(number(name)); }
+  const std::string& word(const std::string& name) const { return words.at(name); }
+  fastok::Dtype dtype() const {
+    const std::string& name = word("dtype");
+    return name == "float16"    ? fastok::Dtype::f16
+           : name == "bfloat16" ? fastok::Dtype::bf16
+           : name == "float64"  ? fastok::Dtype::f64
+                                : fastok::Dtype::f32;
+  }
+};
+
+// The ops that Python can call, each in the file of its family.
+void bipartite_match(const Call& call);
+void nearest(const Call& call);
+void build_map(const Call& call);
+void rows(const Call& call);
+void planted(const Call& call);
+
+}  // namespace simt

@@ -1,0 +1,373 @@
+#include "machine.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <map>
+#include <numeric>
+
+namespace simt {
+
+Fiber* current = nullptr;
+
+std::string describe(const Site& site) {
+  return site.file ? std::string(site.file) + ":" + std::to_string(site.line) : "csrc/ptx";
+}
+std::string describe(dim3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+}
+
+namespace {
+
+dim3 unflatten(size_t i, dim3 size) {
+  return {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
+}
+
+size_t count(dim3 size) { return size_t(size.x) * size.y * size.z; }
+
+std::string lanes_text(unsigned mask) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "0x%08x", mask);
+  return text;
+}
+
+}  // namespace
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+void Machine::begin_call(uint64_t seed) {
+  call_seed_ = seed;
+  launches_ = 0;
+  memory_.begin_call();
+}
+
+void Machine::launch(const Launch& launch) {
+  launch_ = &launch;
+  failure_.clear();
+  if (threads() % kWarpSize != 0 || threads() == 0 || threads() > 1024)
+    throw Failure(complaint("a block of " + std::to_string(threads()) + " threads: must be 32 to 1024, in whole warps"));
+  if (count(launch.grid) == 0) throw Failure(complaint("a grid of no blocks"));
+  random_.seed(launch.seed);
+  launch_begin_ = latest_ + 1;
+  block_begins_.clear();
+  block_order_.resize(count(launch.grid));
+  std::iota(block_order_.begin(), block_order_.end(), size_t(0));
+  std::shuffle(block_order_.begin(), block_order_.end(), random_);
+  for (const size_t i : block_order_) run_block(unflatten(i, launch.grid));
+  ++launches_;
+}
+
+void Machine::run_block(dim3 index) {
+  block_index_ = index;
+  memory_.begin_block(launch_->shared_bytes);
+  if (int(fibers_.size()) < threads()) fibers_.resize(size_t(threads()));
+  warps_.assign(size_t(threads() / kWarpSize), {});
+  barriers_.assign(kNamedBarriers, {});
+  base_ = ++latest_;
+  block_begins_.push_back(base_);
+  runnable_.clear();
+  exited_ = epoch_ = 0;
+  last_barrier_ = {};
+  for (int i = 0; i < threads(); ++i) start(i);
+  while (exited_ < threads()) {
+    if (runnable_.empty() && failure_.empty()) failure_ = complaint(deadlock());
+    if (!failure_.empty()) throw Failure(failure_);
+    std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
+    current = &fibers_[size_t(runnable_.back())];
+    runnable_.pop_back();
+    resume();
+    current = nullptr;
+  }
+}
+
+// ---- fibers ---------------------------------------------------------------------------------------------------------
+
+void Machine::start(int i) {
+  Fiber& fiber = fibers_[size_t(i)];
+  std::unique_ptr<std::byte[]> stack = std::move(fiber.stack);
+  if (!stack) stack.reset(new std::byte[kStackBytes]);
+  fiber = Fiber();
+  fiber.stack = std::move(stack);
+  fiber.number = i, fiber.warp = i / kWarpSize, fiber.lane = i % kWarpSize;
+  fiber.index = unflatten(size_t(i), launch_->block);
+  fiber.clock = base_;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStackBytes;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, &Machine::enter, 0);
+  runnable_.push_back(i);
+}
+
+void Machine::enter() {
+  Machine& machine = get();
+  machine.launch_->run(machine.launch_->body);
+  machine.leave();
+  _longjmp(machine.scheduler_, 1);
+}
+
+// Collectives do not wait for lanes that have exited; a barrier that does is an error.
+void Machine::leave() {
+  current->done = true;
+  ++exited_;
+  const Barrier& barrier = barriers_[0];
+  if (!barrier.waiting.empty()) {
+    const Fiber& other = fibers_[size_t(barrier.waiting.front())];
+    fail("divergent barrier: a thread exits while others wait\n  exits     " + describe(*current) + "\n  waits     " +
+         describe(other) + "\n            in " + barrier.name + " at " + simt::describe(other.waits_at));
+  }
+  Warp& warp = warp_of(*current);
+  warp.exited |= 1u << current->lane;
+  std::vector<Meeting> complete_now;
+  std::erase_if(warp.meetings, [&](const Meeting& meeting) {
+    const bool ends = (meeting.mask & ~warp.exited & ~meeting.arrived) == 0;
+    if (ends) complete_now.push_back(meeting);
+    return ends;
+  });
+  for (const Meeting& meeting : complete_now) complete(meeting);
+}
+
+// From the scheduler to the current fiber, until that gives way.
+void Machine::resume() {
+  if (_setjmp(scheduler_) != 0) return;
+  if (current->started) _longjmp(current->place, 1);
+  current->started = true;
+  setcontext(&current->start);
+}
+
+void Machine::give_way() {
+  if (_setjmp(current->place) == 0) _longjmp(scheduler_, 1);
+}
+
+void Machine::yield() {
+  runnable_.push_back(current->number);
+  give_way();
+}
+
+// Only the scheduler may throw: an exception cannot cross fibers.
+void Machine::fail(const std::string& what) {
+  failure_ = complaint(what);
+  _longjmp(scheduler_, 1);
+}
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+
+int Machine::synchronise(const char* name, int id, int count, bool predicate, Site site, bool wait) {
+  Barrier& barrier = barriers_.at(size_t(id));
+  Fiber& me = *current;
+  if (barrier.arrived == 0) barrier.name = name, barrier.site = site, barrier.expected = count;
+  const bool whole_block = id == 0;
+  const auto differ = [&](const std::string& how) {
+    fail("divergent barrier: " + how + "\n  one       " + describe(fibers_[size_t(barrier.members.front())]) +
+         "\n            in " + barrier.name + " at " + simt::describe(barrier.site) + "\n  another   " + describe(me) +
+         "\n            in " + name + " at " + simt::describe(site));
+  };
+  if (count % kWarpSize != 0 || count > threads()) differ("a count of " + std::to_string(count) + " threads");
+  if (barrier.expected != count) differ("threads expect different counts");
+  if (whole_block && (barrier.site.line != site.line || std::strcmp(barrier.site.file, site.file) != 0))
+    differ("threads of the block are at different barriers");
+  if (whole_block && exited_ > 0) {
+    const auto gone = std::find_if(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.done; });
+    fail("divergent barrier: a thread has exited, and others wait\n  exited    " + describe(*gone) + "\n  waits     " +
+         describe(me) + "\n            in " + name + " at " + simt::describe(site));
+  }
+  barrier.members.push_back(me.number);
+  barrier.positive += predicate;
+  if (wait) barrier.waiting.push_back(me.number);
+  me.waits_in = name, me.waits_at = site;
+  if (++barrier.arrived == count) complete(barrier);
+  if (wait) give_way();
+  return me.answer;
+}
+
+void Machine::complete(Barrier& barrier) {
+  if (barrier.arrived == threads()) {
+    last_barrier_ = barrier.site;
+    ++epoch_;
+    share_knowledge(barrier.members);
+    base_ = ++latest_;
+    for (const int i : barrier.members) fibers_[size_t(i)].clock = base_;
+  } else {
+    // Between some warps of a block: what each has seen becomes known to all.
+    auto all = std::make_shared<Knowledge>();
+    for (const int i : barrier.members) {
+      Fiber& fiber = fibers_[size_t(i)];
+      all->add(own_knowledge(fiber));
+      fiber.clock = latest_ + 1;
+    }
+    ++latest_;
+    for (const int i : barrier.waiting) fibers_[size_t(i)].known = joined(fibers_[size_t(i)].known, all);
+    share_knowledge(barrier.members);
+  }
+  for (const int i : barrier.waiting) {
+    fibers_[size_t(i)].answer = barrier.positive;
+    runnable_.push_back(i);
+  }
+  barrier = Barrier();
+}
+
+// ---- warp collectives -----------------------------------------------------------------------------------------------
+
+void Machine::meet(const char* name, unsigned mask, void* given, void (*act)(const Meeting&), Site site) {
+  Fiber& me = *current;
+  Warp& warp = warp_of(me);
+  const unsigned my_lane = 1u << me.lane;
+  const std::string where = "\n            in " + std::string(name) + " at " + simt::describe(site);
+  if (!(mask & my_lane))
+    fail("warp mask " + lanes_text(mask) + " does not name the lane that gives it\n  caller    " + describe(me) + where);
+  auto open = std::find_if(warp.meetings.begin(), warp.meetings.end(),
+                           [&](const Meeting& meeting) { return (meeting.mask & mask) != 0; });
+  if (open == warp.meetings.end()) {
+    open = warp.meetings.insert(open, {name, site, act, me.warp, mask, 0});
+  } else if (open->mask != mask || std::strcmp(open->name, name) != 0) {
+    fail("lanes of a warp disagree\n  one       lanes " + lanes_text(open->arrived) + " of mask " +
+         lanes_text(open->mask) + "\n            in " + open->name + " at " + simt::describe(open->site) +
+         "\n  another   " + describe(me) + " with mask " + lanes_text(mask) + where);
+  }
+  open->arrived |= my_lane;
+  me.given = given;
+  me.waits_in = name, me.waits_at = site;
+  if ((mask & ~warp.exited & ~open->arrived) == 0) {
+    const Meeting meeting = *open;
+    warp.meetings.erase(open);
+    complete(meeting);
+  }
+  give_way();
+}
+
+void Machine::complete(const Meeting& meeting) {
+  if (meeting.act) meeting.act(meeting);
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    if (meeting.arrived >> lane & 1) runnable_.push_back(fiber(meeting.warp, lane).number);
+}
+
+// __syncwarp: what each lane of `mask` has seen is seen by all of them.
+void Machine::order_warp(int warp, unsigned mask) {
+  Row seen{};
+  std::vector<int> lanes;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    const Fiber& one = fiber(warp, lane);
+    for (size_t i = 0; i < seen.size(); ++i) seen[i] = std::max(seen[i], one.seen[i]);
+    seen[size_t(lane)] = one.clock;
+    lanes.push_back(one.number);
+  }
+  share_knowledge(lanes);
+  ++latest_;
+  for (const int i : lanes) fibers_[size_t(i)].seen = seen, fibers_[size_t(i)].clock = latest_;
+  if (mask == kFullMask) warps_[size_t(warp)].last_sync = latest_;
+}
+
+// ---- order ----------------------------------------------------------------------------------------------------------
+
+size_t Machine::block_of(Clock clock) const {
+  return size_t(std::upper_bound(block_begins_.begin(), block_begins_.end(), clock) - block_begins_.begin()) - 1;
+}
+
+dim3 Machine::block_at(Clock clock) const { return unflatten(block_order_[block_of(clock)], launch_->grid); }
+
+bool Machine::ordered(const Stamp& stamp, int lane, const void* word) const {
+  const Fiber& me = *current;
+  if (stamp.clock >= base_ && stamp.warp == me.warp)
+    return stamp.clock < warps_[size_t(me.warp)].last_sync || me.seen[size_t(lane)] >= stamp.clock || lane == me.lane;
+  if (!me.known) return false;
+  return me.known->covers(uint32_t(block_of(stamp.clock)), stamp.warp, lane, stamp.clock) ||
+         (stamp.access == Access::atomic && me.known->observed(word, stamp.clock));
+}
+
+Knowledge Machine::own_knowledge(const Fiber& fiber) const {
+  Row row = fiber.seen;
+  row[size_t(fiber.lane)] = fiber.clock;
+  Knowledge own(uint32_t(block_begins_.size() - 1), base_, fiber.warp, row);
+  if (fiber.known) own.add(*fiber.known);
+  return own;
+}
+
+// Makes known what atomics have brought, and fixes what the next atomic releases.
+void Machine::fence() {
+  Fiber& me = *current;
+  me.known = joined(me.known, me.acquired);
+  me.fenced = std::make_shared<Knowledge>(own_knowledge(me));
+  me.clock = ++latest_;
+}
+
+void Machine::release_and_acquire(const void* word) {
+  Fiber& me = *current;
+  Known& released = memory_.released(word);
+  if (!me.fenced && !released) return;
+  me.acquired = joined(me.acquired, released);
+  if (!me.fenced) return;
+  if (memory_.is_shared(word)) {
+    released = joined(released, me.fenced);
+  } else {
+    auto next = std::make_shared<Knowledge>(*joined(released, me.fenced));
+    next->observe(word, latest_);
+    released = next;
+  }
+}
+
+// Barriers pass on what their threads know of others, and the two halves of a fence: CUDA code fences in all threads,
+// then lets one of them, behind a barrier, do the atomic.
+void Machine::share_knowledge(const std::vector<int>& fibers) {
+  for (Known Fiber::* const part : {&Fiber::known, &Fiber::fenced, &Fiber::acquired}) {
+    const Known& first = fibers_[size_t(fibers.front())].*part;
+    if (std::all_of(fibers.begin(), fibers.end(), [&](int i) { return fibers_[size_t(i)].*part == first; })) continue;
+    auto all = std::make_shared<Knowledge>();
+    for (const int i : fibers)
+      if (fibers_[size_t(i)].*part) all->add(*(fibers_[size_t(i)].*part));
+    for (const int i : fibers) fibers_[size_t(i)].*part = all;
+  }
+}
+
+// ---- reports --------------------------------------------------------------------------------------------------------
+
+std::string Machine::describe_thread(int number, dim3 block) const {
+  return "thread " + simt::describe(unflatten(size_t(number), launch_->block)) + " of block " + simt::describe(block) +
+         ", warp " + std::to_string(number / kWarpSize) + " lane " + std::to_string(number % kWarpSize);
+}
+
+std::string Machine::describe(const Fiber& fiber) const { return describe_thread(fiber.number, block_index_); }
+
+std::string Machine::describe_epoch() const {
+  if (epoch_ == 0) return "none since the block began";
+  return "none since barrier " + std::to_string(epoch_) + " of the block, at " + simt::describe(last_barrier_);
+}
+
+std::string Machine::deadlock() const {
+  struct Group {
+    int threads = 0, first = 0;
+  };
+  std::map<std::string, Group> groups;
+  for (int i = threads() - 1; i >= 0; --i) {
+    const Fiber& fiber = fibers_[size_t(i)];
+    if (fiber.done) continue;
+    Group& group = groups[std::string(fiber.waits_in) + " at " + simt::describe(fiber.waits_at)];
+    ++group.threads, group.first = i;
+  }
+  std::string text = "deadlock: all threads wait";
+  for (const auto& [where, group] : groups)
+    text += "\n  waits     " + std::to_string(group.threads) + " threads in " + where + "\n            the first is " +
+            describe(fibers_[size_t(group.first)]);
+  return text;
+}
+
+std::string Machine::complaint(const std::string& what) const {
+  return what + "\n  kernel    <" + "@" + std::to_string(pc_of(launch_->kernel) + 1) + ">, grid " +
+         simt::describe(launch_->grid) + ", block " + simt::describe(launch_->block) + "\n  replay    host_cuda.seed = " +
+         std::to_string(call_seed_) + ", launch " + std::to_string(launches_) + " of the call";
+}
+
+// ---- what simt.h promises -------------------------------------------------------------------------------------------
+
+dim3 thread_index() { return current->index; }
+dim3 block_index() { return Machine::get().block_index(); }
+dim3 block_dim() { return Machine::get().launched().block; }
+dim3 grid_dim() { return Machine::get().launched().grid; }
+
+unsigned char* shared_memory() { return Machine::get().memory().shared(); }
+void start_sharing() { Machine::get().memory().start_sharing(); }
+unsigned char* share(size_t bytes, const char* name) { return Machine::get().memory().share(bytes, name); }
+void launch(const Launch& launch) { Machine::get().launch(launch); }
+void zero(void* p, size_t bytes) { Machine::get().memory().zero(p, bytes); }
+
+}  // namespace simt

@@ -1,0 +1,387 @@
+#include "memory.h"
+
+#include <link.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+
+#include "machine.h"
+
+namespace simt {
+
+namespace {
+
+constexpr size_t kRedZone = 64, kMostArrays = 64;
+constexpr uint8_t kInFlight = 0xff;
+
+// Where this module lies: its constants may be read, and its addresses count from its beginning.
+struct Module {
+  uintptr_t begin = 0, end = 0;
+};
+Module find_module() {
+  Module module;
+  const auto visit = [](dl_phdr_info* info, size_t, void* result) {
+    const auto here = reinterpret_cast<uintptr_t>(&find_module);
+    Module found{info->dlpi_addr, 0};
+    for (int i = 0; i < info->dlpi_phnum; ++i)
+      if (info->dlpi_phdr[i].p_type == PT_LOAD)
+        found.end = std::max(found.end, info->dlpi_addr + info->dlpi_phdr[i].p_vaddr + info->dlpi_phdr[i].p_memsz);
+    if (here < found.begin || here >= found.end) return 0;
+    *static_cast<Module*>(result) = found;
+    return 1;
+  };
+  dl_iterate_phdr(visit, &module);
+  return module;
+}
+const Module kModule = find_module();
+
+std::string at(Pc pc) { return "<+" + std::to_string(pc) + ">"; }
+
+const char* name_of(Access access) {
+  return access == Access::read ? "read" : access == Access::write ? "write" : "atomic";
+}
+
+std::string bytes_text(size_t count) { return std::to_string(count) + (count == 1 ? " byte" : " bytes"); }
+
+}  // namespace
+
+Pc pc_of(const void* return_address) { return Pc(reinterpret_cast<uintptr_t>(return_address) - 1 - kModule.begin); }
+
+// ---- arrays ---------------------------------------------------------------------------------------------------------
+
+Array::Array(std::string name_, unsigned char* data_, std::vector<int64_t> shape_, std::vector<int64_t> strides_,
+             size_t element_, Role role_)
+    : name(std::move(name_)),
+      data(data_),
+      shape(std::move(shape_)),
+      strides(std::move(strides_)),
+      element(element_),
+      role(role_) {
+  if (std::count(shape.begin(), shape.end(), 0) > 0) return;
+  extent = run = element;
+  for (size_t axis = 0; axis < shape.size(); ++axis) {
+    if (shape[axis] == 1 || strides[axis] == 0) continue;
+    dimensions.push_back({axis, size_t(strides[axis]) * element, size_t(shape[axis])});
+    extent += dimensions.back().step * (dimensions.back().count - 1);
+  }
+  std::stable_sort(dimensions.begin(), dimensions.end(), [](auto& a, auto& b) { return a.step > b.step; });
+  for (auto i = dimensions.rbegin(); i != dimensions.rend() && i->step == run; ++i) run *= i->count;
+}
+
+bool Array::owns(size_t offset, size_t size) const {
+  if (offset + size > extent) return false;
+  if (run == extent) return true;
+  for (const Dimension& dimension : dimensions) {
+    if (dimension.step < run) break;
+    if (offset / dimension.step >= dimension.count) return false;
+    offset %= dimension.step;
+  }
+  return offset + size <= run;
+}
+
+std::string Array::element_at(size_t offset) const {
+  std::vector<size_t> index(shape.size(), 0);
+  for (const Dimension& dimension : dimensions) {
+    index[dimension.axis] = offset / dimension.step;
+    offset %= dimension.step;
+  }
+  std::string text = name + "[";
+  for (size_t i = 0; i < index.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(index[i]);
+  text += "]";
+  if (offset > 0) text += " + " + bytes_text(offset);
+  return text;
+}
+
+void Array::watch() {
+  written.assign(extent, 0);
+  cells = {static_cast<Cell*>(std::calloc(extent / kWordBytes + 2, sizeof(Cell))), &std::free};
+}
+
+// ---- the caller's side ----------------------------------------------------------------------------------------------
+
+void Memory::begin_call() {
+  arrays_.clear();
+  released_.clear();
+  last_array_ = 0;
+}
+
+void Memory::add(Array array) {
+  if (array.empty()) return;
+  if (array.role == Role::output) array.watch();
+  arrays_.push_back(std::move(array));
+}
+
+void Memory::end_call() {
+  for (const Array& array : arrays_)
+    for (size_t offset = 0; offset < array.written.size(); ++offset)
+      if (!array.written[offset] && array.owns(offset, 1))
+        throw Failure("output " + array.element_at(offset) + " was never written");
+}
+
+void Memory::begin_block(size_t shared_bytes) {
+  const size_t room = shared_bytes + kMostArrays * (kRedZone + 16);
+  if (room > arena_room_) {
+    arena_room_ = room;
+    arena_.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (room + 127) / 128 * 128)));
+    cells_.reset(static_cast<Cell*>(std::aligned_alloc(64, (room / kWordBytes + 2) * sizeof(Cell))));
+    std::memset(static_cast<void*>(cells_.get()), 0, (room / kWordBytes + 2) * sizeof(Cell));
+    state_.resize(room);
+  }
+  granted_ = shared_bytes;
+  arena_bytes_ = room;
+  std::memset(arena_.get(), 0xcd, room);
+  std::fill_n(state_.begin(), room, uint8_t(0));
+}
+
+void Memory::zero(void* p, size_t bytes) {
+  for (Array& array : arrays_) {
+    const size_t offset = size_t(static_cast<unsigned char*>(p) - array.data);
+    if (array.role != Role::output || offset >= array.extent || !array.owns(offset, bytes)) continue;
+    std::memset(p, 0, bytes);
+    std::fill_n(array.written.begin() + std::ptrdiff_t(offset), bytes, uint8_t(1));
+    return;
+  }
+  throw Failure("zero() of " + bytes_text(bytes) + " that are not all in one output: " + describe(p));
+}
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+void Memory::start_sharing() {
+  SharedLayout& layout = current->shared;
+  layout.phase = layout.phase == kInFlight - 1 ? 1 : uint8_t(layout.phase + 1);
+  layout.used = 0;
+  layout.arrays.clear();
+}
+
+unsigned char* Memory::share(size_t bytes, const char* name) {
+  SharedLayout& layout = current->shared;
+  const size_t rounded = (bytes + 15) / 16 * 16;
+  layout.used += rounded;
+  if (layout.used > granted_)
+    Machine::get().fail("shared memory exceeded: with '" + std::string(name) + "' the block uses " +
+                        bytes_text(layout.used) + ", and the launch asked for " + bytes_text(granted_));
+  if (layout.arrays.size() == kMostArrays) Machine::get().fail("more than 64 shared arrays");
+  size_t begin = 0;
+  if (!layout.arrays.empty()) {
+    const SharedArray& last = layout.arrays.back();
+    begin = last.begin + (last.bytes + 15) / 16 * 16 + kRedZone;
+  }
+  layout.arrays.push_back({name, begin, bytes});
+  return arena_.get() + begin;
+}
+
+const SharedArray* Memory::shared_array_at(size_t offset, size_t size) const {
+  for (const SharedArray& array : current->shared.arrays)
+    if (offset >= array.begin && offset + size <= array.begin + array.bytes) return &array;
+  return nullptr;
+}
+
+void Memory::begin_copy(void* to, const void* from, size_t size, bool valid, Pc pc) {
+  require_aligned(to, size, "cp.async", pc);
+  if (valid) require_aligned(from, size, "cp.async", pc);
+  if (!is_shared(to)) fail("cp.async to what is not shared memory", to, size, Access::write, pc);
+  touch(to, size, Access::write, pc);
+  AsyncCopy copy{static_cast<unsigned char*>(to), size, {}, -1, pc};
+  if (valid) {
+    touch(from, size, Access::read, pc);
+    std::memcpy(copy.bytes, from, size);
+  }
+  current->copies.push_back(copy);
+  std::fill_n(state_.begin() + (copy.to - arena_.get()), size, kInFlight);
+}
+
+void Memory::commit_copies() {
+  for (AsyncCopy& copy : current->copies)
+    if (copy.group < 0) copy.group = current->copy_groups;
+  ++current->copy_groups;
+}
+
+// The write counts as the waiting thread's, now: others need a barrier after this.
+void Memory::finish_copies(int groups_left) {
+  if (groups_left == 0) commit_copies();
+  std::vector<AsyncCopy> left;
+  for (const AsyncCopy& copy : current->copies) {
+    if (copy.group < 0 || copy.group >= current->copy_groups - groups_left) {
+      left.push_back(copy);
+      continue;
+    }
+    std::fill_n(state_.begin() + (copy.to - arena_.get()), copy.size, uint8_t(0));
+    touch(copy.to, copy.size, Access::write, copy.pc);
+    std::memcpy(copy.to, copy.bytes, copy.size);
+  }
+  current->copies = std::move(left);
+}
+
+// ---- detectors ------------------------------------------------------------------------------------------------------
+
+void Memory::require_aligned(const void* p, size_t alignment, const char* what, Pc pc) {
+  if (reinterpret_cast<uintptr_t>(p) % alignment == 0) return;
+  fail(std::string("misaligned ") + what, p, alignment, Access::read, pc,
+       "\n  aligned   not to the " + bytes_text(alignment) + " it needs");
+}
+
+void Memory::touch(const void* p, size_t size, Access access, Pc pc) {
+  const auto address = static_cast<const unsigned char*>(p);
+  const auto stack = reinterpret_cast<const unsigned char*>(current->stack.get());
+  if (size_t(address - stack) < kStackBytes) return;
+  if (size_t(address - arena_.get()) < arena_bytes_)
+    return touch_shared(size_t(address - arena_.get()), size, access, pc);
+
+  // Arrays may overlap (the inputs of one call can be views of one tensor): the first that has all of it counts.
+  for (size_t i = 0; i < arrays_.size(); ++i) {
+    const size_t which = (last_array_ + i) % arrays_.size();
+    Array& array = arrays_[which];
+    const size_t offset = size_t(address - array.data);
+    if (offset >= array.extent || !array.owns(offset, size)) continue;
+    last_array_ = which;
+    return touch_array(array, offset, size, access, pc);
+  }
+  const auto place = reinterpret_cast<uintptr_t>(p);
+  if (access == Access::read && place >= kModule.begin && place + size <= kModule.end) return;
+  fail_outside(p, size, access, pc);
+}
+
+void Memory::touch_shared(size_t offset, size_t size, Access access, Pc pc) {
+  const unsigned char* const p = arena_.get() + offset;
+  const SharedLayout& layout = current->shared;
+  if (layout.arrays.empty() ? offset + size > granted_ : !shared_array_at(offset, size))
+    fail_outside(p, size, access, pc);
+  uint8_t* const state = state_.data() + offset;
+  for (size_t i = 0; i < size; ++i) {
+    if (state[i] == layout.phase) continue;
+    if (state[i] == kInFlight)
+      fail("access to shared memory that cp.async is still writing", p + i, 1, access, pc,
+           "\n  hint      the thread that began the copy has not waited for it");
+    if (access != Access::write) fail("read of uninitialised shared memory", p + i, size, access, pc);
+    state[i] = layout.phase;
+  }
+  stamp(cells_.get(), true, p, offset, size, access, pc);
+}
+
+void Memory::touch_array(Array& array, size_t offset, size_t size, Access access, Pc pc) {
+  const unsigned char* const p = array.data + offset;
+  if (array.role == Role::input) {
+    if (access != Access::read) fail("write to an input", p, size, access, pc);
+    return;  // what nobody writes cannot be raced for
+  }
+  uint8_t* const written = array.written.data() + offset;
+  if (access != Access::write && std::memchr(written, 0, size))
+    fail("read of an output that has not been written", p, size, access, pc);
+  std::memset(written, 1, size);
+  stamp(array.cells.get(), false, p, offset, size, access, pc);
+}
+
+void Memory::stamp(Cell* cells, bool shared, const void* p, size_t offset, size_t size, Access access, Pc pc) {
+  for (size_t word = offset / kWordBytes, end = offset + size; word * kWordBytes < end; ++word) {
+    const size_t from = std::max(offset, word * kWordBytes), to = std::min(end, (word + 1) * kWordBytes);
+    const auto bytes = uint8_t(((1u << (to - from)) - 1) << (from - word * kWordBytes));
+    stamp_word(cells[word], shared, static_cast<const unsigned char*>(p) + (from - offset), bytes, access, pc);
+  }
+}
+
+void Memory::stamp_word(Cell& cell, bool shared, const void* p, uint8_t bytes, Access access, Pc pc) {
+  const Machine& machine = Machine::get();
+  const Fiber& me = *current;
+  const void* const word = static_cast<const unsigned char*>(p) - std::countr_zero(unsigned(bytes));
+  const uint32_t my_lane = 1u << me.lane;
+  Stamp* room = nullptr;
+  bool merged = false;
+  for (Stamp& other : cell.stamps) {
+    const bool of_block = other.clock >= machine.base();
+    const bool of_others = !shared && other.clock >= machine.launch_begin() && other.clock < machine.block_begin();
+    if (!of_block && !of_others) {
+      if (!room) room = &other;
+      continue;
+    }
+    if (!(other.bytes & bytes)) continue;
+    const bool of_warp = of_block && other.warp == me.warp;
+    const bool may_conflict = (access != Access::read || other.access != Access::read) &&
+                              !(access == Access::atomic && other.access == Access::atomic);
+    bool ordered = true;
+    for (uint32_t lanes = of_warp ? other.lanes & ~my_lane : other.lanes; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      if (machine.ordered(other, lane, word)) continue;
+      if (may_conflict && report_races) fail_race(other, lane, shared, p, access, pc);
+      ordered = false;
+      break;
+    }
+    const bool stronger = access == Access::write || access == other.access;
+    if (ordered && stronger && (other.bytes & ~bytes) == 0) {
+      if (room && room != &other) other.clock = 0;
+      if (!room) room = &other;
+    } else if (of_warp && other.clock == me.clock && other.access == access && other.bytes == bytes) {
+      other.lanes |= my_lane;
+      merged = true;
+    }
+  }
+  if (merged) return;
+  if (!room) room = &cell.stamps[3];
+  *room = {me.clock, my_lane, pc, uint16_t(me.warp), bytes, access};
+}
+
+// ---- reports --------------------------------------------------------------------------------------------------------
+
+// The array and element at `p`, or the nearest array and how far from it `p` lies.
+std::string Memory::describe(const void* p) {
+  const auto address = static_cast<const unsigned char*>(p);
+  std::string nearest = "no array";
+  size_t least = ~size_t(0);
+  const auto consider = [&](const std::string& name, const unsigned char* begin, size_t bytes) {
+    const bool before = address < begin;
+    const size_t distance = before ? size_t(begin - address) : size_t(address - begin) - bytes;
+    if (distance >= least) return;
+    least = distance;
+    nearest = bytes_text(distance) + (before ? " before '" : " behind '") + name + "' of " + bytes_text(bytes);
+  };
+  if (is_shared(p)) {
+    const auto offset = size_t(address - arena_.get());
+    if (!current || current->shared.arrays.empty()) return "shared memory at byte " + std::to_string(offset);
+    for (const SharedArray& array : current->shared.arrays) {
+      if (offset >= array.begin && offset < array.begin + array.bytes)
+        return "shared array '" + std::string(array.name) + "' at byte " + std::to_string(offset - array.begin) +
+               " of " + std::to_string(array.bytes);
+      consider(array.name, arena_.get() + array.begin, array.bytes);
+    }
+    return "shared memory, " + nearest;
+  }
+  for (const Array& array : arrays_) {
+    if (address < array.data || address >= array.data + array.extent) {
+      consider(array.name, array.data, array.extent);
+      continue;
+    }
+    const auto offset = size_t(address - array.data);
+    if (array.owns(offset, 1)) return "global array " + array.element_at(offset);
+    return "between the rows of the view " + array.element_at(offset);
+  }
+  return nearest;
+}
+
+void Memory::fail(const std::string& problem, const void* p, size_t size, Access access, Pc pc,
+                  const std::string& more) {
+  const Machine& machine = Machine::get();
+  Machine::get().fail(problem + "\n  place     " + describe(p) + "\n  " + name_of(access) +
+                      std::string(10 - std::strlen(name_of(access)), ' ') + bytes_text(size) + " by " +
+                      machine.describe(*current) + "\n            at " + at(pc) + more);
+}
+
+void Memory::fail_outside(const void* p, size_t size, Access access, Pc pc) {
+  fail("access out of bounds", p, size, access, pc);
+}
+
+void Memory::fail_race(const Stamp& other, int lane, bool shared, const void* p, Access access, Pc pc) {
+  Machine& machine = Machine::get();
+  const bool of_block = other.clock >= machine.base();
+  const std::string earlier = name_of(other.access);
+  const std::string thread = of_block
+                                 ? machine.describe(machine.fiber(other.warp, lane))
+                                 : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
+  fail(of_block ? (shared ? "data race in shared memory" : "data race in global memory") : "data race between blocks", p,
+       kWordBytes, access, pc,
+       "\n  " + earlier + std::string(10 - earlier.size(), ' ') + "before that by " + thread + "\n            at " +
+           at(other.pc) + "\n  order     " + (of_block ? machine.describe_epoch() : "none between blocks of a launch"));
+}
+
+}  // namespace simt

@@ -1,0 +1,141 @@
+// What kernels may touch, and the detectors that watch every load and store: bounds, alignment, initialisation, races.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "order.h"
+
+namespace simt {
+
+struct Fiber;
+class Machine;
+
+// A place in the machine code, from the beginning of this module.
+using Pc = uint32_t;
+Pc pc_of(const void* return_address);
+
+enum class Access : uint8_t { read, write, atomic };
+
+// Who touched a word of four bytes, and when: the lanes of one warp that did the same with the same clock.
+struct Stamp {
+  Clock clock;
+  uint32_t lanes;
+  Pc pc;
+  uint16_t warp;
+  uint8_t bytes;  // which of the four
+  Access access;
+};
+// Four stamps hold what matters of a word's past: what came before all later accesses makes room.
+struct alignas(64) Cell {
+  Stamp stamps[4];
+};
+constexpr size_t kWordBytes = 4;
+
+enum class Role { input, output };
+
+// An array in global memory, as the kernels' caller described it. Strides are in elements.
+struct Array {
+  std::string name;
+  unsigned char* data;
+  std::vector<int64_t> shape, strides;
+  size_t element;
+  Role role;
+
+  Array(std::string name, unsigned char* data, std::vector<int64_t> shape, std::vector<int64_t> strides, size_t element,
+        Role role);
+  bool empty() const { return extent == 0; }
+  // Whether bytes [offset, offset + size) are the array's, and not between its elements.
+  bool owns(size_t offset, size_t size) const;
+  std::string element_at(size_t offset) const;
+
+  // Dimensions that are more than one step, largest step first; steps in bytes.
+  struct Dimension {
+    size_t axis, step, count;
+  };
+  std::vector<Dimension> dimensions;
+  size_t extent = 0;  // from the first byte to behind the last
+  size_t run = 0;     // bytes that lie together
+
+  // Of outputs.
+  std::vector<uint8_t> written;
+  std::unique_ptr<Cell[], void (*)(void*)> cells{nullptr, nullptr};
+  void watch();
+};
+
+// How a thread has divided the block's shared memory. Offsets leave room for the red zones.
+struct SharedArray {
+  const char* name;
+  size_t begin, bytes;
+};
+struct SharedLayout {
+  uint8_t phase = 1;  // divisions so far
+  size_t used = 0;    // of what was asked for, without red zones
+  std::vector<SharedArray> arrays;
+};
+
+struct AsyncCopy {
+  unsigned char* to;
+  size_t size;
+  unsigned char bytes[16];
+  int group;  // -1: not committed yet
+  Pc pc;
+};
+
+class Memory {
+ public:
+  bool report_races = true;
+
+  // ---- the caller's side
+  void begin_call();
+  void add(Array array);
+  void end_call();  // every output must have been written
+  void begin_block(size_t shared_bytes);
+  void zero(void* p, size_t bytes);
+
+  // ---- the kernel's side
+  unsigned char* shared() { return arena_.get(); }
+  void start_sharing();
+  unsigned char* share(size_t bytes, const char* name);
+
+  void touch(const void* p, size_t size, Access access, Pc pc);
+  void require_aligned(const void* p, size_t alignment, const char* what, Pc pc);
+  bool is_shared(const void* p) const { return size_t(static_cast<const unsigned char*>(p) - arena_.get()) < arena_bytes_; }
+
+  // cp.async: nothing is seen of a copy until the thread that began it has waited.
+  void begin_copy(void* to, const void* from, size_t size, bool valid, Pc pc);
+  void commit_copies();
+  void finish_copies(int groups_left);
+
+  // What atomics on this word have released.
+  Known& released(const void* word) { return released_[word]; }
+  std::string describe(const void* p);
+
+ private:
+  void touch_shared(size_t offset, size_t size, Access access, Pc pc);
+  void touch_array(Array& array, size_t offset, size_t size, Access access, Pc pc);
+  void stamp(Cell* cells, bool shared, const void* p, size_t offset, size_t size, Access access, Pc pc);
+  void stamp_word(Cell& cell, bool shared, const void* p, uint8_t bytes, Access access, Pc pc);
+  [[noreturn]] void fail(const std::string& problem, const void* p, size_t size, Access access, Pc pc,
+                         const std::string& more = "");
+  [[noreturn]] void fail_race(const Stamp& other, int lane, bool shared, const void* p, Access access, Pc pc);
+  [[noreturn]] void fail_outside(const void* p, size_t size, Access access, Pc pc);
+  const SharedArray* shared_array_at(size_t offset, size_t size) const;
+
+  std::vector<Array> arrays_;
+  size_t last_array_ = 0;
+  std::map<const void*, Known> released_;
+
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<unsigned char[], Free> arena_;
+  std::unique_ptr<Cell[], Free> cells_;
+  std::vector<uint8_t> state_;  // of each byte: the phase it was written in, or kInFlight
+  size_t arena_bytes_ = 0, arena_room_ = 0, granted_ = 0;
+};
+
+}  // namespace simt
