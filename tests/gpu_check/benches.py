@@ -71,6 +71,7 @@ def op_case(example: Example, device: torch.device) -> bench.Case:
         lambda: call(_library.REFERENCE[example.op]),
         "PyTorch specification",
         bytes_moved=total_bytes(arguments) + total_bytes(result),
+        flops=example.flops,
         dtype=torch.float16,
     )
 

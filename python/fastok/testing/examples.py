@@ -31,6 +31,7 @@ class Example:
         title: what is special about them.
         build: makes the flat arguments of ``torch.ops.fastok.<op>`` for a dtype, from torch's random state.
         copies: the op must copy an input (its last dimension is not contiguous), and so allocates more than outputs.
+        flops: of the matrix product in it, if that is what takes the time.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Example:
     title: str
     build: Callable[[torch.dtype], Arguments]
     copies: bool = False
+    flops: float = 0.0
 
     def arguments(self, dtype: torch.dtype, seed: int = 0) -> Arguments:
         """The same arguments for the same ``dtype`` and ``seed``, on the CPU."""
@@ -54,11 +56,11 @@ class Example:
 EXAMPLES: dict[str, list[Example]] = {}
 
 
-def example(op: str, size: Size, title: str, *, copies: bool = False) -> Callable[[Any], Any]:
+def example(op: str, size: Size, title: str, *, copies: bool = False, flops: float = 0.0) -> Callable[[Any], Any]:
     """Decorator: register a function from dtype to arguments as an example of ``op``."""
 
     def register(build: Callable[[torch.dtype], Arguments]) -> Callable[[torch.dtype], Arguments]:
-        EXAMPLES.setdefault(op, []).append(Example(op, size, title, build, copies))
+        EXAMPLES.setdefault(op, []).append(Example(op, size, title, build, copies, flops))
         return build
 
     return register
@@ -153,12 +155,12 @@ def _match_many(dtype: torch.dtype) -> Arguments:
     return signs(1, 4200, 16).to(dtype), 2000, 1, None, None, None, None, False, True
 
 
-@example("bipartite_match", "large", "(8,197,64), r=16")
+@example("bipartite_match", "large", "(8,197,64), r=16", flops=2 * 8 * 99 * 98 * 64)
 def _match_base(dtype: torch.dtype) -> Arguments:
     return signs(8, 197, 64).to(dtype), 16, 1, None, None, None, None, False, True
 
 
-@example("bipartite_match", "large", "(1,4096,256), r=2048")
+@example("bipartite_match", "large", "(1,4096,256), r=2048", flops=2 * 2048**2 * 256)
 def _match_image(dtype: torch.dtype) -> Arguments:
     return signs(1, 4096, 256).to(dtype), 2048, 0, None, None, None, None, False, True
 
@@ -184,12 +186,12 @@ def _nearest_dot(dtype: torch.dtype) -> Arguments:
     return odd_view(odd_width(2, 66, 256).to(dtype)), odd_view(y.to(dtype)), 1, "dot", None
 
 
-@example("nearest", "large", "(4,2048,64) in (4,2048,64), cosine, k=1")
+@example("nearest", "large", "(4,2048,64) in as many, cosine, k=1", flops=2 * 4 * 2048**2 * 64)
 def _nearest_large(dtype: torch.dtype) -> Arguments:
     return signs(4, 2048, 64).to(dtype), signs(4, 2048, 64).to(dtype), 1, "cosine", None
 
 
-@example("nearest", "large", "(4,1024,64) in (4,1024,64), euclidean, k=8")
+@example("nearest", "large", "(4,1024,64) in as many, euclidean, k=8", flops=2 * 4 * 1024**2 * 64)
 def _nearest_large_list(dtype: torch.dtype) -> Arguments:
     return signs(4, 1024, 64).to(dtype), signs(4, 1024, 64).to(dtype), 8, "euclidean", None
 
