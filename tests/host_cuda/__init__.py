@@ -54,8 +54,11 @@ def call(
 ) -> None:
     """Run an op of module.cpp. It may read the inputs, and must write all of the outputs before it reads them.
 
-    None stands for an argument that is not there. Results are poisoned.
+    None stands for an argument that is not there. Results are poisoned. Where there is nothing to write nothing runs, as
+    in the bindings: a grid of no blocks is an error.
     """
+    if all(x.numel() == 0 for x in outputs.values()):
+        return
     for x in outputs.values():
         x.fill_(float("nan") if x.is_floating_point() else -(10**9))
     try:
@@ -166,8 +169,7 @@ def unmerge(y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, residua
 def _rows(op: str, mode: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]) -> None:
     rows = {name: x if name in ("size", "size_out") else _dense(x) for name, x in inputs.items()}
     example = next(iter(outputs.values()))
-    if example.shape[0] > 0:
-        call("rows", rows, outputs, op=op, dtype=_name(example), mode=mode, channels=example.shape[2])
+    call("rows", rows, outputs, op=op, dtype=_name(example), mode=mode, channels=example.shape[2])
 
 
 def _dense(x: MaybeTensor) -> MaybeTensor:

@@ -118,13 +118,10 @@ void Machine::leave() {
   }
   Warp& warp = warp_of(*current);
   warp.exited |= 1u << current->lane;
-  std::vector<Meeting> complete_now;
-  std::erase_if(warp.meetings, [&](const Meeting& meeting) {
-    const bool ends = (meeting.mask & ~warp.exited & ~meeting.arrived) == 0;
-    if (ends) complete_now.push_back(meeting);
-    return ends;
-  });
-  for (const Meeting& meeting : complete_now) complete(meeting);
+  const auto ends = [&](const Meeting& meeting) { return (meeting.mask & ~warp.exited & ~meeting.arrived) == 0; };
+  for (const Meeting& meeting : warp.meetings)
+    if (ends(meeting)) complete(meeting);
+  std::erase_if(warp.meetings, ends);
 }
 
 // From the scheduler to the current fiber, until that gives way.
@@ -203,7 +200,9 @@ void Machine::complete(Barrier& barrier) {
     fibers_[size_t(i)].answer = barrier.positive;
     runnable_.push_back(i);
   }
-  barrier = Barrier();
+  barrier.arrived = barrier.positive = 0;
+  barrier.members.clear();
+  barrier.waiting.clear();
 }
 
 // ---- warp collectives -----------------------------------------------------------------------------------------------
@@ -212,9 +211,10 @@ void Machine::meet(const char* name, unsigned mask, void* given, void (*act)(con
   Fiber& me = *current;
   Warp& warp = warp_of(me);
   const unsigned my_lane = 1u << me.lane;
-  const std::string where = "\n            in " + std::string(name) + " at " + simt::describe(site);
+  const auto where = [&] { return "\n            in " + std::string(name) + " at " + simt::describe(site); };
   if (!(mask & my_lane))
-    fail("warp mask " + lanes_text(mask) + " does not name the lane that gives it\n  caller    " + describe(me) + where);
+    fail("warp mask " + lanes_text(mask) + " does not name the lane that gives it\n  caller    " + describe(me) +
+         where());
   auto open = std::find_if(warp.meetings.begin(), warp.meetings.end(),
                            [&](const Meeting& meeting) { return (meeting.mask & mask) != 0; });
   if (open == warp.meetings.end()) {
@@ -222,7 +222,7 @@ void Machine::meet(const char* name, unsigned mask, void* given, void (*act)(con
   } else if (open->mask != mask || std::strcmp(open->name, name) != 0) {
     fail("lanes of a warp disagree\n  one       lanes " + lanes_text(open->arrived) + " of mask " +
          lanes_text(open->mask) + "\n            in " + open->name + " at " + simt::describe(open->site) +
-         "\n  another   " + describe(me) + " with mask " + lanes_text(mask) + where);
+         "\n  another   " + describe(me) + " with mask " + lanes_text(mask) + where());
   }
   open->arrived |= my_lane;
   me.given = given;
@@ -244,17 +244,19 @@ void Machine::complete(const Meeting& meeting) {
 // __syncwarp: what each lane of `mask` has seen is seen by all of them.
 void Machine::order_warp(int warp, unsigned mask) {
   Row seen{};
-  std::vector<int> lanes;
+  std::array<int, kWarpSize> lanes;
+  size_t count = 0;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
     const Fiber& one = fiber(warp, lane);
     for (size_t i = 0; i < seen.size(); ++i) seen[i] = std::max(seen[i], one.seen[i]);
     seen[size_t(lane)] = one.clock;
-    lanes.push_back(one.number);
+    lanes[count++] = one.number;
   }
-  share_knowledge(lanes);
+  const std::span<const int> members(lanes.data(), count);
+  share_knowledge(members);
   ++latest_;
-  for (const int i : lanes) fibers_[size_t(i)].seen = seen, fibers_[size_t(i)].clock = latest_;
+  for (const int i : members) fibers_[size_t(i)].seen = seen, fibers_[size_t(i)].clock = latest_;
   if (mask == kFullMask) warps_[size_t(warp)].last_sync = latest_;
 }
 
@@ -308,7 +310,7 @@ void Machine::release_and_acquire(const void* word) {
 
 // Barriers pass on what their threads know of others, and the two halves of a fence: CUDA code fences in all threads,
 // then lets one of them, behind a barrier, do the atomic.
-void Machine::share_knowledge(const std::vector<int>& fibers) {
+void Machine::share_knowledge(std::span<const int> fibers) {
   for (Known Fiber::* const part : {&Fiber::known, &Fiber::fenced, &Fiber::acquired}) {
     const Known& first = fibers_[size_t(fibers.front())].*part;
     if (std::all_of(fibers.begin(), fibers.end(), [&](int i) { return fibers_[size_t(i)].*part == first; })) continue;

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -130,7 +131,7 @@ class Machine {
   void complete(const Meeting& meeting);
   void complete(Barrier& barrier);
   Knowledge own_knowledge(const Fiber& fiber) const;
-  void share_knowledge(const std::vector<int>& fibers);
+  void share_knowledge(std::span<const int> fibers);
   size_t block_of(Clock clock) const;  // counting in the order in which they ran
   std::string deadlock() const;
   std::string complaint(const std::string& what) const;
