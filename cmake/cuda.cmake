@@ -8,6 +8,12 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 add_library(fastok_cuda SHARED csrc/match/match_cuda.cu csrc/merge/merge_cuda.cu)
 set_target_properties(fastok_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_libraries(fastok_cuda PRIVATE fastok_torch)
+# Python loads torch's libraries privately, so that fastok_cuda must name the one its CUDA symbols come from. A torch for
+# CPUs, which it may be built beside, lacks it: what is linked is an empty library of that name.
+file(WRITE ${CMAKE_BINARY_DIR}/empty.cpp "")
+add_library(torch_cuda SHARED ${CMAKE_BINARY_DIR}/empty.cpp)
+set_target_properties(torch_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/stub)
+target_link_libraries(fastok_cuda PRIVATE -Wl,--push-state,--no-as-needed torch_cuda -Wl,--pop-state)
 target_compile_definitions(fastok_cuda PRIVATE USE_CUDA)  # shows the stable ABI's CUDA half
 
 string(REPLACE ";" "," host_warnings "${warnings}")

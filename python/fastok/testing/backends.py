@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from .. import _library, triton
+from .examples import moved
 
 Function = Callable[..., Any]
 
@@ -34,10 +35,10 @@ class Backend:
         function = self.resolve(op)
 
         def call(*args: Any) -> Any:
-            moved = [a.to(self.device) if isinstance(a, torch.Tensor) else a for a in args]
-            _poison(moved)
+            here = moved(args, self.device)
+            _poison(here)
             with _isa(self.isa):
-                result = function(*moved)
+                result = function(*here)
             if isinstance(result, torch.Tensor):
                 return result.cpu()
             return tuple(part.cpu() for part in result)
@@ -48,7 +49,7 @@ class Backend:
         return self.name
 
 
-def _poison(args: list[Any]) -> None:
+def _poison(args: tuple[Any, ...]) -> None:
     """Leave NaN in freed memory of the sizes about to be asked for, so that an unwritten output shows."""
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.numel() > 0:
