@@ -19,4 +19,20 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "merge_backward(Tensor grad_y, Tensor x, Tensor y, Tensor assign, Tensor offsets, Tensor members, "
       "Tensor? size, Tensor size_out, str mode) -> Tensor");
   m.def("unmerge(Tensor y, Tensor assign, Tensor offsets, Tensor members, Tensor? residual) -> Tensor");
+
+  // Attention (csrc/attention). left, right < 0: unbounded; softcap 0: none; max_seqlen < 0: unknown.
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, float scale, SymInt left, SymInt right, float softcap, "
+      "Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k) -> "
+      "(Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "float scale, SymInt left, SymInt right, float softcap, Tensor? key_bias, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_scores(Tensor q, Tensor k, Tensor? lse, Tensor? key_weight, float scale, SymInt left, SymInt right, "
+      "float softcap, Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
+      "SymInt max_seqlen_k, Tensor? rows, SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end, "
+      "bool over_cols, str reduce, SymInt head_group, bool head_max, bool logits) -> Tensor");
+  m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 }

@@ -6,9 +6,25 @@ _library.load()
 
 from . import reducers, reference  # noqa: E402
 from .integrations import Handle, apply  # noqa: E402
+from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
+from .ops.scores import ScoreSpec  # noqa: E402
 from .token_map import SoftMap, TokenMap  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["Handle", "SoftMap", "TokenMap", "apply", "bipartite_match", "nearest", "reducers", "reference"]
+__all__ = [
+    "Handle",
+    "ScoreSpec",
+    "SoftMap",
+    "TokenMap",
+    "apply",
+    "attention",
+    "attention_scores",
+    "attention_with_scores",
+    "bipartite_match",
+    "merge_states",
+    "nearest",
+    "reducers",
+    "reference",
+]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from . import reference, triton
+from .reference import attention
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -19,9 +20,17 @@ REFERENCE = {
     "merge": reference.merge,
     "merge_backward": reference.merge_backward,
     "unmerge": reference.unmerge,
+    "attention": attention.attention,
+    "attention_backward": attention.attention_backward,
+    "attention_scores": attention.attention_scores,
 }
+# Plain PyTorch on every device, autograd included.
+COMPOSITE = {"merge_states": attention.merge_states}
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")
+
+# The ops that the loaded libraries have kernels for.
+NATIVE: dict[str, set[str]] = {"CPU": set(), "CUDA": set()}
 
 _registrations = torch.library.Library("fastok", "IMPL")
 
@@ -36,17 +45,24 @@ def load() -> None:
     torch.ops.load_library(CPU_LIBRARY)
     if torch.cuda.is_available() and CUDA_LIBRARY.exists():
         torch.ops.load_library(CUDA_LIBRARY)
-    else:
-        for op, specification in REFERENCE.items():
-            _registrations.impl(op, triton.OPS[op] if cuda_backend(op) == "triton" else specification, "CUDA")
-    for device in OTHER_DEVICES:
-        for op, specification in REFERENCE.items():
-            _registrations.impl(op, specification, device)
+        NATIVE["CUDA"].update(op for op in REFERENCE if _has_kernel(op, "CUDA"))
+    NATIVE["CPU"].update(op for op in REFERENCE if _has_kernel(op, "CPU"))
+    for op, specification in REFERENCE.items():
+        for device in ("CPU", "CUDA", *OTHER_DEVICES):
+            if op not in NATIVE.get(device, ()):
+                on_triton = device == "CUDA" and cuda_backend(op) == "triton"
+                _registrations.impl(op, triton.OPS[op] if on_triton else specification, device)
+    for op, function in COMPOSITE.items():
+        _registrations.impl(op, function, "CompositeImplicitAutograd")
+
+
+def _has_kernel(op: str, device: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastok::{op}", device))
 
 
 def cuda_backend(op: str) -> str:
     """What serves ``op`` on CUDA tensors here: ``"cuda"``, ``"triton"`` or ``"reference"``."""
-    if torch.cuda.is_available() and CUDA_LIBRARY.exists():
+    if op in NATIVE["CUDA"]:
         return "cuda"
     has_triton = op in triton.OPS and importlib.util.find_spec("triton") is not None
     return "triton" if has_triton else "reference"
@@ -67,5 +83,5 @@ def backends() -> list[tuple[str, str, str, str]]:
         if backend == "reference":
             missing = "Triton is not installed" if op in triton.OPS else "Triton has no kernel for it"
             reason = f"{why}; {missing}"
-        rows.append((op, "cpu", backend, reason))
+        rows.append((op, "cpu" if op in NATIVE["CPU"] else "reference", backend, reason))
     return rows

@@ -1,0 +1,172 @@
+"""``ScoreSpec``: what to export of an attention matrix, and what is left to do once its columns have been reduced."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_int
+
+REDUCE = ("sum", "mean", "max", "none")
+NORMALIZE = (None, "visible", "causal", "cols")
+HEADS = ("none", "mean", "sum", "max", "group_mean", "group_sum")
+VALUE_NORMS = {None: None, "l1": 1, "l2": 2}
+END = 2**31 - 1  # "to the end" where an int is needed
+
+Slice = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """Which statistic of P = softmax(scale * Q K^T + bias) to export.
+
+    Args:
+        rows: the queries that count: ``"all"``, ``"last"``, one index, a slice ``(start, stop)`` (negative from the
+            end, ``stop=None`` to the end), or a LongTensor of indices, in which repeated ones count twice. For packed
+            sequences they are taken of each sequence; rows that a sequence does not have count as 0.
+        cols: the slice of keys to export; None: all. Not for packed sequences.
+        reduce: over the rows: ``"sum"``, ``"mean"``, ``"max"``, or ``"none"``, which keeps them.
+        normalize: None; ``"visible"``, divide each key by the number of selected rows that can see it; ``"causal"``,
+            by T - j (ZipCache's released code); ``"cols"``, take the softmax over the selected columns only.
+        heads: ``"none"``, ``"mean"``, ``"sum"``, ``"max"``, or ``"group_mean"``, ``"group_sum"`` over the query heads
+            of one KV head.
+        logits: the scores before the softmax. A key that a row does not see has logit -inf, which sums and means leave
+            out.
+        value_norm: multiply by the ``"l1"`` or ``"l2"`` norm of each key's value.
+        pool: odd width of a mean over neighbouring keys at the end; borders are padded with zeros that count.
+
+    Applied in this order: softcap, bias, softmax (or logits), value norm, heads, rows, normalize, pool.
+    """
+
+    rows: str | int | Slice | Tensor = "all"
+    cols: Slice | None = None
+    reduce: str = "sum"
+    normalize: str | None = None
+    heads: str = "mean"
+    logits: bool = False
+    value_norm: str | None = None
+    pool: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("reduce", self.reduce, REDUCE),
+            ("normalize", self.normalize, NORMALIZE),
+            ("heads", self.heads, HEADS),
+            ("value_norm", self.value_norm, tuple(VALUE_NORMS)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+        if self.logits and self.normalize == "cols":
+            raise ValueError("normalize='cols' is a softmax; it cannot go with logits=True")
+        if self.pool is not None and (self.pool < 1 or self.pool % 2 == 0):
+            raise ValueError(f"pool must be an odd number of keys, at least 1; got {self.pool}")
+        if isinstance(self.rows, Tensor):
+            if self.rows.dim() != 1 or self.rows.dtype != torch.int64:
+                raise TypeError(
+                    f"rows must be int64 [R], got {str(self.rows.dtype).removeprefix('torch.')} {list(self.rows.shape)}"
+                )
+        elif isinstance(self.rows, str):
+            if self.rows not in ("all", "last"):
+                raise ValueError(f"rows must be 'all', 'last', an int, a slice or a LongTensor; got {self.rows!r}")
+        else:
+            _check_slice("rows", self.rows)
+        if self.cols is not None:
+            if not isinstance(self.cols, tuple):
+                raise TypeError(f"cols must be None or (start, stop), got {type(self.cols).__name__}")
+            _check_slice("cols", self.cols)
+
+    def row_slice(self) -> Slice:
+        """The rows as a slice; of all for a LongTensor."""
+        if isinstance(self.rows, int):
+            return self.rows, None if self.rows == -1 else self.rows + 1
+        if isinstance(self.rows, tuple):
+            return self.rows
+        return (-1, None) if isinstance(self.rows, str) and self.rows == "last" else (0, None)
+
+    def head_group(self, heads: int, kv_heads: int) -> int:
+        """How many query heads make one of the result."""
+        if self.heads == "none":
+            return 1
+        return heads // kv_heads if self.heads.startswith("group") else heads
+
+
+def _check_slice(name: str, value: int | Slice) -> None:
+    parts = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ValueError(f"{name} must be (start, stop), got {value!r}")
+    for part, optional in zip(parts, (False, True), strict=False):
+        if part is not None or not optional:
+            check_int(name, part)  # type: ignore[arg-type]
+
+
+def resolve(piece: Slice, length: int) -> tuple[int, int]:
+    """What ``[start:stop]`` takes of ``length`` items, both bounds within it."""
+    start, stop = piece
+    start = max(start + length, 0) if start < 0 else min(start, length)
+    stop = length if stop is None else max(stop + length, 0) if stop < 0 else min(stop, length)
+    return start, max(stop, start)
+
+
+def unresolved(piece: Slice) -> tuple[int, int]:
+    """The bounds as the op takes them for packed sequences: negative ones from each sequence's end."""
+    start, stop = piece
+    return start, END if stop is None else stop
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where each key stands: ``[T]`` positions, and how long its sequence's queries and keys are."""
+
+    position: Tensor
+    n_q: Tensor | int
+    n_k: Tensor | int
+
+
+def sequences_of(n_q: int, n_k: int, cu_q: Tensor | None, cu_k: Tensor | None, device: torch.device) -> Sequences:
+    """For ``n_k`` keys, packed ones if there are ``cu_seqlens``."""
+    position = torch.arange(n_k, device=device)
+    if cu_q is None or cu_k is None:
+        return Sequences(position, n_q, n_k)
+    number = torch.searchsorted(cu_k[1:], position, right=True).clamp(max=len(cu_k) - 2)
+    return Sequences(position - cu_k[number], cu_q.diff()[number], cu_k.diff()[number])
+
+
+def selected_rows(spec: ScoreSpec, sequences: Sequences, left: int, right: int, seeing: bool) -> Tensor:
+    """For each key, how many of its sequence's selected rows there are, or (``seeing``) can see it by position."""
+    n_q = torch.as_tensor(sequences.n_q, device=sequences.position.device).expand_as(sequences.position)
+    low, high = torch.zeros_like(n_q), n_q - 1
+    if seeing:
+        at = sequences.position - (torch.as_tensor(sequences.n_k, device=n_q.device) - n_q)
+        if right >= 0:
+            low = torch.maximum(low, at - right)
+        if left >= 0:
+            high = torch.minimum(high, at + left)
+    if isinstance(spec.rows, Tensor):
+        ordered = spec.rows.to(n_q.device).sort().values
+        counts = torch.searchsorted(ordered, high, right=True) - torch.searchsorted(ordered, low)
+    else:
+        start, stop = unresolved(spec.row_slice())
+        first = (n_q + start).clamp(min=0) if start < 0 else torch.full_like(n_q, start)
+        last = n_q + stop if stop < 0 else n_q.clamp(max=stop)
+        counts = torch.minimum(last - 1, high) - torch.maximum(first, low) + 1
+    return counts.clamp(min=0)
+
+
+def finish(
+    spec: ScoreSpec, scores: Tensor, head_group: int, sequences: Sequences, cols: slice, left: int, right: int
+) -> Tensor:
+    """Means, normalisation and pooling of reduced columns ``[…, heads, (R,) T']``; one head is no axis."""
+    if spec.heads in ("mean", "group_mean"):
+        scores = scores / head_group
+    if spec.reduce == "mean":
+        scores = scores / selected_rows(spec, sequences, left, right, seeing=False)[cols].clamp(min=1)
+    if spec.normalize == "visible":
+        scores = scores / selected_rows(spec, sequences, left, right, seeing=True)[cols].clamp(min=1)
+    elif spec.normalize == "causal":
+        scores = scores / (sequences.n_k - sequences.position)[cols]
+    if spec.pool is not None and spec.pool > 1:
+        scores = F.avg_pool1d(scores.reshape(-1, 1, scores.shape[-1]), spec.pool, 1, spec.pool // 2).view_as(scores)
+    if spec.heads in ("mean", "sum", "max"):
+        scores = scores.squeeze(-3 if spec.reduce == "none" else -2)
+    return scores
