@@ -1,4 +1,4 @@
-"""``attention``, its scores, and merging of partial results: checks, fake kernels, autograd; kernels in csrc/attention."""
+"""``attention``, its scores, merging of partial results: checks, fake kernels, autograd; kernels in csrc/attention."""
 
 from typing import Any, NamedTuple
 
@@ -117,7 +117,7 @@ def attention_with_scores(
     k: Tensor,
     v: Tensor,
     *,
-    scores: tuple[ScoreSpec, ...] = (ScoreSpec(),),  # noqa: B008 - immutable
+    scores: tuple[ScoreSpec, ...] = (ScoreSpec(),),
     scale: float | None = None,
     causal: bool = False,
     window: Window = None,
