@@ -19,6 +19,7 @@ from .report import locate
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
+SOURCE = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
 
@@ -54,13 +55,13 @@ def call(
 ) -> None:
     """Run an op of module.cpp. It may read the inputs, and must write all of the outputs before it reads them.
 
-    None stands for an argument that is not there. Results are poisoned. Where there is nothing to write nothing runs, as
-    in the bindings: a grid of no blocks is an error.
+    None stands for an argument that is not there. Results are poisoned. Where there is nothing to write nothing runs,
+    as in the bindings: a grid of no blocks is an error.
     """
     if all(x.numel() == 0 for x in outputs.values()):
         return
     for x in outputs.values():
-        x.fill_(float("nan") if x.is_floating_point() else -(10**9))
+        x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).min // 2)
     try:
         native.call(
             op,
@@ -72,6 +73,31 @@ def call(
         )
     except native.Failure as failure:
         raise KernelError(locate(str(failure), Path(native.__file__ or ""))) from None
+
+
+Index = tuple[int, int, int]
+
+
+def sample(
+    kernel: str,
+    x: Tensor,
+    out: Tensor,
+    *,
+    n: int | None = None,
+    grid: Index = (1, 1, 1),
+    block: Index = (64, 1, 1),
+    shared_bytes: int = 0,
+    zeroed: int = 0,
+) -> Tensor:
+    """Run a kernel of planted.cuh or features.cuh, after zeroing the first bytes of ``out``. Returns ``out``."""
+    dimensions = {
+        f"{name}_{axis}": i for name, size in (("grid", grid), ("block", block)) for axis, i in zip("xyz", size)
+    }
+    size = out.numel() if n is None else n
+    call(
+        "sample", {"in": x}, {"out": out}, kernel=kernel, n=size, shared_bytes=shared_bytes, zeroed=zeroed, **dimensions
+    )
+    return out
 
 
 def match_map(

@@ -50,6 +50,6 @@ void bipartite_match(const Call& call);
 void nearest(const Call& call);
 void build_map(const Call& call);
 void rows(const Call& call);
-void planted(const Call& call);
+void sample(const Call& call);
 
 }  // namespace simt

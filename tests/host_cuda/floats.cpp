@@ -21,7 +21,8 @@ struct Format {
   float widen(uint32_t bits) const {
     const uint32_t sign = bits >> (exponent + mantissa), size = bits & ((1u << (exponent + mantissa)) - 1);
     const int power = int(size >> mantissa), fraction = int(size & ((1u << mantissa) - 1));
-    float x = std::ldexp(float(power > 0 ? fraction + (1 << mantissa) : fraction), std::max(power, 1) - bias() - mantissa);
+    float x =
+        std::ldexp(float(power > 0 ? fraction + (1 << mantissa) : fraction), std::max(power, 1) - bias() - mantissa);
     if (finite ? size == nan() : size > infinity()) x = std::numeric_limits<float>::quiet_NaN();
     if (!finite && size == infinity()) x = std::numeric_limits<float>::infinity();
     return sign ? -x : x;
@@ -57,7 +58,9 @@ __nv_bfloat16 __float2bfloat16_rn(float x) {
 __nv_fp8_storage_t __nv_cvt_float_to_fp8(float x, __nv_saturation_t saturation, __nv_fp8_interpretation_t which) {
   const Format& format = which == __NV_E4M3 ? kE4m3 : kE5m2;
   if (std::isnan(x)) return __nv_fp8_storage_t(format.nan());
-  const uint32_t overflow = saturation == __NV_SATFINITE ? format.largest() : format.finite ? format.nan() : format.infinity();
+  const uint32_t overflow = saturation == __NV_SATFINITE ? format.largest()
+                            : format.finite              ? format.nan()
+                                                         : format.infinity();
   return __nv_fp8_storage_t(format.narrow(x, overflow));
 }
 __half __nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t x, __nv_fp8_interpretation_t which) {

@@ -55,14 +55,14 @@ void __tsan_init() {}
 // ---- loads and stores -----------------------------------------------------------------------------------------------
 
 // "Unaligned" are accesses whose type asks for less than their size, such as copies of small structs.
-#define ACCESSES(size)                                                                               \
-  void __tsan_read##size(void* p) { touch_aligned(p, size, Access::read, CALLER); }                  \
-  void __tsan_write##size(void* p) { touch_aligned(p, size, Access::write, CALLER); }                \
-  void __tsan_volatile_read##size(void* p) { touch_aligned(p, size, Access::read, CALLER); }         \
-  void __tsan_volatile_write##size(void* p) { touch_aligned(p, size, Access::write, CALLER); }       \
-  void __tsan_unaligned_read##size(void* p) { touch(p, size, Access::read, CALLER); }                \
-  void __tsan_unaligned_write##size(void* p) { touch(p, size, Access::write, CALLER); }              \
-  void __tsan_unaligned_volatile_read##size(void* p) { touch(p, size, Access::read, CALLER); }       \
+#define ACCESSES(size)                                                                         \
+  void __tsan_read##size(void* p) { touch_aligned(p, size, Access::read, CALLER); }            \
+  void __tsan_write##size(void* p) { touch_aligned(p, size, Access::write, CALLER); }          \
+  void __tsan_volatile_read##size(void* p) { touch_aligned(p, size, Access::read, CALLER); }   \
+  void __tsan_volatile_write##size(void* p) { touch_aligned(p, size, Access::write, CALLER); } \
+  void __tsan_unaligned_read##size(void* p) { touch(p, size, Access::read, CALLER); }          \
+  void __tsan_unaligned_write##size(void* p) { touch(p, size, Access::write, CALLER); }        \
+  void __tsan_unaligned_volatile_read##size(void* p) { touch(p, size, Access::read, CALLER); } \
   void __tsan_unaligned_volatile_write##size(void* p) { touch(p, size, Access::write, CALLER); }
 ACCESSES(1)
 ACCESSES(2)
@@ -73,7 +73,8 @@ ACCESSES(16)
 void __tsan_read_range(void* p, size_t size) { touch(p, size, Access::read, CALLER); }
 void __tsan_write_range(void* p, size_t size) { touch(p, size, Access::write, CALLER); }
 
-// ---- memory functions: instrumented code calls them by these names (simt.h) -------------------------------------------
+// ---- memory functions: instrumented code calls them by these names (simt.h)
+// -------------------------------------------
 
 void* simt_memcpy(void* to, const void* from, size_t size) {
   touch(from, size, Access::read, CALLER), touch(to, size, Access::write, CALLER);

@@ -12,10 +12,25 @@ namespace simt {
 
 int lane();
 int synchronise_block(const char* name, bool predicate, Site at);
+// PTX's bar.sync and bar.arrive on barriers 1 to 15.
+void bar_sync(int id, int count, Site at = Site::here());
+void bar_arrive(int id, int count, Site at = Site::here());
 // Replaces a value by that of lane `source`.
 void shuffle(const char* name, unsigned mask, void* value, size_t bytes, int source, Site at);
 
-enum class Reduction { ballot, match_any, match_all, add, smallest, largest, smallest_signed, largest_signed, all, any, odd };
+enum class Reduction {
+  ballot,
+  match_any,
+  match_all,
+  add,
+  smallest,
+  largest,
+  smallest_signed,
+  largest_signed,
+  all,
+  any,
+  odd
+};
 uint64_t reduce(const char* name, unsigned mask, uint64_t value, Reduction reduction, Site at);
 
 // An atomic update of up to 8 bytes is what happens between these two.
@@ -62,7 +77,8 @@ inline int __syncthreads_and(int predicate, simt::Site at = simt::Site::here()) 
 void __syncwarp(unsigned mask = 0xffffffffu, simt::Site at = simt::Site::here());
 void __threadfence();
 
-// ---- warp collectives: they let lanes meet, but order no memory (that is what __syncwarp is for) ----------------------
+// ---- warp collectives: they let lanes meet, but order no memory (that is what __syncwarp is for)
+// ----------------------
 
 template <class V>
 V __shfl_sync(unsigned mask, V value, int source, int width = 32, simt::Site at = simt::Site::here()) {
@@ -133,7 +149,8 @@ inline unsigned __reduce_xor_sync(unsigned mask, unsigned value, simt::Site at =
   return unsigned(simt::reduce("__reduce_xor_sync", mask, value, simt::Reduction::odd, at));
 }
 
-// ---- atomics: one fiber runs at a time, so only the order is left to chance -------------------------------------------
+// ---- atomics: one fiber runs at a time, so only the order is left to chance
+// -------------------------------------------
 
 template <simt::OneOf<int, unsigned, unsigned long long, float, double> V>
 V atomicAdd(V* address, std::type_identity_t<V> value) {

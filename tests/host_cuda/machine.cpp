@@ -38,14 +38,18 @@ std::string lanes_text(unsigned mask) {
 void Machine::begin_call(uint64_t seed) {
   call_seed_ = seed;
   launches_ = 0;
-  memory_.begin_call();
+  constexpr Clock kLate = 1u << 31;
+  const bool rewind = latest_ > kLate;
+  if (rewind) latest_ = 0;
+  memory_.begin_call(rewind);
 }
 
 void Machine::launch(const Launch& launch) {
   launch_ = &launch;
   failure_.clear();
   if (threads() % kWarpSize != 0 || threads() == 0 || threads() > 1024)
-    throw Failure(complaint("a block of " + std::to_string(threads()) + " threads: must be 32 to 1024, in whole warps"));
+    throw Failure(
+        complaint("a block of " + std::to_string(threads()) + " threads: must be 32 to 1024, in whole warps"));
   if (count(launch.grid) == 0) throw Failure(complaint("a grid of no blocks"));
   random_.seed(launch.seed);
   launch_begin_ = latest_ + 1;
@@ -355,8 +359,9 @@ std::string Machine::deadlock() const {
 
 std::string Machine::complaint(const std::string& what) const {
   return what + "\n  kernel    <" + "@" + std::to_string(pc_of(launch_->kernel) + 1) + ">, grid " +
-         simt::describe(launch_->grid) + ", block " + simt::describe(launch_->block) + "\n  replay    host_cuda.seed = " +
-         std::to_string(call_seed_) + ", launch " + std::to_string(launches_) + " of the call";
+         simt::describe(launch_->grid) + ", block " + simt::describe(launch_->block) +
+         "\n  replay    host_cuda.seed = " + std::to_string(call_seed_) + ", launch " + std::to_string(launches_) +
+         " of the call";
 }
 
 // ---- what simt.h promises -------------------------------------------------------------------------------------------

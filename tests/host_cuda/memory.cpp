@@ -102,7 +102,8 @@ void Array::watch() {
 
 // ---- the caller's side ----------------------------------------------------------------------------------------------
 
-void Memory::begin_call() {
+void Memory::begin_call(bool rewind) {
+  if (rewind) arena_room_ = 0;  // the next block gets new cells
   arrays_.clear();
   released_.clear();
   last_array_ = 0;
@@ -375,11 +376,11 @@ void Memory::fail_race(const Stamp& other, int lane, bool shared, const void* p,
   Machine& machine = Machine::get();
   const bool of_block = other.clock >= machine.base();
   const std::string earlier = name_of(other.access);
-  const std::string thread = of_block
-                                 ? machine.describe(machine.fiber(other.warp, lane))
-                                 : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
-  fail(of_block ? (shared ? "data race in shared memory" : "data race in global memory") : "data race between blocks", p,
-       kWordBytes, access, pc,
+  const std::string thread =
+      of_block ? machine.describe(machine.fiber(other.warp, lane))
+               : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
+  fail(of_block ? (shared ? "data race in shared memory" : "data race in global memory") : "data race between blocks",
+       p, kWordBytes, access, pc,
        "\n  " + earlier + std::string(10 - earlier.size(), ' ') + "before that by " + thread + "\n            at " +
            at(other.pc) + "\n  order     " + (of_block ? machine.describe_epoch() : "none between blocks of a launch"));
 }

@@ -90,7 +90,7 @@ class Memory {
   bool report_races = true;
 
   // ---- the caller's side
-  void begin_call();
+  void begin_call(bool rewind);  // rewind: clocks start anew
   void add(Array array);
   void end_call();  // every output must have been written
   void begin_block(size_t shared_bytes);
@@ -103,7 +103,9 @@ class Memory {
 
   void touch(const void* p, size_t size, Access access, Pc pc);
   void require_aligned(const void* p, size_t alignment, const char* what, Pc pc);
-  bool is_shared(const void* p) const { return size_t(static_cast<const unsigned char*>(p) - arena_.get()) < arena_bytes_; }
+  bool is_shared(const void* p) const {
+    return size_t(static_cast<const unsigned char*>(p) - arena_.get()) < arena_bytes_;
+  }
 
   // cp.async: nothing is seen of a copy until the thread that began it has waited.
   void begin_copy(void* to, const void* from, size_t size, bool valid, Pc pc);

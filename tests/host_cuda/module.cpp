@@ -16,7 +16,7 @@ const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"nearest", simt::nearest},
                                      {"build_map", simt::build_map},
                                      {"rows", simt::rows},
-                                     {"planted", simt::planted}};
+                                     {"sample", simt::sample}};
 
 // Address, shape, strides, bytes of an element.
 using Described = std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, size_t>;
@@ -51,7 +51,8 @@ PYBIND11_MODULE(_host_cuda, m) {
   m.def("half_to_float", [](uint16_t x) { return __half2float({x}); });
   m.def("float_to_half", [](float x) { return __float2half_rn(x).bits; });
   m.def("float_to_bfloat16", [](float x) { return __float2bfloat16_rn(x).bits; });
-  m.def("fp8_to_half", [](uint8_t x, bool e5m2) { return __nv_cvt_fp8_to_halfraw(x, e5m2 ? __NV_E5M2 : __NV_E4M3).bits; });
+  m.def("fp8_to_half",
+        [](uint8_t x, bool e5m2) { return __nv_cvt_fp8_to_halfraw(x, e5m2 ? __NV_E5M2 : __NV_E4M3).bits; });
   m.def("float_to_fp8", [](float x, bool e5m2, bool saturate) {
     return __nv_cvt_float_to_fp8(x, saturate ? __NV_SATFINITE : __NV_NOSAT, e5m2 ? __NV_E5M2 : __NV_E4M3);
   });

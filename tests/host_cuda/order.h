@@ -2,8 +2,8 @@
 //
 // One counter runs through a whole call. Every synchronisation gives its participants the next value, so that equal
 // clocks in a warp mean "synchronised together, and not since". A block barrier orders all threads of a block: what
-// carries a smaller clock than the last one (the block's `base`) needs no further thought. Within a warp each lane keeps
-// what it has seen of the 31 others. All other order is rare (between warps without a block barrier, and between
+// carries a smaller clock than the last one (the block's `base`) needs no further thought. Within a warp each lane
+// keeps what it has seen of the 31 others. All other order is rare (between warps without a block barrier, and between
 // blocks) and is kept as Knowledge, shared by the threads that have the same.
 #pragma once
 #include <algorithm>

@@ -13,11 +13,10 @@ class KernelError(RuntimeError):
 
 
 def locate(text: str, module: Path) -> str:
-    """``text`` with <+address> as ``file:line (function < its callers)`` and <@address> as the name of a kernel."""
+    """``text`` with <+address> as file, line and function, the callers below, and <@address> as the name of a kernel."""
 
     def place(match: re.Match[str]) -> str:
-        frames = _frames(int(match[1]), module)
-        return f"{frames[0][1]} ({' < '.join(function for function, _ in frames[:4])})"
+        return f"\n{' ' * 15}".join(f"{where} in {function}" for function, where in _frames(int(match[1]), module)[:5])
 
     def kernel(match: re.Match[str]) -> str:
         return _frames(int(match[1]), module)[0][0]

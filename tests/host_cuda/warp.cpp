@@ -32,6 +32,9 @@ int synchronise_block(const char* name, bool predicate, Site at) {
   return machine.synchronise(name, 0, machine.threads(), predicate, at);
 }
 
+void bar_sync(int id, int count, Site at) { Machine::get().synchronise("bar.sync", id, count, false, at); }
+void bar_arrive(int id, int count, Site at) { Machine::get().synchronise("bar.arrive", id, count, false, at, false); }
+
 // ---- collectives ----------------------------------------------------------------------------------------------------
 
 namespace {
@@ -77,7 +80,8 @@ void reduce_meeting(const Meeting& meeting) {
       total |= mine.value << lane;
     } else if (mine.reduction == Reduction::match_any || mine.reduction == Reduction::match_all) {
       mine.result = 0;
-      for_lanes<Reduced>(meeting, [&](int i, Reduced& other) { mine.result |= uint64_t(other.value == mine.value) << i; });
+      for_lanes<Reduced>(meeting,
+                         [&](int i, Reduced& other) { mine.result |= uint64_t(other.value == mine.value) << i; });
       if (mine.reduction == Reduction::match_all && mine.result != meeting.arrived) mine.result = 0;
     } else {
       total = first ? mine.value : combine(mine.reduction, total, mine.value);
@@ -160,7 +164,8 @@ void move_matrices(const Meeting& meeting) {
     for (int m = 0; m < mine.count; ++m) {
       for (int i = 0; i < 2; ++i) {
         const int across = lane % 4 * 2 + i, down = lane / 4;
-        unsigned char* const element = rows[8 * m + (mine.transposed ? across : down)] + 2 * (mine.transposed ? down : across);
+        unsigned char* const element =
+            rows[8 * m + (mine.transposed ? across : down)] + 2 * (mine.transposed ? down : across);
         auto* const half = reinterpret_cast<unsigned char*>(mine.words + m) + 2 * i;
         std::memcpy(mine.store ? element : half, mine.store ? half : element, 2);
       }

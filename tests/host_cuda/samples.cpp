@@ -1,0 +1,82 @@
+// The sample kernels by name, for the tests of the machine itself.
+#include "samples.h"
+
+#include "call.h"
+#include "features.cuh"
+#include "planted.cuh"
+
+namespace simt {
+
+namespace {
+
+using Kernel = void (*)(Sample);
+
+#define TWINS(name) \
+  {#name, planted::name<false>}, { #name " (correct)", planted::name<true> }
+const std::map<std::string, Kernel> kKernels{
+    TWINS(missing_barrier),
+    TWINS(missing_syncwarp),
+    TWINS(partial_syncwarp),
+    TWINS(same_value),
+    TWINS(byte_race),
+    TWINS(plain_counter),
+    TWINS(block_race),
+    TWINS(last_block),
+    TWINS(divergent_barrier),
+    TWINS(early_exit),
+    TWINS(deadlock),
+    TWINS(foreign_mask),
+    TWINS(unequal_masks),
+    TWINS(unequal_collectives),
+    TWINS(absent_source),
+    TWINS(shared_overrun),
+    TWINS(global_overrun),
+    TWINS(view_overrun),
+    TWINS(library_overrun),
+    TWINS(other_stack),
+    TWINS(too_much_shared),
+    TWINS(input_write),
+    TWINS(uninitialised_shared),
+    TWINS(stale_shared),
+    TWINS(unwritten_output),
+    TWINS(unwritten_read),
+    TWINS(copy_without_wait),
+    TWINS(copy_without_barrier),
+    TWINS(misaligned_vector),
+    TWINS(misaligned_copy),
+    TWINS(misaligned_atomic),
+    TWINS(wide_shift),
+    TWINS(overflow),
+    TWINS(array_index),
+    {"indices", features::indices},
+    {"block_votes", features::block_votes},
+    {"collectives", features::collectives},
+    {"vote_of_the_rest", features::vote_of_the_rest},
+    {"atomics", features::atomics},
+    {"named_barriers", features::named_barriers},
+    {"arrive", features::arrive},
+    {"copy_groups", features::copy_groups},
+    {"flag", features::flag},
+    {"matrices", features::matrices},
+    {"product f16", features::product<fastok::f16, 16>},
+    {"product bf16", features::product<fastok::bf16, 16>},
+    {"product tf32", features::product<float, 8>},
+};
+#undef TWINS
+
+dim3 dimensions(const Call& call, const std::string& name) {
+  return {unsigned(call.integer(name + "_x")), unsigned(call.integer(name + "_y")),
+          unsigned(call.integer(name + "_z"))};
+}
+
+}  // namespace
+
+void sample(const Call& call) {
+  const Sample s{int(call.integer("n")), call.pointer<void>("in"), call.pointer<void>("out")};
+  Launcher launch = call.launcher();
+  if (call.integer("zeroed") > 0) launch.zero(s.out, size_t(call.integer("zeroed")));
+  launch(dimensions(call, "grid"), dimensions(call, "block"), size_t(call.integer("shared_bytes")),
+         kKernels.at(call.word("kernel")), s);
+}
+
+}  // namespace simt

@@ -1,0 +1,211 @@
+"""Each detector of the host machine finds the bug planted for it (planted.cuh), and says where; the correct twin passes."""
+
+import re
+
+import pytest
+import torch
+
+host = pytest.importorskip("host_cuda")
+
+N = 64
+SHARED = 4 * N + 64
+
+
+def run(kernel, **options):
+    """The kernel on 0, 1, 2, ... with a result for each of 64 threads."""
+    x = options.pop("x", torch.arange(N, dtype=torch.int32))
+    out = options.pop("out", torch.empty(N, dtype=torch.int32))
+    return host.sample(kernel, x, out, **{"shared_bytes": SHARED, **options})
+
+
+def line_of(kernel, text):
+    """Where in planted.cuh a kernel says ``text``."""
+    lines = (host.SOURCE / "planted.cuh").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if f" {kernel}(" in line)
+    return "tests/host_cuda/planted.cuh:" + str(next(i for i in range(begin, len(lines)) if text in lines[i]) + 1)
+
+
+# Kernel, what the report says, the source line it names, how to run it. The thread, lane, array and element are all part
+# of the report; where any of several threads may be the first to be caught, the pattern leaves the number open.
+BUGS = {
+    "missing_barrier": (r"data race in shared memory\n  place .*'values'", "values[s.n - 1", {}),
+    "missing_syncwarp": (r"data race in shared memory\n  place .*'values'", "values[thread() ^ 31]", {}),
+    "partial_syncwarp": (
+        r"data race in shared memory\n  place     shared array 'values' at byte 0 of 4\n"
+        r"(.|\n)* thread \(0, 0, 0\) of block \(0, 0, 0\), warp 0 lane 0\n",
+        "= values[0]",
+        {"block": (32, 1, 1), "out": torch.empty(32, dtype=torch.int32)},
+    ),
+    "same_value": (r"data race in shared memory\n  place     shared array 'flag' at byte 0 of 4", "flag[0] = 1", {}),
+    "byte_race": (
+        r"data race in shared memory\n  place     shared array 'bytes' at byte \d+ of 64",
+        "thread() / 2",
+        {},
+    ),
+    "plain_counter": (r"data race in global memory\n  place     global array out\[0\]", "s.to()[0] += 1", {}),
+    "block_race": (
+        r"data race between blocks\n  place     global array out\[63\]\n"
+        r"  write .* thread \(0, 0, 0\) of block \(\d+, 0, 0\)(.|\n)*"
+        r"  write     before that by thread \(0, 0, 0\) of block \(\d+, 0, 0\)",
+        "s.n - 1",
+        {"grid": (N, 1, 1)},
+    ),
+    "last_block": (
+        r"data race between blocks\n  place     global array out\[\d\]\n"
+        r"  read .* by thread \(2, 0, 0\) (.|\n)*  write     before that by thread \(1, 0, 0\)",
+        "sum +=",
+        {"grid": (6, 1, 1), "out": torch.empty(7, dtype=torch.int32), "zeroed": 4},
+    ),
+    "divergent_barrier": (r"divergent barrier: threads of the block are at different barriers", "__syncthreads()", {}),
+    "early_exit": (
+        r"divergent barrier: a thread (exits while others wait|has exited, and others wait)\n"
+        r"  exite?[ds]    ? thread \(40, 0, 0\) of block \(0, 0, 0\), warp 1 lane 8",
+        "__syncthreads()",
+        {},
+    ),
+    "deadlock": (
+        r"deadlock: all threads wait\n(.|\n)*  waits     33 threads in __syncthreads(.|\n)*"
+        r"  waits     31 threads in __syncwarp",
+        "__syncwarp()",
+        {},
+    ),
+    "foreign_mask": (
+        r"warp mask 0xffffffdf does not name the lane that gives it\n  caller    thread \(5, 0, 0\)|lanes of a warp disagree",
+        "__syncwarp(",
+        {},
+    ),
+    "unequal_masks": (r"lanes of a warp disagree(.|\n)*0x0000ffff(.|\n)*__shfl_xor_sync", "__shfl_xor_sync", {}),
+    "unequal_collectives": (r"lanes of a warp disagree(.|\n)*(__ballot_sync|__any_sync)", "__ballot_sync", {}),
+    "absent_source": (r"__shfl_sync reads lane 16, which takes no part", "__shfl_sync", {}),
+    "shared_overrun": (
+        r"access out of bounds\n  place     shared memory, \d+ bytes behind 'first' of 256 bytes\n  write     4 bytes",
+        "first[thread()",
+        {"shared_bytes": 512},
+    ),
+    "global_overrun": (
+        r"access out of bounds\n  place     0 bytes behind 'in' of 256 bytes\n"
+        r"  read      4 bytes by thread \(63, 0, 0\) of block \(0, 0, 0\), warp 1 lane 31",
+        "s.from()[",
+        {},
+    ),
+    "view_overrun": (
+        r"access out of bounds\n  place     (between the rows of the view in\[\d+, 3\]|0 bytes behind 'in')",
+        "s.from()[",
+        {"x": torch.ones((N, 5), dtype=torch.int32)[:, :3]},
+    ),
+    "library_overrun": (
+        r"access out of bounds\n  place     global array in\[0\]\n  read      260 bytes",
+        "std::memcpy",
+        {},
+    ),
+    "other_stack": (r"access out of bounds", "*pointer[0]", {}),
+    "too_much_shared": (
+        r"with 'second' the block uses 288 bytes, and the launch asked for 272",
+        None,
+        {"shared_bytes": 272},
+    ),
+    "input_write": (
+        r"write to an input\n  place     global array in\[(\d+)\]\n  write .* thread \(\1, 0, 0\)",
+        "const_cast",
+        {},
+    ),
+    "uninitialised_shared": (
+        r"read of uninitialised shared memory\n  place     shared array 'values' at byte 36 of 256\n"
+        r"  read      4 bytes by thread \(9, 0, 0\)",
+        "= values[",
+        {},
+    ),
+    "stale_shared": (r"read of uninitialised shared memory\n  place     shared array 'after'", "= after[", {}),
+    "unwritten_output": (r"output out\[11\] was never written", None, {}),
+    "unwritten_read": (
+        r"read of an output that has not been written\n  place     global array out\[(\d+)\]\n  read .* \(\1, 0, 0\)",
+        "+= 1",
+        {},
+    ),
+    "copy_without_wait": (
+        r"access to shared memory that cp.async is still writing\n  place     shared array 'values'",
+        "= values[i]",
+        {"block": (32, 1, 1), "x": torch.arange(128).int(), "out": torch.empty(128).int(), "shared_bytes": 512},
+    ),
+    "copy_without_barrier": (
+        r"access to shared memory that cp.async is still writing|read of uninitialised|data race in shared memory",
+        "= values[i]",
+        {"block": (32, 1, 1), "x": torch.arange(128).int(), "out": torch.empty(128).int(), "shared_bytes": 512},
+    ),
+    "misaligned_vector": (
+        r"misaligned access\n  place     global array in\[3\]\n  read      16 bytes by thread \(0, 0, 0\)",
+        "*reinterpret_cast",
+        {},
+    ),
+    "misaligned_copy": (r"misaligned cp.async\n  place     global array in\[3\]", "cp_async_16(values, s.from() +", {}),
+    "misaligned_atomic": (r"misaligned atomic\n  place     global array out\[1\]", "atomicAdd(", {}),
+    "wide_shift": (r"undefined behaviour: shift(.|\n)*thread \(\d+, 0, 0\)", "1 <<", {}),
+    "overflow": (r"undefined behaviour: signed multiplication overflows", "1 << 30", {}),
+    "array_index": (r"undefined behaviour: index outside", "local[thread()", {}),
+}
+
+
+@pytest.fixture(autouse=True, params=range(6))
+def _schedule(request):
+    host.seed = 100 * request.param
+
+
+@pytest.mark.parametrize("kernel", BUGS)
+def test_bug_is_found(kernel):
+    pattern, text, options = BUGS[kernel]
+    with pytest.raises(host.KernelError) as caught:
+        run(kernel, **options)
+    report = str(caught.value)
+    assert re.search(pattern, report), report
+    if text is not None:
+        assert line_of(kernel, text) in report, report
+    if kernel != "unwritten_output":  # found after the launch
+        assert f"kernel    {kernel}<false>, grid " in report, report
+        assert f"host_cuda.seed = {host.seed}, launch 0" in report, report
+
+
+@pytest.mark.parametrize("kernel", BUGS)
+def test_correct_twin_passes(kernel):
+    run(f"{kernel} (correct)", **BUGS[kernel][2])
+
+
+def test_race_names_both_threads_and_the_element():
+    """In out[t] = values[63 - t] the reader of element i is thread 63 - i, and its writer thread i."""
+    with pytest.raises(host.KernelError) as caught:
+        run("missing_barrier")
+    report = str(caught.value)
+    element = int(re.search(r"at byte (\d+) of 256", report)[1]) // 4
+    parties = {kind: int(t) for kind, t in re.findall(r"  (read|write) .*by thread \((\d+), 0, 0\)", report)}
+    assert parties == {"read": N - 1 - element, "write": element}
+    assert line_of("missing_barrier", "values[thread()] = s.from()") in report
+    assert f"none since barrier 1 of the block, at {line_of('missing_barrier', '__syncthreads')}" in report
+
+
+def test_report_is_the_same_for_the_same_seed():
+    reports = []
+    for _ in range(2):
+        with pytest.raises(host.KernelError) as caught:
+            run("missing_barrier")
+        reports.append(str(caught.value))
+    assert reports[0] == reports[1]
+
+
+def test_machine_works_again_after_a_report():
+    with pytest.raises(host.KernelError):
+        run("deadlock")
+    assert torch.equal(run("missing_barrier (correct)"), torch.arange(N - 1, -1, -1, dtype=torch.int32))
+
+
+def test_races_can_be_allowed():
+    with host.races_allowed():
+        run("same_value")
+        with pytest.raises(host.KernelError, match="out of bounds"):
+            run("global_overrun")
+    with pytest.raises(host.KernelError, match="data race"):
+        run("same_value")
+
+
+def test_impossible_launches_are_refused():
+    for options in ({"grid": (0, 1, 1)}, {"block": (33, 1, 1)}, {"block": (2048, 1, 1)}):
+        with pytest.raises(host.KernelError, match="a grid of no blocks|a block of"):
+            run("unwritten_output (correct)", **options)
