@@ -90,13 +90,9 @@ def sample(
     zeroed: int = 0,
 ) -> Tensor:
     """Run a kernel of planted.cuh or features.cuh, after zeroing the first bytes of ``out``. Returns ``out``."""
-    dimensions = {
-        f"{name}_{axis}": i for name, size in (("grid", grid), ("block", block)) for axis, i in zip("xyz", size)
-    }
-    size = out.numel() if n is None else n
-    call(
-        "sample", {"in": x}, {"out": out}, kernel=kernel, n=size, shared_bytes=shared_bytes, zeroed=zeroed, **dimensions
-    )
+    dimensions = {f"{name}_{'xyz'[i]}": size[i] for name, size in (("grid", grid), ("block", block)) for i in range(3)}
+    options = dimensions | {"n": out.numel() if n is None else n, "shared_bytes": shared_bytes, "zeroed": zeroed}
+    call("sample", {"in": x}, {"out": out}, kernel=kernel, **options)
     return out
 
 

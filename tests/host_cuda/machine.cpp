@@ -224,9 +224,9 @@ void Machine::meet(const char* name, unsigned mask, void* given, void (*act)(con
   if (open == warp.meetings.end()) {
     open = warp.meetings.insert(open, {name, site, act, me.warp, mask, 0});
   } else if (open->mask != mask || std::strcmp(open->name, name) != 0) {
-    fail("lanes of a warp disagree\n  one       lanes " + lanes_text(open->arrived) + " of mask " +
-         lanes_text(open->mask) + "\n            in " + open->name + " at " + simt::describe(open->site) +
-         "\n  another   " + describe(me) + " with mask " + lanes_text(mask) + where());
+    fail("lanes disagree\n  one       lanes " + lanes_text(open->arrived) + " of mask " + lanes_text(open->mask) +
+         "\n            in " + open->name + " at " + simt::describe(open->site) + "\n  another   " + describe(me) +
+         " with mask " + lanes_text(mask) + where());
   }
   open->arrived |= my_lane;
   me.given = given;

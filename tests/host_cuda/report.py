@@ -13,7 +13,7 @@ class KernelError(RuntimeError):
 
 
 def locate(text: str, module: Path) -> str:
-    """``text`` with <+address> as file, line and function, the callers below, and <@address> as the name of a kernel."""
+    """``text`` with <+address> as file, line, function and their callers, and <@address> as the name of a kernel."""
 
     def place(match: re.Match[str]) -> str:
         return f"\n{' ' * 15}".join(f"{where} in {function}" for function, where in _frames(int(match[1]), module)[:5])

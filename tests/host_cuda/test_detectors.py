@@ -1,4 +1,4 @@
-"""Each detector of the host machine finds the bug planted for it (planted.cuh), and says where; the correct twin passes."""
+"""Each detector of the host machine finds the bug planted for it (planted.cuh) and says where; correct twins pass."""
 
 import re
 
@@ -25,8 +25,8 @@ def line_of(kernel, text):
     return "tests/host_cuda/planted.cuh:" + str(next(i for i in range(begin, len(lines)) if text in lines[i]) + 1)
 
 
-# Kernel, what the report says, the source line it names, how to run it. The thread, lane, array and element are all part
-# of the report; where any of several threads may be the first to be caught, the pattern leaves the number open.
+# Kernel, what the report says, the source line it names, how to run it. Where any of several threads may be the first
+# to be caught, the pattern leaves the number open.
 BUGS = {
     "missing_barrier": (r"data race in shared memory\n  place .*'values'", "values[s.n - 1", {}),
     "missing_syncwarp": (r"data race in shared memory\n  place .*'values'", "values[thread() ^ 31]", {}),
@@ -70,12 +70,12 @@ BUGS = {
         {},
     ),
     "foreign_mask": (
-        r"warp mask 0xffffffdf does not name the lane that gives it\n  caller    thread \(5, 0, 0\)|lanes of a warp disagree",
+        r"warp mask 0xffffffdf does not name the lane that gives it\n  caller    thread \(5, 0, 0\)|lanes disagree",
         "__syncwarp(",
         {},
     ),
-    "unequal_masks": (r"lanes of a warp disagree(.|\n)*0x0000ffff(.|\n)*__shfl_xor_sync", "__shfl_xor_sync", {}),
-    "unequal_collectives": (r"lanes of a warp disagree(.|\n)*(__ballot_sync|__any_sync)", "__ballot_sync", {}),
+    "unequal_masks": (r"lanes disagree(.|\n)*0x0000ffff(.|\n)*__shfl_xor_sync", "__shfl_xor_sync", {}),
+    "unequal_collectives": (r"lanes disagree(.|\n)*(__ballot_sync|__any_sync)", "__ballot_sync", {}),
     "absent_source": (r"__shfl_sync reads lane 16, which takes no part", "__shfl_sync", {}),
     "shared_overrun": (
         r"access out of bounds\n  place     shared memory, \d+ bytes behind 'first' of 256 bytes\n  write     4 bytes",
@@ -207,5 +207,5 @@ def test_races_can_be_allowed():
 
 def test_impossible_launches_are_refused():
     for options in ({"grid": (0, 1, 1)}, {"block": (33, 1, 1)}, {"block": (2048, 1, 1)}):
-        with pytest.raises(host.KernelError, match="a grid of no blocks|a block of"):
+        with pytest.raises(host.KernelError, match=r"a grid of no blocks|a block of"):
             run("unwritten_output (correct)", **options)

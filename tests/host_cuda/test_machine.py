@@ -194,10 +194,9 @@ def test_fp8_conversions_exhaustively(e5m2):
 # ---- schedules -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("_schedule", [0], indirect=True)
 def test_kernels_give_the_same_on_every_schedule():
-    """Bitwise, over all kernels that are not a copy: match in one launch and in three, nearest, maps, merge and back."""
-    if host.seed > 0:
-        pytest.skip("takes its own seeds")
+    """Bitwise: match in one launch and in three, nearest, maps, merge and back."""
     metric, x = torch.randn(2, 150, 40), torch.randn(2, 90, 24)
     many = torch.randn(1, 4200, 4).half()
     assign = torch.randint(-1, 30, (2, 90)).int()
