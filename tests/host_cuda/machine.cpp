@@ -1,5 +1,7 @@
 #include "machine.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -18,6 +20,8 @@ std::string describe(dim3 index) {
 }
 
 namespace {
+
+constexpr size_t kPageBytes = 64 << 10;  // the largest that Linux uses
 
 dim3 unflatten(size_t i, dim3 size) {
   return {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
@@ -86,17 +90,25 @@ void Machine::run_block(dim3 index) {
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
 
+Stack::Stack() {
+  void* const pages =
+      mmap(nullptr, kPageBytes + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED || mprotect(pages, kPageBytes, PROT_NONE) != 0) throw std::bad_alloc();
+  begin_ = static_cast<std::byte*>(pages) + kPageBytes;
+}
+Stack::~Stack() { munmap(begin_ - kPageBytes, kPageBytes + kStackBytes); }
+
 void Machine::start(int i) {
   Fiber& fiber = fibers_[size_t(i)];
-  std::unique_ptr<std::byte[]> stack = std::move(fiber.stack);
-  if (!stack) stack.reset(new std::byte[kStackBytes]);
+  std::unique_ptr<Stack> stack = std::move(fiber.stack);
+  if (!stack) stack = std::make_unique<Stack>();
   fiber = Fiber();
   fiber.stack = std::move(stack);
   fiber.number = i, fiber.warp = i / kWarpSize, fiber.lane = i % kWarpSize;
   fiber.index = unflatten(size_t(i), launch_->block);
   fiber.clock = base_;
   getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_sp = fiber.stack->begin();
   fiber.start.uc_stack.ss_size = kStackBytes;
   fiber.start.uc_link = nullptr;
   makecontext(&fiber.start, &Machine::enter, 0);

@@ -27,11 +27,23 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Ends in a page that may not be touched: a thread that needs more does not go on in another's memory.
+class Stack {
+ public:
+  Stack();
+  ~Stack();
+  Stack(const Stack&) = delete;
+  std::byte* begin() const { return begin_; }
+
+ private:
+  std::byte* begin_;
+};
+
 // Contexts start by ucontext and then switch by _setjmp, which unlike swapcontext makes no system call.
 struct Fiber {
   ucontext_t start;
   jmp_buf place;
-  std::unique_ptr<std::byte[]> stack;
+  std::unique_ptr<Stack> stack;
   int number = 0, warp = 0, lane = 0;
   dim3 index;
   bool started = false, done = false;

@@ -226,7 +226,7 @@ void Memory::require_aligned(const void* p, size_t alignment, const char* what, 
 
 void Memory::touch(const void* p, size_t size, Access access, Pc pc) {
   const auto address = static_cast<const unsigned char*>(p);
-  const auto stack = reinterpret_cast<const unsigned char*>(current->stack.get());
+  const auto stack = reinterpret_cast<const unsigned char*>(current->stack->begin());
   if (size_t(address - stack) < kStackBytes) return;
   if (size_t(address - arena_.get()) < arena_bytes_)
     return touch_shared(size_t(address - arena_.get()), size, access, pc);

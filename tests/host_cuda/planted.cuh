@@ -2,6 +2,8 @@
 // ints unless said otherwise.
 #pragma once
 #include "ptx/cp_async.h"
+#include "ptx/ldmatrix.h"
+#include "ptx/mma.h"
 #include "samples.h"
 
 namespace simt::planted {
@@ -300,6 +302,27 @@ __global__ void misaligned_atomic(Sample s) {
   s.to()[thread()] = 0;
   __syncthreads();
   atomicAdd(reinterpret_cast<unsigned long long*>(s.to() + (kCorrect ? 2 : 1)), 1ull);
+}
+
+// A quarter of a row too far.
+template <bool kCorrect>
+__global__ void misaligned_matrix(Sample s) {
+  FASTOK_SHARED(shared);
+  auto* const tile = SharedMemory(shared).take<uint16_t>(5 * 64, "tile");
+  for (int i = thread(); i < 5 * 64; i += 32) tile[i] = uint16_t(i);
+  __syncwarp();
+  uint32_t words[4];
+  fastok::ptx::ldmatrix_x4(words, tile + 8 * thread() + (kCorrect ? 0 : 4));
+  s.to()[thread()] = int(words[0]);
+}
+
+// The tensor core's instructions are the whole warp's.
+template <bool kCorrect>
+__global__ void part_of_a_warp(Sample s) {
+  s.to()[thread()] = 0;
+  if (!kCorrect && thread() == 7) return;
+  float d[4] = {};
+  fastok::ptx::mma_m16n8k16_f16(d, {0, 0, 0, 0}, 0, 0);
 }
 
 template <bool kCorrect>

@@ -45,6 +45,8 @@ const std::map<std::string, Kernel> kKernels{
     TWINS(misaligned_vector),
     TWINS(misaligned_copy),
     TWINS(misaligned_atomic),
+    TWINS(misaligned_matrix),
+    TWINS(part_of_a_warp),
     TWINS(wide_shift),
     TWINS(overflow),
     TWINS(array_index),

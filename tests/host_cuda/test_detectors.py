@@ -139,6 +139,16 @@ BUGS = {
     ),
     "misaligned_copy": (r"misaligned cp.async\n  place     global array in\[3\]", "cp_async_16(values, s.from() +", {}),
     "misaligned_atomic": (r"misaligned atomic\n  place     global array out\[1\]", "atomicAdd(", {}),
+    "misaligned_matrix": (
+        r"misaligned ldmatrix\n  place     shared array 'tile' at byte (\d+) of 640\n  read      16 bytes",
+        "ldmatrix_x4(",
+        {"block": (32, 1, 1), "out": torch.empty(32).int(), "shared_bytes": 640},
+    ),
+    "part_of_a_warp": (
+        r"mma f16 needs all lanes of the warp, and some have exited",
+        None,
+        {"block": (32, 1, 1), "out": torch.empty(32).int()},
+    ),
     "wide_shift": (r"undefined behaviour: shift(.|\n)*thread \(\d+, 0, 0\)", "1 <<", {}),
     "overflow": (r"undefined behaviour: signed multiplication overflows", "1 << 30", {}),
     "array_index": (r"undefined behaviour: index outside", "local[thread()", {}),
