@@ -21,6 +21,7 @@ std::string describe(dim3 index) {
 
 namespace {
 
+constexpr size_t kMostSharedBytes = 99 << 10;
 constexpr size_t kPageBytes = 64 << 10;  // the largest that Linux uses
 
 dim3 unflatten(size_t i, dim3 size) {
@@ -55,6 +56,10 @@ void Machine::launch(const Launch& launch) {
     throw Failure(
         complaint("a block of " + std::to_string(threads()) + " threads: must be 32 to 1024, in whole warps"));
   if (count(launch.grid) == 0) throw Failure(complaint("a grid of no blocks"));
+  if (launch.grid.y > 65535 || launch.grid.z > 65535) throw Failure(complaint("a grid of more than 65535 in y or z"));
+  if (launch.shared_bytes > kMostSharedBytes)
+    throw Failure(
+        complaint(std::to_string(launch.shared_bytes) + " bytes of shared memory: some devices grant 99 KiB"));
   random_.seed(launch.seed);
   launch_begin_ = latest_ + 1;
   block_begins_.clear();

@@ -216,6 +216,12 @@ def test_races_can_be_allowed():
 
 
 def test_impossible_launches_are_refused():
-    for options in ({"grid": (0, 1, 1)}, {"block": (33, 1, 1)}, {"block": (2048, 1, 1)}):
-        with pytest.raises(host.KernelError, match=r"a grid of no blocks|a block of"):
+    for options, reason in (
+        ({"grid": (0, 1, 1)}, "a grid of no blocks"),
+        ({"grid": (1, 1, 65536)}, "a grid of more than 65535"),
+        ({"block": (33, 1, 1)}, "a block of 33 threads"),
+        ({"block": (2048, 1, 1)}, "a block of 2048 threads"),
+        ({"shared_bytes": 100 << 10}, "102400 bytes of shared memory"),
+    ):
+        with pytest.raises(host.KernelError, match=reason):
             run("unwritten_output (correct)", **options)
