@@ -4,7 +4,7 @@ from . import _library
 
 _library.load()
 
-from . import reducers, reference  # noqa: E402
+from . import flash, reducers, reference  # noqa: E402
 from .integrations import Handle, apply  # noqa: E402
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
@@ -23,6 +23,7 @@ __all__ = [
     "attention_scores",
     "attention_with_scores",
     "bipartite_match",
+    "flash",
     "merge_states",
     "nearest",
     "reducers",
