@@ -138,6 +138,16 @@ __global__ void flag(Sample s) {
   }
 }
 
+// Every block adds one to a 64-bit ticket, out[0] and out[1], zeroed before; the last one sets it back.
+__global__ void wide_ticket(Sample s) {
+  if (threadIdx.x > 0) return;
+  auto* const ticket = s.to<unsigned long long>();
+  __threadfence();
+  const bool last = atomicAdd(ticket, 1ull) == gridDim.x - 1;
+  __threadfence();
+  if (last) *ticket = 0;
+}
+
 // in: eight 8x8 matrices of 16 bits. Through ldmatrix and stmatrix, two of them transposed on each way.
 __global__ void matrices(Sample s) {
   FASTOK_SHARED(shared);

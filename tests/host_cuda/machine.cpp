@@ -63,6 +63,7 @@ void Machine::launch(const Launch& launch) {
   random_.seed(launch.seed);
   launch_begin_ = latest_ + 1;
   block_begins_.clear();
+  memory_.begin_launch();
   block_order_.resize(count(launch.grid));
   std::iota(block_order_.begin(), block_order_.end(), size_t(0));
   std::shuffle(block_order_.begin(), block_order_.end(), random_);
@@ -314,19 +315,14 @@ void Machine::fence() {
   me.clock = ++latest_;
 }
 
-void Machine::release_and_acquire(const void* word) {
+void Machine::release_and_acquire(const void* address, size_t bytes) {
   Fiber& me = *current;
-  Known& released = memory_.released(word);
-  if (!me.fenced && !released) return;
+  Known& released = memory_.released(address);
   me.acquired = joined(me.acquired, released);
   if (!me.fenced) return;
-  if (memory_.is_shared(word)) {
-    released = joined(released, me.fenced);
-  } else {
-    auto next = std::make_shared<Knowledge>(*joined(released, me.fenced));
-    next->observe(word, latest_);
-    released = next;
-  }
+  auto next = std::make_shared<Knowledge>(*joined(released, me.fenced));
+  for (size_t i = 0; i < bytes; i += kWordBytes) next->observe(static_cast<const std::byte*>(address) + i, latest_);
+  released = next;
 }
 
 // Barriers pass on what their threads know of others, and the two halves of a fence: CUDA code fences in all threads,

@@ -123,7 +123,7 @@ class Machine {
   Clock base() const { return base_; }
   // Whether what `lane` of the stamp did to the word comes before what the current fiber does now.
   bool ordered(const Stamp& stamp, int lane, const void* word) const;
-  void release_and_acquire(const void* word);
+  void release_and_acquire(const void* address, size_t bytes);
 
   // ---- reports
 

@@ -105,7 +105,6 @@ void Array::watch() {
 void Memory::begin_call(bool rewind) {
   if (rewind) arena_room_ = 0;  // the next block gets new cells
   arrays_.clear();
-  released_.clear();
   last_array_ = 0;
 }
 
@@ -123,6 +122,7 @@ void Memory::end_call() {
 }
 
 void Memory::begin_block(size_t shared_bytes) {
+  released_in_block_.clear();
   const size_t room = shared_bytes + kMostArrays * (kRedZone + 16);
   if (room > arena_room_) {
     arena_room_ = room;
@@ -256,7 +256,9 @@ void Memory::touch_shared(size_t offset, size_t size, Access access, Pc pc) {
     if (state[i] == kInFlight)
       fail("access to shared memory that cp.async is still writing", p + i, 1, access, pc,
            "\n  hint      the thread that began the copy has not waited for it");
-    if (access != Access::write) fail("read of uninitialised shared memory", p + i, size, access, pc);
+    if (access != Access::write)
+      fail("read of uninitialised shared memory", p + i, size, access, pc,
+           "\n  hint      nobody has written it since it was divided, or not yet: a barrier may be missing");
     state[i] = layout.phase;
   }
   stamp(cells_.get(), true, p, offset, size, access, pc);

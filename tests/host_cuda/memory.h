@@ -93,6 +93,7 @@ class Memory {
   void begin_call(bool rewind);  // rewind: clocks start anew
   void add(Array array);
   void end_call();  // every output must have been written
+  void begin_launch() { released_in_launch_.clear(); }
   void begin_block(size_t shared_bytes);
   void zero(void* p, size_t bytes);
 
@@ -112,8 +113,8 @@ class Memory {
   void commit_copies();
   void finish_copies(int groups_left);
 
-  // What atomics on this word have released.
-  Known& released(const void* word) { return released_[word]; }
+  // What atomics on this word have released: in the block if it is shared, else in the launch.
+  Known& released(const void* word) { return (is_shared(word) ? released_in_block_ : released_in_launch_)[word]; }
   std::string describe(const void* p);
 
  private:
@@ -129,7 +130,7 @@ class Memory {
 
   std::vector<Array> arrays_;
   size_t last_array_ = 0;
-  std::map<const void*, Known> released_;
+  std::map<const void*, Known> released_in_launch_, released_in_block_;
 
   struct Free {
     void operator()(void* p) const { std::free(p); }

@@ -59,6 +59,7 @@ const std::map<std::string, Kernel> kKernels{
     {"arrive", features::arrive},
     {"copy_groups", features::copy_groups},
     {"flag", features::flag},
+    {"wide_ticket", features::wide_ticket},
     {"matrices", features::matrices},
     {"product f16", features::product<fastok::f16, 16>},
     {"product bf16", features::product<fastok::bf16, 16>},

@@ -115,6 +115,10 @@ def test_flag_in_place_of_a_barrier():
     assert out[32] == 5
 
 
+def test_wide_ticket():
+    assert run("wide_ticket", ints(1), ints(2), grid=(9, 1, 1), zeroed=8).tolist() == [0, 0]
+
+
 # ---- host bodies of csrc/ptx -----------------------------------------------------------------------------------------
 
 

@@ -127,7 +127,7 @@ uint64_t begin_atomic(const void* address, size_t bytes) {
   machine.yield();
   machine.memory().require_aligned(address, bytes, "atomic", pc);
   machine.memory().touch(address, bytes, Access::atomic, pc);
-  machine.release_and_acquire(address);
+  machine.release_and_acquire(address, bytes);
   uint64_t value = 0;
   std::memcpy(&value, address, bytes);
   return value;
