@@ -172,8 +172,12 @@ void Machine::fail(const std::string& what) {
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
 int Machine::synchronise(const char* name, int id, int count, bool predicate, Site site, bool wait) {
-  Barrier& barrier = barriers_.at(size_t(id));
   Fiber& me = *current;
+  if (id < 0 || id >= kNamedBarriers || count <= 0 || count % kWarpSize != 0 || count > threads())
+    fail(std::string(name) + " of barrier " + std::to_string(id) + " for " + std::to_string(count) +
+         " threads: barriers are 0 to 15, for whole warps of the block\n  caller    " + describe(me) +
+         "\n            at " + simt::describe(site));
+  Barrier& barrier = barriers_[size_t(id)];
   if (barrier.arrived == 0) barrier.name = name, barrier.site = site, barrier.expected = count;
   const bool whole_block = id == 0;
   const auto differ = [&](const std::string& how) {
@@ -181,48 +185,48 @@ int Machine::synchronise(const char* name, int id, int count, bool predicate, Si
          "\n            in " + barrier.name + " at " + simt::describe(barrier.site) + "\n  another   " + describe(me) +
          "\n            in " + name + " at " + simt::describe(site));
   };
-  if (count % kWarpSize != 0 || count > threads()) differ("a count of " + std::to_string(count) + " threads");
   if (barrier.expected != count) differ("threads expect different counts");
   if (whole_block && (barrier.site.line != site.line || std::strcmp(barrier.site.file, site.file) != 0))
     differ("threads of the block are at different barriers");
   if (whole_block && exited_ > 0) {
-    const auto gone = std::find_if(fibers_.begin(), fibers_.end(), [](const Fiber& fiber) { return fiber.done; });
+    const auto gone =
+        std::find_if(fibers_.begin(), fibers_.begin() + threads(), [](const Fiber& fiber) { return fiber.done; });
     fail("divergent barrier: a thread has exited, and others wait\n  exited    " + describe(*gone) + "\n  waits     " +
          describe(me) + "\n            in " + name + " at " + simt::describe(site));
   }
   barrier.members.push_back(me.number);
   barrier.positive += predicate;
-  if (wait) barrier.waiting.push_back(me.number);
-  me.waits_in = name, me.waits_at = site;
+  if (!whole_block) {
+    barrier.seen.add(own_knowledge(me));
+    me.clock = ++latest_;
+  }
+  if (wait) {
+    barrier.waiting.push_back(me.number);
+    me.waits_in = name, me.waits_at = site;
+  }
   if (++barrier.arrived == count) complete(barrier);
   if (wait) give_way();
   return me.answer;
 }
 
 void Machine::complete(Barrier& barrier) {
-  if (barrier.arrived == threads()) {
+  if (int(barrier.waiting.size()) == threads()) {
     last_barrier_ = barrier.site;
     ++epoch_;
-    share_knowledge(barrier.members);
+    share_knowledge(barrier.waiting);
     base_ = ++latest_;
-    for (const int i : barrier.members) fibers_[size_t(i)].clock = base_;
+    for (const int i : barrier.waiting) fibers_[size_t(i)].clock = base_;
   } else {
-    // Between some warps of a block: what each has seen becomes known to all.
-    auto all = std::make_shared<Knowledge>();
-    for (const int i : barrier.members) {
-      Fiber& fiber = fibers_[size_t(i)];
-      all->add(own_knowledge(fiber));
-      fiber.clock = latest_ + 1;
-    }
-    ++latest_;
-    for (const int i : barrier.waiting) fibers_[size_t(i)].known = joined(fibers_[size_t(i)].known, all);
-    share_knowledge(barrier.members);
+    const auto seen = std::make_shared<Knowledge>(barrier.seen);
+    for (const int i : barrier.waiting) fibers_[size_t(i)].known = joined(fibers_[size_t(i)].known, seen);
+    if (!barrier.waiting.empty()) share_knowledge(barrier.waiting);
   }
   for (const int i : barrier.waiting) {
     fibers_[size_t(i)].answer = barrier.positive;
     runnable_.push_back(i);
   }
   barrier.arrived = barrier.positive = 0;
+  barrier.seen = {};
   barrier.members.clear();
   barrier.waiting.clear();
 }

@@ -84,6 +84,7 @@ struct Barrier {
   const char* name = nullptr;
   Site site;
   int expected = 0, arrived = 0, positive = 0;
+  Knowledge seen;  // by all who came, where not all of the block do
   std::vector<int> members, waiting;
 };
 

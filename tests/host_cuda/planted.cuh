@@ -51,6 +51,28 @@ __global__ void partial_syncwarp(Sample s) {
   s.to()[thread()] = values[0];
 }
 
+// Who only arrives at a barrier does not know what the others have done.
+template <bool kCorrect>
+__global__ void arrive_without_wait(Sample s) {
+  FASTOK_SHARED(shared);
+  int* const values = SharedMemory(shared).take<int>(s.n, "values");
+  values[thread()] = 0;
+  __syncthreads();
+  values[thread()] = thread();
+  if (kCorrect || thread() < 32) {
+    bar_sync(1, 64);
+  } else {
+    bar_arrive(1, 64);
+  }
+  s.to()[thread()] = thread() < 32 ? 0 : values[thread() - 32];
+}
+
+template <bool kCorrect>
+__global__ void barrier_of_part_of_a_warp(Sample s) {
+  s.to()[thread()] = 0;
+  if (kCorrect || thread() < 16) bar_sync(1, kCorrect ? 64 : 16);
+}
+
 template <bool kCorrect>
 __global__ void same_value(Sample s) {
   FASTOK_SHARED(shared);

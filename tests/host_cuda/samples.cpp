@@ -17,6 +17,8 @@ const std::map<std::string, Kernel> kKernels{
     TWINS(missing_barrier),
     TWINS(missing_syncwarp),
     TWINS(partial_syncwarp),
+    TWINS(arrive_without_wait),
+    TWINS(barrier_of_part_of_a_warp),
     TWINS(same_value),
     TWINS(byte_race),
     TWINS(plain_counter),

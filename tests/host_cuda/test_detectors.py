@@ -36,6 +36,13 @@ BUGS = {
         "= values[0]",
         {"block": (32, 1, 1), "out": torch.empty(32, dtype=torch.int32)},
     ),
+    "arrive_without_wait": (
+        r"data race in shared memory\n  place .* 'values' at byte \d+ of 256\n"
+        r"(  read .*warp 1 lane (.|\n)*  write .* warp 0|  write .* warp 0 (.|\n)*  read .* warp 1)",
+        None,
+        {},
+    ),
+    "barrier_of_part_of_a_warp": (r"bar.sync of barrier 1 for 16 threads: barriers are", "bar_sync(1, k", {}),
     "same_value": (r"data race in shared memory\n  place     shared array 'flag' at byte 0 of 4", "flag[0] = 1", {}),
     "byte_race": (
         r"data race in shared memory\n  place     shared array 'bytes' at byte \d+ of 64",
@@ -174,9 +181,29 @@ def test_bug_is_found(kernel):
         assert f"host_cuda.seed = {host.seed}, launch 0" in report, report
 
 
+# Where the result is more than that nothing was found.
+RESULTS = {
+    "missing_barrier": torch.arange(N - 1, -1, -1),
+    "missing_syncwarp": torch.arange(N) ^ 31,
+    "partial_syncwarp": torch.full((32,), 7),
+    "same_value": torch.ones(N),
+    "block_race": torch.arange(N),
+    "last_block": torch.tensor([15, 0, 1, 2, 3, 4, 5]),
+    "plain_counter": torch.tensor([N] + [0] * (N - 1)),
+    "unequal_masks": torch.arange(N) ^ 1,
+    "library_overrun": torch.arange(N),
+    "view_overrun": torch.full((N,), 3),
+    "stale_shared": torch.full((N,), 2),
+    "copy_without_wait": torch.arange(128),
+    "copy_without_barrier": torch.arange(128),
+}
+
+
 @pytest.mark.parametrize("kernel", BUGS)
 def test_correct_twin_passes(kernel):
-    run(f"{kernel} (correct)", **BUGS[kernel][2])
+    out = run(f"{kernel} (correct)", **BUGS[kernel][2])
+    if kernel in RESULTS:
+        assert torch.equal(out, RESULTS[kernel].int())
 
 
 def test_race_names_both_threads_and_the_element():
