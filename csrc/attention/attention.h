@@ -13,7 +13,7 @@ namespace fastok {
 struct HeadRows {
   const void* data;
   int64_t stride;  // elements from one token to the next
-  int64_t count, width;
+  int64_t count, width, element_bytes;
 };
 
 // One query head of one sequence, its keys, and who sees whom: query i sees keys i + T - S - left to i + T - S + right,

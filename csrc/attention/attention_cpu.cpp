@@ -1,5 +1,6 @@
 // CPU backend of attention: sharing out heads, rows and, for few rows, keys. The arithmetic is in attention_simd.cpp.
 #include <cstdlib>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -49,7 +50,7 @@ class PackedHead {
     b_ = b, g_ = g, begin_ = begin, end_ = end;
     const size_t key_bytes = (engine_.key_bytes(end - begin, head.k.width) + 63) / 64 * 64;
     const size_t bytes = key_bytes + (call_.has_values ? engine_.value_bytes(end - begin, head.v.width) : 0);
-    if (bytes > capacity_) memory_.emplace(capacity_ = bytes);
+    if (bytes > capacity_) memory_ = std::make_unique<AlignedMemory>(capacity_ = bytes);
     keys = memory_ ? memory_->get() : nullptr;
     values = nullptr;
     engine_.pack_keys(head.k, call_.dtype, begin, end, keys);
@@ -63,7 +64,7 @@ class PackedHead {
  private:
   const AttentionCall& call_;
   const AttentionEngine& engine_;
-  std::optional<AlignedMemory> memory_;
+  std::unique_ptr<AlignedMemory> memory_;
   size_t capacity_ = 0;
   int64_t b_ = -1, g_ = -1, begin_ = 0, end_ = 0;
 };

@@ -33,6 +33,14 @@ void widen_row(const HeadRows& rows, Dtype dtype, int64_t row, float factor, flo
   }
 }
 
+// Tokens of one head lie a page apart, more than the hardware foresees.
+constexpr int64_t kAhead = 12;
+inline void prefetch_row(const HeadRows& rows, int64_t row) {
+  if (row >= rows.count) return;
+  const char* const at = static_cast<const char*>(rows.data) + row * rows.stride * rows.element_bytes;
+  for (int64_t byte = 0; byte < rows.width * rows.element_bytes; byte += 64) __builtin_prefetch(at + byte);
+}
+
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 // ---- fp32 engine
@@ -67,6 +75,7 @@ struct Fp32 {
     float row[256];
     for (int64_t i = 0; i < round_up(rows.count, kTileRows); ++i) {
       float* const column = out + i / kTileRows * kTileRows * width + i % kTileRows;
+      if (i + kAhead < rows.count) prefetch_row(head.q, rows.at(i + kAhead));
       if (i < rows.count) widen_row(head.q, head.dtype, rows.at(i), head.scale, row);
       for (int64_t d = 0; d < width; ++d) column[d * kTileRows] = i < rows.count ? row[d] : 0.0f;
     }
@@ -77,6 +86,7 @@ struct Fp32 {
     float row[256];
     for (int64_t j = 0; j < round_up(end - begin, kStep); ++j) {
       float* const column = out + j / kStep * kStep * k.width + j % kStep;
+      prefetch_row(k, begin + j + kAhead);
       if (begin + j < end) widen_row(k, dtype, begin + j, 1.0f, row);
       for (int64_t d = 0; d < k.width; ++d) column[d * kStep] = begin + j < end ? row[d] : 0.0f;
     }
@@ -87,6 +97,7 @@ struct Fp32 {
     const int64_t width = padded(v.width);
     for (int64_t j = 0; j < round_up(end - begin, kStep); ++j) {
       float* const row = out + j * width;
+      prefetch_row(v, begin + j + kAhead);
       if (begin + j < end) widen_row(v, dtype, begin + j, 1.0f, row);
       for (int64_t d = begin + j < end ? v.width : 0; d < width; ++d) row[d] = 0;
     }
@@ -186,6 +197,7 @@ struct Bf16 {
     const int64_t width = head.q.width, pitch = padded(width);
     for (int64_t i = 0; i < round_up(rows.count, kTileRows); ++i) {
       bf16* const row = out + i * pitch;
+      if (i + kAhead < rows.count) prefetch_row(head.q, rows.at(i + kAhead));
       std::memset(row, 0, size_t(pitch) * sizeof(bf16));
       if (i < rows.count)
         std::memcpy(row, static_cast<const bf16*>(head.q.data) + rows.at(i) * head.q.stride,
@@ -198,6 +210,7 @@ struct Bf16 {
     const int64_t blocks = padded(k.width) / kDepth;
     alignas(64) uint32_t row[256 / 2];
     for (int64_t j = 0; j < round_up(end - begin, kStep); ++j) {
+      prefetch_row(k, begin + j + kAhead);
       std::memset(row, 0, size_t(blocks) * kDepth * sizeof(bf16));
       if (begin + j < end)
         std::memcpy(row, static_cast<const bf16*>(k.data) + (begin + j) * k.stride, size_t(k.width) * sizeof(bf16));
@@ -209,12 +222,25 @@ struct Bf16 {
   static void pack_values(const HeadRows& v, Dtype, int64_t begin, int64_t end, void* out_bytes) {
     bf16* const out = static_cast<bf16*>(out_bytes);
     const int64_t n = round_up(end - begin, kStep), channels = padded(v.width);
-    std::memset(out, 0, size_t(n * channels) * sizeof(bf16));
-    for (int64_t j = begin; j < end; ++j) {
-      const bf16* const row = static_cast<const bf16*>(v.data) + j * v.stride;
-      const int64_t key = j - begin;
-      bf16* const at = out + key / kDepth * kBlock + key % kDepth / 2 * kTile * 2 + key % 2;
-      for (int64_t c = 0; c < v.width; ++c) at[c / kTile * (n / kDepth) * kBlock + c % kTile * 2] = row[c];
+    // Two keys at a time, whose elements lie side by side.
+    alignas(64) uint16_t rows[2][256];
+    std::memset(rows, 0, sizeof rows);
+    for (int64_t key = 0; key < n; key += 2) {
+      for (int i = 0; i < 2; ++i) {
+        const int64_t j = begin + key + i;
+        prefetch_row(v, j + kAhead);
+        if (j < end) {
+          std::memcpy(rows[i], static_cast<const bf16*>(v.data) + j * v.stride, size_t(v.width) * sizeof(bf16));
+        } else {
+          std::memset(rows[i], 0, sizeof rows[i]);
+        }
+      }
+      bf16* const at = out + key / kDepth * kBlock + key % kDepth / 2 * kTile * 2;
+      for (int64_t c = 0; c < channels; c += kTile) {
+        uint32_t pairs[kTile];
+        for (int i = 0; i < kTile; ++i) pairs[i] = rows[0][c + i] | uint32_t(rows[1][c + i]) << 16;
+        std::memcpy(at + c / kTile * (n / kDepth) * kBlock, pairs, sizeof pairs);
+      }
     }
   }
 
@@ -316,13 +342,22 @@ inline float peak_of(const float* x, int64_t n) {
   return horizontal_max(peak);
 }
 
+inline void store_weights(float* p, vf x) { store(p, x); }
+#if defined(FASTOK_AMX)
+// The machine's own rounding makes subnormal numbers 0, which weights may be.
+inline void store_weights(bf16* p, vf x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(x);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+#endif
+
 // exp(x * factor - shift), stored as weights. Returns the sum.
 template <class Weight>
 float exponentials(const float* x, int64_t n, float factor, float shift, Weight* weights) {
   vf sum = splat(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) {
     const vf e = exp_of(fma(load(x + j), splat(factor), splat(-shift)));
-    store(weights + j, e);
+    store_weights(weights + j, e);
     sum = sum + e;
   }
   return horizontal_sum(sum);

@@ -88,7 +88,7 @@ struct AttentionCall {
     return {dtype,
             rows_of(q, b, q_begin(b), n_q(b), h),
             rows_of(k, b, k_begin(b), n_k(b), g),
-            has_values ? rows_of(v, b, k_begin(b), n_k(b), g) : HeadRows{nullptr, 0, 0, 0},
+            has_values ? rows_of(v, b, k_begin(b), n_k(b), g) : HeadRows{nullptr, 0, 0, 0, 0},
             scale,
             softcap,
             left,
@@ -106,7 +106,7 @@ struct AttentionCall {
   HeadRows rows_of(const Tensor& x, int64_t b, int64_t begin, int64_t count, int64_t head) const {
     const int64_t at = (packed ? 0 : b * x.stride(0)) + begin * x.stride(x.dim() - 3) + head * x.stride(x.dim() - 2);
     const char* base = static_cast<const char*>(x.const_data_ptr()) + at * int64_t(element_size(dtype));
-    return {base, x.stride(x.dim() - 3), count, x.size(x.dim() - 1)};
+    return {base, x.stride(x.dim() - 3), count, x.size(x.dim() - 1), int64_t(element_size(dtype))};
   }
   static void check_ascending(const Tensor& cu, int64_t most, const char* name) {
     const int32_t* p = const_data<int32_t>(cu);

@@ -7,10 +7,8 @@ namespace fastok::FASTOK_ISA {
 
 // x * 2**n, where `shifted` is n added to 1.5 * 2**23, so that n is in its lowest bits.
 #if defined(__AVX512F__)
-inline vf times_power(vf x, vf shifted) {
-  return _mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
-}
+// The instruction that does it keeps NaN and goes to infinity by itself.
+inline vf times_power(vf x, vf shifted) { return _mm512_scalef_ps(x, shifted - splat(0x1.8p23f)); }
 #elif defined(__AVX2__)
 inline vf times_power(vf x, vf shifted) {
   return _mm256_castsi256_ps(
@@ -22,7 +20,7 @@ inline vf times_power(vf x, vf shifted) { return (vf)((vi)x + ((vi)shifted << 23
 
 // 0 below the smallest normal number, infinity above the largest, NaN for NaN.
 inline __attribute__((always_inline)) vf exp_of(vf x) {
-  constexpr float kShift = 0x1.8p23f, kSmallest = -87.33654f, kLargest = 88.72283f;
+  constexpr float kShift = 0x1.8p23f, kSmallest = -87.33654f;
   const vf shifted = fma(x, splat(1.44269504f), splat(kShift));
   const vf n = shifted - splat(kShift);
   // ln 2 in two parts, the first short enough for n times it to be exact.
@@ -34,9 +32,12 @@ inline __attribute__((always_inline)) vf exp_of(vf x) {
   p = fma(p, rest, splat(0.5f));
   p = fma(p, rest * rest, rest) + splat(1.0f);
   vf result = times_power(p, shifted);
-  result = select(greater(splat(kSmallest), x), splat(0.0f), result);
+#if !defined(__AVX512F__)
+  constexpr float kLargest = 88.72283f;
   result = select(greater(x, splat(kLargest)), splat(std::numeric_limits<float>::infinity()), result);
-  return select(unordered(x), x, result);
+  result = select(unordered(x), x, result);
+#endif
+  return select(greater(splat(kSmallest), x), splat(0.0f), result);
 }
 
 inline __attribute__((always_inline)) vf tanh_of(vf x) {

@@ -198,6 +198,11 @@ inline void store(T* p, vf x) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// In the same order as below.
+inline float horizontal_sum(vf x) { return _mm512_reduce_add_ps(x); }
+inline float horizontal_max(vf x) { return _mm512_reduce_max_ps(x); }
+#else
 inline float horizontal_sum(vf x) {
   float lane[kLanes];
   store(lane, x);
@@ -212,5 +217,6 @@ inline float horizontal_max(vf x) {
   for (int i = 1; i < kLanes; ++i) best = lane[i] > best ? lane[i] : best;
   return best;
 }
+#endif
 
 }  // namespace fastok::FASTOK_ISA

@@ -17,4 +17,25 @@ __device__ __forceinline__ uint32_t cvt_rna_tf32(float x) {
 #endif
 }
 
+// Two fp32 rounded to 16 bits each, halves to even; `low` lands in the lower half of the word.
+__device__ __forceinline__ uint32_t cvt_rn_f16x2(float low, float high) {
+#if defined(FASTOK_HOST)
+  return uint32_t(__half_as_ushort(__float2half_rn(low))) | uint32_t(__half_as_ushort(__float2half_rn(high))) << 16;
+#else
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+__device__ __forceinline__ uint32_t cvt_rn_bf16x2(float low, float high) {
+#if defined(FASTOK_HOST)
+  return uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(low))) |
+         uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+#else
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
 }  // namespace fastok::ptx
