@@ -5,7 +5,7 @@ from . import _library
 _library.load()
 
 from . import flash, reducers, reference  # noqa: E402
-from .integrations import Handle, apply  # noqa: E402
+from .integrations import Handle, apply, record_scores, register_transformers  # noqa: E402
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
 from .ops.scores import ScoreSpec  # noqa: E402
@@ -26,6 +26,8 @@ __all__ = [
     "flash",
     "merge_states",
     "nearest",
+    "record_scores",
     "reducers",
     "reference",
+    "register_transformers",
 ]

@@ -55,7 +55,7 @@ def flash_attn_func(
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
     scale = _scale(q, softmax_scale)
     out, lse = attention(
-        _padded(q), _padded(k), _padded(v), scale=scale, causal=causal, window=_window(window_size), softcap=softcap
+        padded(q), padded(k), padded(v), scale=scale, causal=causal, window=_window(window_size), softcap=softcap
     )
     out = out[..., : v.shape[-1]]
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
@@ -98,7 +98,7 @@ def flash_attn_varlen_func(
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes, block_table=block_table)
     scale = _scale(q, softmax_scale)
     out, lse = attention(
-        _padded(q), _padded(k), _padded(v), scale=scale, causal=causal, window=_window(window_size), softcap=softcap,
+        padded(q), padded(k), padded(v), scale=scale, causal=causal, window=_window(window_size), softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     out = out[..., : v.shape[-1]]
@@ -213,7 +213,7 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float | None:
     return q.shape[-1] ** -0.5 if softmax_scale is None and q.shape[-1] else softmax_scale
 
 
-def _padded(x: Tensor) -> Tensor:
+def padded(x: Tensor) -> Tensor:
     """With a head dim that is a multiple of 8, which zeros do not change the attention of."""
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 

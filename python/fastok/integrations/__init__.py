@@ -2,5 +2,7 @@
 
 from .apply import apply
 from .handle import Handle, Stats
+from .recording import LayerScores, record_scores
+from .transformers_attention import register_transformers
 
-__all__ = ["Handle", "Stats", "apply"]
+__all__ = ["Handle", "LayerScores", "Stats", "apply", "record_scores", "register_transformers"]
