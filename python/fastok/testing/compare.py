@@ -16,7 +16,15 @@ def assert_same(actual: Tensor, expected: Tensor, name: str = "result") -> None:
         )
 
 
-def assert_accurate(actual: Tensor, truth: Tensor, peer: Tensor, *, factor: float = 2.0, name: str = "result") -> None:
+def assert_accurate(
+    actual: Tensor,
+    truth: Tensor,
+    peer: Tensor,
+    *,
+    factor: float = 2.0,
+    floor: Tensor | None = None,
+    name: str = "result",
+) -> None:
     """``actual`` errs at most ``factor`` times as much as the same computation in PyTorch.
 
     Args:
@@ -25,6 +33,8 @@ def assert_accurate(actual: Tensor, truth: Tensor, peer: Tensor, *, factor: floa
         peer: plain PyTorch in the kernel's dtype. Its largest error against ``truth`` sets the bound, plus one rounding
             of the result to the kernel's dtype (a peer that happens to be exact cannot demand more than the dtype has).
         factor: how many times the peer's error is allowed.
+        floor: what is allowed besides, at each place (broadcast): how far a rounding that the peer need not make, or
+            may make by luck without error, moves the result.
         name: what to call the tensor in the message.
     """
     if actual.shape != truth.shape or actual.dtype != peer.dtype:
@@ -50,6 +60,8 @@ def assert_accurate(actual: Tensor, truth: Tensor, peer: Tensor, *, factor: floa
     error = torch.where(finite, got - exact, 0).abs()
     peer_error = torch.where(finite & torch.isfinite(peer), peer.double() - exact, 0).abs().max()
     rounding = torch.finfo(actual.dtype).eps * exact.abs() + torch.finfo(actual.dtype).tiny
+    if floor is not None:
+        rounding = rounding + floor.double().nan_to_num(nan=0, posinf=0)
     excess = error - factor * peer_error - rounding
     if bool((excess > 0).any()):
         flat = int(excess.argmax())
