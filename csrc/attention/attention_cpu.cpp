@@ -1,6 +1,4 @@
 // CPU backend of attention: sharing out heads, rows and, for few rows, keys. The arithmetic is in attention_simd.cpp.
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -39,35 +37,6 @@ std::vector<Task> tasks_of(const AttentionCall& call, int64_t row_block) {
   }
   return tasks;
 }
-
-// A thread's packed keys and values, kept as long as its tasks ask for the same ones.
-class PackedHead {
- public:
-  PackedHead(const AttentionCall& call, const AttentionEngine& engine) : call_(call), engine_(engine) {}
-
-  void pack(int64_t b, int64_t g, const AttentionHead& head, int64_t begin, int64_t end) {
-    if (b == b_ && g == g_ && begin == begin_ && end == end_) return;
-    b_ = b, g_ = g, begin_ = begin, end_ = end;
-    const size_t key_bytes = (engine_.key_bytes(end - begin, head.k.width) + 63) / 64 * 64;
-    const size_t bytes = key_bytes + (call_.has_values ? engine_.value_bytes(end - begin, head.v.width) : 0);
-    if (bytes > capacity_) memory_ = std::make_unique<AlignedMemory>(capacity_ = bytes);
-    keys = memory_ ? memory_->get() : nullptr;
-    values = nullptr;
-    engine_.pack_keys(head.k, call_.dtype, begin, end, keys);
-    if (!call_.has_values) return;
-    values = static_cast<char*>(keys) + key_bytes;
-    engine_.pack_values(head.v, call_.dtype, begin, end, values);
-  }
-
-  void *keys = nullptr, *values = nullptr;
-
- private:
-  const AttentionCall& call_;
-  const AttentionEngine& engine_;
-  std::unique_ptr<AlignedMemory> memory_;
-  size_t capacity_ = 0;
-  int64_t b_ = -1, g_ = -1, begin_ = 0, end_ = 0;
-};
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale, int64_t left, int64_t right,
                                      double softcap, std::optional<Tensor> key_bias, std::optional<Tensor> cu_seqlens_q,

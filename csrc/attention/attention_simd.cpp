@@ -180,7 +180,7 @@ struct alignas(64) TileConfig {
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;
   static constexpr int kTileRows = 32;
-  static constexpr int kRows = 64, kKeys = 256;
+  static constexpr int kRows = 32, kKeys = 640;
   static constexpr bool kScaledRows = false;
   using Weight = bf16;
 
@@ -356,7 +356,7 @@ template <class Weight>
 float exponentials(const float* x, int64_t n, float factor, float shift, Weight* weights) {
   vf sum = splat(0.0f);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const vf e = exp_of(fma(load(x + j), splat(factor), splat(-shift)));
+    const vf e = exp2_of(fma(load(x + j), splat(factor * kLog2E), splat(-shift * kLog2E)));
     store_weights(weights + j, e);
     sum = sum + e;
   }

@@ -1,7 +1,9 @@
 // The arguments of an attention op on the CPU: checks, and one head of one sequence at a time.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
+#include <memory>
 #include <optional>
 
 #include "attention/attention.h"
@@ -128,6 +130,35 @@ class AlignedMemory {
 
  private:
   void* p_;
+};
+
+// A thread's packed keys and values, kept as long as its tasks ask for the same ones.
+class PackedHead {
+ public:
+  PackedHead(const AttentionCall& call, const AttentionEngine& engine) : call_(call), engine_(engine) {}
+
+  void pack(int64_t b, int64_t g, const AttentionHead& head, int64_t begin, int64_t end) {
+    if (b == b_ && g == g_ && begin == begin_ && end == end_) return;
+    b_ = b, g_ = g, begin_ = begin, end_ = end;
+    const size_t key_bytes = (engine_.key_bytes(end - begin, head.k.width) + 63) / 64 * 64;
+    const size_t bytes = key_bytes + (call_.has_values ? engine_.value_bytes(end - begin, head.v.width) : 0);
+    if (bytes > capacity_) memory_ = std::make_unique<AlignedMemory>(capacity_ = bytes);
+    keys = memory_ ? memory_->get() : nullptr;
+    values = nullptr;
+    engine_.pack_keys(head.k, call_.dtype, begin, end, keys);
+    if (!call_.has_values) return;
+    values = static_cast<char*>(keys) + key_bytes;
+    engine_.pack_values(head.v, call_.dtype, begin, end, values);
+  }
+
+  void *keys = nullptr, *values = nullptr;
+
+ private:
+  const AttentionCall& call_;
+  const AttentionEngine& engine_;
+  std::unique_ptr<AlignedMemory> memory_;
+  size_t capacity_ = 0;
+  int64_t b_ = -1, g_ = -1, begin_ = 0, end_ = 0;
 };
 
 }  // namespace fastok

@@ -1,0 +1,304 @@
+// CPU backend of attention_scores: a task holds a block of keys and passes all selected rows over it, so that columns
+// are reduced where they are made. The arithmetic is in attention_simd.cpp.
+#include <string>
+#include <vector>
+
+#include "attention/call_cpu.h"
+
+namespace fastok {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kManyKeys = 512, kFewKeys = 128;
+
+enum class Reduce { sum, max, none };
+
+Reduce reduce_of(const std::string& name) {
+  if (name == "sum") return Reduce::sum;
+  if (name == "max") return Reduce::max;
+  STD_TORCH_CHECK(name == "none", "reduce must be sum, max or none; got ", name);
+  return Reduce::none;
+}
+
+// The selected rows of one sequence: which, and at which place of the selection.
+struct Selection {
+  std::vector<int64_t> index, place;  // empty for a slice, whose places are 0, 1, ...
+  RowList rows;
+
+  int64_t place_of(int64_t i) const { return place.empty() ? i : place[i]; }
+};
+
+Selection select(const int64_t* rows, int64_t n_rows, int64_t begin, int64_t end, int64_t n) {
+  Selection s;
+  if (!rows) {
+    begin = begin < 0 ? std::max<int64_t>(begin + n, 0) : std::min(begin, n);
+    end = end < 0 ? std::max<int64_t>(end + n, 0) : std::min(end, n);
+    s.rows = {nullptr, begin, std::max<int64_t>(end - begin, 0)};
+    return s;
+  }
+  for (int64_t i = 0; i < n_rows; ++i) {
+    if (rows[i] < 0 || rows[i] >= n) continue;  // only packed sequences can be too short
+    s.index.push_back(rows[i]);
+    s.place.push_back(i);
+  }
+  s.rows = {s.index.data(), 0, int64_t(s.index.size())};
+  return s;
+}
+
+struct Job {
+  const AttentionCall& call;
+  const AttentionEngine& engine;
+  const AttentionKernels& kernels;
+  std::vector<Selection> selections;
+  int64_t group, n_places, col_begin, col_end;
+  Reduce reduce;
+  bool head_max, logits;
+  const float* lse;         // of all rows, [B,H,S]; or nullptr
+  std::vector<float> own;   // of the selected rows, [sequence][H][place in the list]
+  std::vector<int64_t> at;  // where a sequence's begin
+  const float* key_weight;  // [B,G,T]; nullptr: none
+  float* out;               // [B, H / group, (places,) columns]
+
+  int64_t n_cols(int64_t b) const { return call.packed ? call.n_k(b) : col_end - col_begin; }
+  int64_t first_col() const { return call.packed ? 0 : col_begin; }
+  bool one_by_one() const { return group == 1 && !key_weight; }
+  // Heads can be reduced one after the other.
+  bool heads_commute() const {
+    return reduce == Reduce::sum ? !head_max || group == 1 : reduce == Reduce::max && one_by_one();
+  }
+
+  const float* lse_of(int64_t b, int64_t h, const RowList& rows, int64_t first, float* gathered) const {
+    if (logits) return nullptr;
+    const float* const of_head =
+        lse ? lse + call.lse_at(b, h) : own.data() + at[b] + h * selections[b].rows.count + first;
+    for (int64_t i = 0; i < rows.count; ++i) gathered[i] = of_head[lse ? rows.at(i) : i];
+    return gathered;
+  }
+};
+
+RowList part_of(const RowList& rows, int64_t begin, int64_t most) {
+  return {rows.index ? rows.index + begin : nullptr, rows.first + begin, std::min(rows.count - begin, most)};
+}
+
+bool any_sees(const AttentionHead& head, const RowList& rows, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < rows.count; ++i)
+    if (head.first_key(rows.at(i)) < end && head.last_key(rows.at(i)) > begin) return true;
+  return false;
+}
+
+// One block of keys [begin, end) of one output head.
+class Block {
+ public:
+  Block(const Job& job, int64_t b, int64_t o, int64_t begin, int64_t end)
+      : job_(job),
+        b_(b),
+        o_(o),
+        begin_(begin),
+        end_(end),
+        pitch_((end - begin + job.engine.key_step - 1) / job.engine.key_step * job.engine.key_step),
+        scratch_(job.engine.scratch_bytes(job.call.width, 0)),
+        scores_(std::make_unique<AlignedMemory>(block_bytes())),
+        total_(size_t(pitch_), job.reduce == Reduce::max && job.logits ? -kInfinity : 0.0f) {}
+
+  void run() {
+    if (job_.heads_commute()) {
+      head_by_head();
+    } else {
+      row_by_row();
+    }
+    if (job_.reduce == Reduce::none) return;
+    const int64_t n_out = job_.call.heads / job_.group, n_cols = job_.col_end - job_.col_begin;
+    const int64_t first = job_.call.packed ? job_.call.k_begin(b_) : -job_.col_begin;
+    float* const row = job_.out + ((job_.call.packed ? 0 : b_ * n_out) + o_) * n_cols;
+    std::copy_n(total_.begin(), end_ - begin_, row + first + begin_);
+  }
+
+ private:
+  size_t block_bytes() const { return size_t(job_.engine.row_block * pitch_) * sizeof(float); }
+  float* scores() const { return static_cast<float*>(scores_->get()); }
+
+  // Sums over rows and heads in any order.
+  void head_by_head() {
+    const RowList& all = job_.selections[b_].rows;
+    std::vector<float> lse(job_.engine.row_block), of_head(job_.key_weight ? pitch_ : 0);
+    for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
+      const AttentionHead head = job_.call.head(b_, h);
+      float* const total = job_.key_weight ? of_head.data() : total_.data();
+      std::fill(of_head.begin(), of_head.end(), 0.0f);
+      const void* const keys = keys_of(h, head, true);
+      for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
+        const RowList rows = part_of(all, done, job_.engine.row_block);
+        if (!any_sees(head, rows, begin_, end_)) continue;
+        job_.engine.scores(head, keys, begin_, end_, rows, job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_,
+                           scratch_.get());
+        job_.kernels.fold_rows(scores(), rows.count, pitch_, pitch_, job_.reduce == Reduce::max, total);
+      }
+      for (size_t j = 0; j < of_head.size() && j < size_t(end_ - begin_); ++j)
+        total_[j] += of_head[j] * weight_of(h)[j];
+    }
+  }
+
+  // Each row's heads first.
+  void row_by_row() {
+    const RowList& all = job_.selections[b_].rows;
+    const AlignedMemory combined(block_bytes());
+    std::vector<float> lse(job_.engine.row_block), weight(job_.key_weight ? pitch_ : 0);
+    for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
+      const RowList rows = part_of(all, done, job_.engine.row_block);
+      for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
+        const AttentionHead head = job_.call.head(b_, h);
+        job_.engine.scores(head, keys_of(h, head, false), begin_, end_, rows,
+                           job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_, scratch_.get());
+        if (job_.key_weight) std::copy_n(weight_of(h), end_ - begin_, weight.begin());
+        job_.kernels.fold_blocks(scores(), rows.count, pitch_, pitch_, job_.key_weight ? weight.data() : nullptr,
+                                 h == o_ * job_.group, job_.head_max, static_cast<float*>(combined.get()));
+      }
+      const float* const block = static_cast<const float*>(combined.get());
+      if (job_.reduce == Reduce::none) {
+        for (int64_t i = 0; i < rows.count; ++i) write_row(done + i, block + i * pitch_);
+      } else {
+        job_.kernels.fold_rows(block, rows.count, pitch_, pitch_, job_.reduce == Reduce::max, total_.data());
+      }
+    }
+  }
+
+  void write_row(int64_t i, const float* row) const {
+    const int64_t n_out = job_.call.heads / job_.group, n_cols = job_.col_end - job_.col_begin;
+    const int64_t first = job_.call.packed ? job_.call.k_begin(b_) : -job_.col_begin;
+    const int64_t place = job_.selections[b_].place_of(i);
+    float* const to = job_.out + (((job_.call.packed ? 0 : b_ * n_out) + o_) * job_.n_places + place) * n_cols;
+    std::copy_n(row, end_ - begin_, to + first + begin_);
+  }
+
+  const float* weight_of(int64_t h) const {
+    const int64_t g = h / (job_.call.heads / job_.call.groups);
+    return job_.key_weight + job_.call.key_at(b_, g, job_.call.groups) + begin_;
+  }
+
+  // The block's packed keys of a head: packed when first asked for, or (`in_turn`) when the KV head changes.
+  const void* keys_of(int64_t h, const AttentionHead& head, bool in_turn) {
+    const int64_t g = h / (job_.call.heads / job_.call.groups);
+    const size_t slot = in_turn ? 0 : size_t(g);
+    if (keys_.size() <= slot) keys_.resize(in_turn ? 1 : size_t(job_.call.groups));
+    if (!keys_[slot] || (in_turn && g != packed_)) {
+      if (!keys_[slot])
+        keys_[slot] = std::make_unique<AlignedMemory>(job_.engine.key_bytes(end_ - begin_, head.k.width));
+      job_.engine.pack_keys(head.k, job_.call.dtype, begin_, end_, keys_[slot]->get());
+      packed_ = g;
+    }
+    return keys_[slot]->get();
+  }
+
+  const Job& job_;
+  int64_t b_, o_, begin_, end_, pitch_, packed_ = -1;
+  AlignedMemory scratch_;
+  std::unique_ptr<AlignedMemory> scores_;
+  std::vector<std::unique_ptr<AlignedMemory>> keys_;
+  std::vector<float> total_;
+};
+
+// The log-sum-exp of the selected rows over keys [begin, end) of each sequence.
+void compute_lse(Job& job, int64_t begin, int64_t end) {
+  const AttentionCall& call = job.call;
+  int64_t total = 0;
+  for (int64_t b = 0; b < call.sequences; ++b) {
+    job.at.push_back(total);
+    total += call.heads * job.selections[b].rows.count;
+  }
+  job.own.resize(size_t(total));
+  torch::stable::parallel_for(0, call.sequences * call.heads, 1, [&](int64_t first, int64_t last) {
+    const AlignedMemory scratch(job.engine.scratch_bytes(call.width, 0));
+    PackedHead packed(call, job.engine);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / call.heads, h = i % call.heads, stop = std::min(end, call.n_k(b));
+      const RowList& rows = job.selections[b].rows;
+      if (rows.count == 0) continue;
+      const AttentionHead head = call.head(b, h);
+      packed.pack(b, h / (call.heads / call.groups), head, begin, stop);
+      job.engine.forward(head, packed.keys, nullptr, begin, stop, rows, nullptr, 0, false,
+                         job.own.data() + job.at[b] + h * rows.count, scratch.get());
+    }
+  });
+}
+
+Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::optional<Tensor> key_weight, double scale,
+                        int64_t left, int64_t right, double softcap, std::optional<Tensor> key_bias,
+                        std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, int64_t, int64_t,
+                        std::optional<Tensor> rows, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                        int64_t col_end, bool over_cols, std::string reduce_name, int64_t head_group, bool head_max,
+                        bool logits) {
+  const AttentionCall call(q, k, std::nullopt, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
+  const Reduce reduce = reduce_of(reduce_name);
+  STD_TORCH_CHECK(head_group > 0 && call.heads % head_group == 0, "head_group must divide the heads, ", call.heads);
+  STD_TORCH_CHECK(0 <= col_begin && col_begin <= col_end && col_end <= call.total_k &&
+                      (!call.packed || col_end - col_begin == call.total_k),
+                  "cols must be within [0, T], and all of them for packed sequences");
+  Tensor row_index, finished, weight;
+  if (rows) row_index = checked_contiguous(*rows, ScalarType::Long, "rows");
+  if (lse && !over_cols) {
+    finished = checked_contiguous(*lse, ScalarType::Float, "lse");
+    STD_TORCH_CHECK(finished.numel() == call.batch() * call.heads * call.total_q, "lse must be [B,H,S]");
+  }
+  if (key_weight) {
+    weight = checked_contiguous(*key_weight, ScalarType::Float, "key_weight");
+    STD_TORCH_CHECK(weight.numel() == call.batch() * call.groups * call.total_k, "key_weight must be [B,G,T]");
+  }
+  int64_t n_places = rows ? row_index.numel() : row_end - row_begin;
+  if (!rows && (row_begin < 0) != (row_end < 0)) n_places = row_begin < 0 ? -row_begin : call.total_q;
+  n_places = reduce == Reduce::none ? std::clamp<int64_t>(n_places, 0, rows ? n_places : call.total_q) : 1;
+
+  const int64_t n_out = call.heads / head_group, n_cols = col_end - col_begin;
+  const Tensor out =
+      call.packed ? (reduce == Reduce::none ? empty_like_device(call.q, {n_out, n_places, n_cols}, ScalarType::Float)
+                                            : empty_like_device(call.q, {n_out, n_cols}, ScalarType::Float))
+                  : (reduce == Reduce::none
+                         ? empty_like_device(call.q, {call.sequences, n_out, n_places, n_cols}, ScalarType::Float)
+                         : empty_like_device(call.q, {call.sequences, n_out, n_cols}, ScalarType::Float));
+  // What no row of a sequence reaches.
+  std::fill_n(data<float>(out), out.numel(), logits && reduce != Reduce::sum ? -kInfinity : 0.0f);
+
+  Job job{call,
+          call.engine(),
+          pick_attention_kernels(),
+          {},
+          head_group,
+          n_places,
+          col_begin,
+          col_end,
+          reduce,
+          head_max,
+          logits,
+          finished.defined() ? const_data<float>(finished) : nullptr,
+          {},
+          {},
+          weight.defined() ? const_data<float>(weight) : nullptr,
+          data<float>(out)};
+  for (int64_t b = 0; b < call.sequences; ++b)
+    job.selections.push_back(select(rows ? const_data<int64_t>(row_index) : nullptr, rows ? row_index.numel() : 0,
+                                    row_begin, row_end, call.n_q(b)));
+  if (!logits && !job.lse) compute_lse(job, over_cols ? col_begin : 0, over_cols ? col_end : call.total_k);
+
+  // A block's size changes no result, so that threads may decide it.
+  struct Task {
+    int64_t b, o, begin, end;
+  };
+  std::vector<Task> tasks;
+  const int64_t wide_tasks = call.sequences * n_out * ((n_cols + kManyKeys - 1) / kManyKeys);
+  const int64_t most = wide_tasks >= 4 * int64_t(torch::stable::get_num_threads()) ? kManyKeys : kFewKeys;
+  for (int64_t b = 0; b < call.sequences; ++b) {
+    const int64_t n = job.n_cols(b), blocks = (n + most - 1) / most, even = blocks > 0 ? (n + blocks - 1) / blocks : 0;
+    const int64_t size = (even + job.engine.key_step - 1) / job.engine.key_step * job.engine.key_step;
+    for (int64_t o = 0; o < n_out && job.selections[b].rows.count > 0; ++o)
+      for (int64_t j = 0; j < n; j += size)
+        tasks.push_back({b, o, job.first_col() + j, job.first_col() + std::min(n, j + size)});
+  }
+  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) Block(job, tasks[i].b, tasks[i].o, tasks[i].begin, tasks[i].end).run();
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastok
+
+STABLE_TORCH_LIBRARY_IMPL(fastok, CPU, m) { m.impl("attention_scores", TORCH_BOX(&fastok::attention_scores)); }
