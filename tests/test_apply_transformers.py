@@ -299,7 +299,7 @@ def test_unsupported_calls_are_refused() -> None:
     assert all("_fastok" not in vars(module) for module in masked.modules())
     with pytest.raises(TypeError, match=r"supported are timm.*transformers: ViTModel, DeiTModel.*SiglipVisionModel"):
         apply(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)), ToMe(R))
-    model = transformers.ViTModel(config).eval()
+    model = transformers.ViTModel(transformers.ViTConfig(**VISION, attention_probs_dropout_prob=0.1))
     with apply(model, ToMe(R)):
         with pytest.raises(NotImplementedError, match="attention mask"):
             model(images(), attention_mask=torch.tensor([[1] * N + [0]] * 2))

@@ -7,11 +7,12 @@ from torch import nn
 from ..reducers.context import Reducer
 from . import timm, transformers
 from .handle import Handle
+from .session import SCORES
 from .swap import Swaps
 
 _LIBRARIES = (timm, transformers)
-_SHOWN = ("hidden", "keys", "size")
-"""Fields of `TokenContext` that an encoder's layers can fill in."""
+_SHOWN = ("hidden", "keys", "size", *SCORES)
+"""Fields of `TokenContext`, and scores, that an encoder's layers can fill in."""
 
 
 def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:

@@ -5,8 +5,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..flash import padded
+from ..ops.attention import attention, attention_scores
+from ..ops.scores import ScoreSpec
 from ..reducers.context import Reducer, TokenContext
 from ..token_map import SoftMap, TokenMap
+
+SCORES = {"cls": ScoreSpec(rows=0)}
+"""What a layer can observe of its attention, by the names that reducers have for it. The class token comes first."""
 
 
 class Session:
@@ -82,19 +88,29 @@ class Session:
 
 
 class Layer:
-    """One block's part in a session. Its attention leaves the keys in ``keys``, ``[B,N,G,D]``."""
+    """One block's part in a session. Its attention leaves the keys in ``keys``, ``[B,N,G,D]``.
+
+    Attributes:
+        intercepts: whether the block's attention was made to hand its queries, keys and values to `attend`; it is given
+            the layer itself as its mask then. Otherwise it has to make do with an additive mask.
+        bias: fp32 ``[B,N]``, log(size) of the tokens if attention is to be proportional to it.
+    """
 
     def __init__(self, session: Session, index: int, head_dim: int = 0) -> None:
         self.session = session
         self.index = index
         self.head_dim = head_dim
+        self.intercepts = False
+        self.bias: Tensor | None = None
         self.keys: Tensor | None = None
+        self.scores: dict[str, Tensor] = {}
         reduces = getattr(session.reducer, "reduces", None)
         self.active: bool = reduces is None or reduces(index, session.n_layers)
         self.wants_keys = self.active and "keys" in session.reducer.needs
+        self.wants_scores = [name for name in SCORES if self.active and name in session.reducer.needs]
 
-    def begin(self, x: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor | None:
-        """To be called first, with the block's input. Gives the attention's additive mask ``[B,1,1,N]``, or None."""
+    def begin(self, x: Tensor, mask: Tensor | None, is_causal: bool = False) -> "Layer | Tensor | None":
+        """To be called first, with the block's input. Gives what the attention is to have as its mask."""
         if mask is not None or is_causal:
             raise NotImplementedError(
                 "token merging with an attention mask: required, a mask for the merged tokens; supported, no mask; "
@@ -103,9 +119,36 @@ class Layer:
         session = self.session
         session.enter(self.index, x)
         size = session.sizes[self.index]
-        if size is None or not session.prop_attn:
-            return None
-        return size.log()[:, None, None].to(x.dtype)
+        self.bias = None if size is None or not session.prop_attn else size.log()
+        if self.intercepts:
+            return self if self.bias is not None or self.wants_scores else None
+        return self.additive(x.dtype)
+
+    def additive(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias as an additive mask ``[B,1,1,N]``."""
+        return None if self.bias is None else self.bias[:, None, None].to(dtype)
+
+    def observe(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+        """Note the scores that the reducer needs, of ``q[B,H,N,D]`` and ``k[B,G,N,D]``."""
+        if not self.wants_scores:
+            return
+        q, k = in_autocast(q.detach(), k.detach())
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k = (padded(x.transpose(1, 2)) for x in (q, k))
+        for name in self.wants_scores:
+            self.scores[name] = attention_scores(q, k, spec=SCORES[name], scale=scale, key_bias=self.bias)
+
+    def serves(self, dropout: float) -> bool:
+        """Whether `attend` is wanted and can be had; without a bias the model's own attention lacks nothing."""
+        return self.bias is not None and dropout == 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """Proportional attention of ``[B,H,N,D]``, in the same layout."""
+        q, k, v = in_autocast(q, k, v)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        heads_last = (padded(x.transpose(1, 2)) for x in (q, k, v))
+        out, _ = attention(*heads_last, scale=scale, key_bias=self.bias)
+        return out[..., : v.shape[-1]].transpose(1, 2)
 
     def rope(self, rope: Tensor | None) -> Tensor | None:
         """The rows of a rotary embedding ``[…,N,D]`` of all patches that belong to the tokens left: ``[B,…,M,D]``."""
@@ -124,7 +167,10 @@ class Layer:
         token_map: TokenMap | SoftMap | None = None
         if self.active:
             keys, self.keys = self.keys, None
-            ctx = TokenContext(x, keys, size=size, protect=session.protect, layer=index, n_layers=session.n_layers)
+            scores, self.scores = self.scores, {}
+            ctx = TokenContext(
+                x, keys, scores=scores, size=size, protect=session.protect, layer=index, n_layers=session.n_layers
+            )
             token_map = session.reducer(ctx)
             x, size = token_map.merge(x, size=size)
             size = size.detach()  # a count: no gradient is wanted for it, nor the graph kept alive by it
@@ -153,6 +199,14 @@ class Layer:
         slot = torch.where(token_map.assign < 0, token_map.n_out, token_map.assign).long()
         last = before.new_full((before.shape[0], token_map.n_out + 1), self.session.input[1] - 1)
         return last.scatter_reduce(1, slot, before, "amin")[:, : token_map.n_out]
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of autocast where that is on, as every other attention does it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _in_backward() -> bool:

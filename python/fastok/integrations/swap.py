@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-Methods = Callable[[Any], dict[str, Callable[..., Any]]]
+Methods = Callable[[Any], dict[str, Any]]
 """From the class to be extended to the methods to be replaced, which find their state in ``self._fastok``."""
 
 
@@ -62,3 +63,21 @@ def replaced(**methods: Callable[..., Any]) -> Methods:
         return dict(methods)
 
     return constant
+
+
+def calls(method: Any, name: str) -> bool:
+    """Whether a method's body looks up the global or attribute ``name``."""
+    code = getattr(method, "__code__", None)
+    return code is not None and name in code.co_names
+
+
+def rebound(method: Any, **names: object) -> Callable[..., Any]:
+    """The same code with other meanings of some of the global names in it.
+
+    So a module's forward is kept, whatever version of the library it is from, and calls another function in one place.
+    """
+    # Without __name__, torch.compile looks globals up in this dictionary, not in the module of that name.
+    scope = {name: value for name, value in method.__globals__.items() if name != "__name__"} | names
+    copy = FunctionType(method.__code__, scope, method.__name__, method.__defaults__, method.__closure__)
+    copy.__kwdefaults__ = method.__kwdefaults__
+    return copy

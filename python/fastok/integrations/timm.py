@@ -1,19 +1,24 @@
 """timm's VisionTransformer and Eva families.
 
 Keys are what ``k_norm`` of the attention returns: with bias and after q/k normalisation, before rotary embedding, which
-all attention classes of these families call (it is an Identity without normalisation). log(size) goes in through the
-``attn_mask`` argument that they all have, fused or not.
+all attention classes of these families call (it is an Identity without normalisation). Attention classes keep their
+forward, in which ``F.scaled_dot_product_attention`` is one of ours: it finds the layer in place of the mask, and there
+log(size) and what the reducer wants to know of the scores. With ``fused_attn = False``, which asks for the matrix of
+attention to be written out, log(size) goes in as the ``attn_mask``, unless scores are needed, too. Attention pooling,
+one query per image, takes log(size) as a mask.
 """
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reducers.context import Reducer
 from .session import Layer, Session
-from .swap import Swaps, replaced
+from .swap import Swaps, calls, rebound, replaced
 
 LIBRARY = "timm"
 SUPPORTED = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
@@ -31,6 +36,10 @@ def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Ses
     """Put ``reducer`` into ``encoder``."""
     if encoder.global_pool == "prr":
         raise TypeError("global_pool='prr' attends to each token once; it cannot take merged tokens' sizes")
+    if "cls" in reducer.needs and getattr(encoder, "cls_token", None) is None:
+        raise ValueError(
+            f"{type(reducer).__name__} needs a class token, of which this {type(encoder).__name__} has none"
+        )
     rotary = getattr(encoder, "rope", None) is not None
     session = Session(reducer, len(encoder.blocks), encoder.num_prefix_tokens, rotary=rotary)
     swaps.swap(encoder, session, _encoder)
@@ -41,6 +50,12 @@ def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Ses
         swaps.swap(block, layer, _forward_of(block))
         if layer.wants_keys:
             swaps.swap(block.attn.k_norm, layer, _key_norm)
+        if calls(type(block.attn).forward, "scaled_dot_product_attention"):
+            layer.intercepts = block.attn.fused_attn or bool(layer.wants_scores)
+        if layer.intercepts:
+            swaps.swap(block.attn, layer, _attention if block.attn.fused_attn else _attention_fused)
+        elif layer.wants_scores:
+            raise TypeError(f"no scores to be had of {type(block.attn).__name__}, which {type(reducer).__name__} needs")
     return session
 
 
@@ -59,15 +74,15 @@ def _forward_of(block: nn.Module) -> Any:
 
 def _block_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     layer: Layer = self._fastok
-    bias = layer.begin(x, attn_mask, is_causal)
-    x = layer.reduce(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=bias))))
+    mask = layer.begin(x, attn_mask, is_causal)
+    x = layer.reduce(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=mask))))
     return layer.finish(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
 def _res_post_block_forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     layer: Layer = self._fastok
-    bias = layer.begin(x, attn_mask, is_causal)
-    x = layer.reduce(x + self.drop_path1(self.norm1(self.attn(x, attn_mask=bias))))
+    mask = layer.begin(x, attn_mask, is_causal)
+    x = layer.reduce(x + self.drop_path1(self.norm1(self.attn(x, attn_mask=mask))))
     return layer.finish(x + self.drop_path2(self.norm2(self.mlp(x))))
 
 
@@ -75,8 +90,8 @@ def _eva_block_forward(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     layer: Layer = self._fastok
-    bias = layer.begin(x, attn_mask, is_causal)
-    attended = self.attn(self.norm1(x), rope=layer.rope(rope), attn_mask=bias)
+    mask = layer.begin(x, attn_mask, is_causal)
+    attended = self.attn(self.norm1(x), rope=layer.rope(rope), attn_mask=mask)
     if self.gamma_1 is not None:
         attended = self.gamma_1 * attended
     x = layer.reduce(x + self.drop_path1(attended))
@@ -90,8 +105,8 @@ def _eva_block_post_norm_forward(
     self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     layer: Layer = self._fastok
-    bias = layer.begin(x, attn_mask, is_causal)
-    x = layer.reduce(x + self.drop_path1(self.norm1(self.attn(x, rope=layer.rope(rope), attn_mask=bias))))
+    mask = layer.begin(x, attn_mask, is_causal)
+    x = layer.reduce(x + self.drop_path1(self.norm1(self.attn(x, rope=layer.rope(rope), attn_mask=mask))))
     return layer.finish(x + self.drop_path2(self.norm2(self.mlp(x))))
 
 
@@ -99,6 +114,38 @@ _block = replaced(forward=_block_forward)
 _res_post_block = replaced(forward=_res_post_block_forward)
 _eva_block = replaced(forward=_eva_block_forward)
 _eva_block_post_norm = replaced(forward=_eva_block_post_norm_forward)
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Layer | Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """torch's, with a layer for a mask."""
+    if isinstance(attn_mask, Layer):
+        layer = attn_mask
+        layer.observe(query, key, scale)
+        if layer.serves(dropout_p):
+            return layer.attend(query, key, value, scale)
+        attn_mask = layer.additive(query.dtype)  # ours has no dropout
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+
+
+_functional = ModuleType("torch.nn.functional")
+vars(_functional).update(vars(F) | {"scaled_dot_product_attention": _scaled_dot_product_attention})
+
+
+def _attention(base: Any) -> dict[str, Any]:
+    return {"forward": rebound(base.forward, F=_functional)}
+
+
+def _attention_fused(base: Any) -> dict[str, Any]:
+    return _attention(base) | {"fused_attn": property(lambda self: True)}
 
 
 def _key_norm(base: Any) -> dict[str, Callable[..., Any]]:

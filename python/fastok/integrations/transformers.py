@@ -1,7 +1,8 @@
 """transformers' vision encoders: ViT, DeiT, DINOv2 (also with registers), CLIP vision, SigLIP vision.
 
-Keys are what ``k_proj`` of the attention returns. log(size) goes in through the ``attention_mask`` argument, which the
-attention functions "sdpa" and "eager" add to the logits as it is.
+Keys are what ``k_proj`` of the attention returns. Attention classes keep their forward, in which the interface that has
+the attention functions is one of ours: its function finds the layer in place of the mask, and there log(size) and what
+the reducer wants to know of the scores. "eager", which writes out the matrix of attention, has log(size) as a mask.
 """
 
 import sys
@@ -14,40 +15,71 @@ from torch import Tensor, nn
 
 from ..reducers.context import Reducer
 from .session import Layer, Session
-from .swap import Methods, Swaps, replaced
+from .swap import Methods, Swaps, calls, rebound, replaced
+from .transformers_attention import NAME, hides_nothing
 
 LIBRARY = "transformers"
 
 
-def _bias(layer: Layer, x: Tensor, mask: Tensor | None, attention: Any) -> Tensor | None:
-    if layer.session.prop_attn and attention.config._attn_implementation not in ("sdpa", "eager"):
+def _mask(layer: Layer, x: Tensor, mask: Tensor | None, attention: Any) -> Any:
+    dropout = getattr(attention, "attention_dropout", getattr(attention, "dropout", 0.0))
+    chosen = attention.config._attn_implementation
+    if layer.session.prop_attn and attention.training and dropout > 0 and chosen not in ("sdpa", "eager"):
         raise NotImplementedError(
-            "proportional attention: required, an attention that adds a mask to its logits; supported, 'sdpa' and "
-            f"'eager' (model.set_attn_implementation('sdpa')); got {attention.config._attn_implementation!r}"
+            "proportional attention with dropout: required, an attention that adds a mask to its logits; supported, "
+            f"'sdpa' and 'eager' (model.set_attn_implementation('sdpa')); got {chosen!r}"
         )
-    return layer.begin(x, mask)
+    return layer.begin(x, None if hides_nothing(mask) else mask)
+
+
+class _Interface:
+    """In place of ``ALL_ATTENTION_FUNCTIONS`` in the forward of an attention class."""
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+        own: Callable[..., Any] = functions.get_interface(name, default)
+
+        def attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+        ) -> tuple[Tensor, Any]:
+            if not isinstance(attention_mask, Layer):
+                return own(module, query, key, value, attention_mask, **options)
+            layer, scale = attention_mask, options.get("scaling")
+            layer.observe(query, key, scale)
+            if name in ("eager", NAME) or not layer.serves(options.get("dropout", 0.0)):
+                return own(module, query, key, value, layer.additive(query.dtype), **options)
+            return layer.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
+
+        return attend
+
+
+_interface = _Interface()
+
+
+def _attention(base: Any) -> dict[str, Any]:
+    return {"forward": rebound(base.forward, ALL_ATTENTION_FUNCTIONS=_interface)}
 
 
 def _vit_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     layer: Layer = self._fastok
-    bias = _bias(layer, hidden_states, attention_mask, self.attention)
-    attended, _ = self.attention(self.layernorm_before(hidden_states), bias, **kwargs)
+    mask = _mask(layer, hidden_states, attention_mask, self.attention)
+    attended, _ = self.attention(self.layernorm_before(hidden_states), mask, **kwargs)
     x = layer.reduce(self.dropout(attended) + hidden_states)
     return layer.finish(self.dropout(self.mlp(self.layernorm_after(x))) + x)
 
 
 def _dinov2_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     layer: Layer = self._fastok
-    bias = _bias(layer, hidden_states, attention_mask, self.attention)
-    attended, _ = self.attention(self.norm1(hidden_states), attention_mask=bias, **kwargs)
+    mask = _mask(layer, hidden_states, attention_mask, self.attention)
+    attended, _ = self.attention(self.norm1(hidden_states), attention_mask=mask, **kwargs)
     x = layer.reduce(self.drop_path(self.layer_scale1(attended)) + hidden_states)
     return layer.finish(self.drop_path(self.layer_scale2(self.mlp(self.norm2(x)))) + x)
 
 
 def _clip_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     layer: Layer = self._fastok
-    bias = _bias(layer, hidden_states, attention_mask, self.self_attn)
-    attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), attention_mask=bias, **kwargs)
+    mask = _mask(layer, hidden_states, attention_mask, self.self_attn)
+    attended, _ = self.self_attn(hidden_states=self.layer_norm1(hidden_states), attention_mask=mask, **kwargs)
     x = layer.reduce(hidden_states + attended)
     return layer.finish(x + self.mlp(self.layer_norm2(x)))
 
@@ -74,6 +106,7 @@ class _Family:
         forward: the replacement for a layer's forward.
         protect: number of special tokens in front of the patches.
         averaging: the image classifier whose head averages the patches, and whether the class token goes before them.
+        class_token: whether the first special token is one.
     """
 
     module: str
@@ -83,6 +116,7 @@ class _Family:
     forward: Methods
     protect: Callable[[Any], int]
     averaging: tuple[str, bool] | None = None
+    class_token: bool = True
 
 
 _vit = replaced(forward=_vit_forward)
@@ -127,6 +161,7 @@ _FAMILIES = (
         _clip,
         lambda encoder: 0,
         ("SiglipForImageClassification", False),
+        class_token=False,
     ),
 )
 
@@ -146,6 +181,8 @@ def is_encoder(module: nn.Module) -> bool:
 def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Session:
     """Put ``reducer`` into ``encoder``, and sizes into the head of an image classifier that averages its tokens."""
     family = next(family for family in _FAMILIES if _is(encoder, family, family.name))
+    if "cls" in reducer.needs and not family.class_token:
+        raise ValueError(f"{type(reducer).__name__} needs a class token, of which {family.name} has none")
     layers = _layers(encoder, family)
     session = Session(reducer, len(layers), family.protect(encoder))
     for index, block in enumerate(layers):
@@ -154,6 +191,8 @@ def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Ses
         swaps.swap(block, layer, family.forward)
         if layer.wants_keys:
             swaps.swap(attention.k_proj, layer, _key_projection)
+        swaps.swap(attention, layer, _attention)
+        layer.intercepts = True
     if getattr(encoder, "use_head", False):
         swaps.swap(encoder.head, session, _pooling_head)
     for module in model.modules():
@@ -172,6 +211,8 @@ def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
         layers: Any = encoder.get_submodule(family.layers)
         for layer in layers:
             layer.get_submodule(f"{family.attention}.k_proj")
+            if not calls(type(getattr(layer, family.attention)).forward, "ALL_ATTENTION_FUNCTIONS"):
+                raise AttributeError("its attention does not use the attention interface")
     except AttributeError as error:
         raise TypeError(
             f"this transformers version builds {family.name} unlike 5.23, which is supported: {error}"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..flash import padded
 from ..ops.attention import attention
 from . import recording
+from .session import in_autocast
 
 NAME = "fastok"
 Window = tuple[int, int]  # keys to the left and right of a query's own that it sees; -1 is unbounded
@@ -144,6 +145,11 @@ def attention_mask(
     if visible is None:
         return torch.empty(batch_size, 0, code, kv_length, dtype=torch.uint8, device=device)
     return visible.to(torch.uint8)[:, None, None].expand(-1, -1, code, -1)
+
+
+def hides_nothing(mask: Tensor | None) -> bool:
+    """Whether a mask, one of ours or not, lets every query see every key."""
+    return mask is None or (mask.dtype == torch.uint8 and mask.shape[1:3] == (0, 1))
 
 
 def _code(window: Window) -> int:
@@ -274,7 +280,7 @@ def attention_forward(
         ``[B,S,H,D]``, and the scores recorded, or None.
     """
     _refuse(dropout, kwargs)
-    query, key, value = _in_autocast(query, key, value)
+    query, key, value = in_autocast(query, key, value)
     width = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = _understood(module, query, key, attention_mask, sliding_window, is_causal, kwargs)
@@ -323,14 +329,6 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
 
 
 _CHANGES_ATTENTION = ("position_bias", "cache", "sinks", "head_mask", "block_indices", "indices", "alibi")
-
-
-def _in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As every other attention does, in the dtype of autocast where that is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _understood(
