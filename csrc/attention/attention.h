@@ -66,6 +66,9 @@ struct AttentionEngine {
 };
 
 struct AttentionKernels {
+  // The engines' `scores`, for few rows: from keys that are not packed.
+  void (*few_scores)(const AttentionHead&, int64_t key_begin, int64_t key_end, const RowList&, const float* lse,
+                     float* out, int64_t pitch);
   AttentionEngine fp32;
   const AttentionEngine* bf16;  // for bf16 input; nullptr without tile instructions
   // Adds (or takes the maximum of) a block's rows to total[key], in ascending order. Whole vectors: blocks and totals

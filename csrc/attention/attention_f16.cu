@@ -2,5 +2,8 @@
 #include "attention/attention_launch.h"
 
 namespace fastok::cuda {
-template AttentionKernel attention_kernel_of<f16>(int tiles, int width);
+
+template AttentionKernel attention_kernel_of<f16>(int, int);
+template ScoresKernel scores_kernel_of<f16>(int);
+
 }  // namespace fastok::cuda

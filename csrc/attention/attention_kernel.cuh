@@ -122,26 +122,26 @@ __device__ __forceinline__ void add_values(const float (&p)[kTiles][kKeys][4], c
     }
   } else {
     const unsigned char* const mine = values + lane % 16 * kPitch + lane / 16 * 16;
+    // Two neighbouring tiles of results are one tile of factors: the lanes hold just what mma wants of it. All at once,
+    // as half the registers hold them then.
+    uint32_t x[kKeys / 2][kTiles][4];
+#pragma unroll
+    for (int i = 0; i < kKeys / 2 * kTiles * 4; ++i) {
+      const int step = i / 4 / kTiles, t = i / 4 % kTiles;
+      const float* const pair = &p[t][2 * step + i % 4 / 2][i % 2 * 2];
+      x[step][t][i % 4] =
+          std::is_same_v<T, f16> ? ptx::cvt_rn_f16x2(pair[0], pair[1]) : ptx::cvt_rn_bf16x2(pair[0], pair[1]);
+    }
 #pragma unroll
     for (int step = 0; step < kKeys / 2; ++step) {
-      // Two neighbouring tiles of results are one tile of factors: the lanes hold just what mma wants of it.
-      uint32_t x[kTiles][4];
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float first = p[t][2 * step + i / 2][i % 2 * 2], second = p[t][2 * step + i / 2][i % 2 * 2 + 1];
-          x[t][i] = std::is_same_v<T, f16> ? ptx::cvt_rn_f16x2(first, second) : ptx::cvt_rn_bf16x2(first, second);
-        }
-      }
 #pragma unroll
       for (int pair = 0; pair < kColumns / 2; ++pair) {
         uint32_t y[4];
         ptx::ldmatrix_x4_trans(y, mine + step * 16 * kPitch + pair * 32);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          mma_m16n8k16<T>(out[t][2 * pair], x[t], y[0], y[1]);
-          mma_m16n8k16<T>(out[t][2 * pair + 1], x[t], y[2], y[3]);
+          mma_m16n8k16<T>(out[t][2 * pair], x[step][t], y[0], y[1]);
+          mma_m16n8k16<T>(out[t][2 * pair + 1], x[step][t], y[2], y[3]);
         }
       }
     }
@@ -189,7 +189,7 @@ template <class T, int kTiles, int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kWidth))
     attention_kernel(const AttentionParams p) {
   constexpr int kWarpRows = kTiles * 16, kRows = kAttentionWarps * kWarpRows;
-  constexpr int kKeys = key_tile(kWidth, sizeof(T)), kColumns = kKeys / 8;
+  constexpr int kKeys = key_tile(kTiles, kWidth, sizeof(T)), kColumns = kKeys / 8;
   constexpr int kValuePitch = tile_pitch(kWidth, sizeof(T)), kValueColumns = kWidth / 8;
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
@@ -219,15 +219,14 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
 
   // How tiles are filled.
   const int64_t b = sequence.batch;
-  const int kv_head = rows.head / p.group;
-  const T* const k = p.k.head<T>(b, kv_head) + sequence.k_begin * p.k.token_stride;
-  const auto send_tile = [&](unsigned char* tile, const T* data, const TokenHeads& heads, int begin, int tile_row,
-                             int width, int tile_steps) {
-    send_rows(tile, tile_row, kKeys, width, tile_steps, heads.aligned, data, [&](int i) -> const T* {
-      return begin + i < sequence.n_k ? data + (begin + i) * heads.token_stride : nullptr;
+  const auto send_tile = [&](unsigned char* tile, const TokenHeads& heads, int tile_begin, int tile_pitch, int width,
+                             int tile_steps) {
+    const T* const data = heads.head<T>(b, rows.head / p.group) + sequence.k_begin * heads.token_stride;
+    send_rows(tile, tile_pitch, kKeys, width, tile_steps, heads.aligned, data, [&](int i) -> const T* {
+      return tile_begin + i < sequence.n_k ? data + (tile_begin + i) * heads.token_stride : nullptr;
     });
   };
-  const auto send_keys = [&](int begin) { send_tile(key_tile, k, p.k, begin, pitch, p.width, steps); };
+  const auto send_keys = [&](int begin) { send_tile(key_tile, p.k, begin, pitch, p.width, steps); };
   const T* const q = p.q.head<T>(b, 0) + sequence.q_begin * p.q.token_stride;
   send_rows(query_tile, pitch, kRows, p.width, steps, p.q.aligned, q, [&](int i) -> const T* {
     return rows.inside(i) ? q + rows.query(i) * p.q.token_stride + rows.head_of(i) * p.q.head_stride : nullptr;
@@ -241,10 +240,8 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
   for (int begin = first_tile; begin < end; begin += kKeys) {
     ptx::cp_async_wait_all();
     __syncthreads();  // the keys are here, and nobody needs the last values any more
-    if constexpr (kWidth > 0) {
-      const T* const v = p.v.head<T>(b, kv_head) + sequence.k_begin * p.v.token_stride;
-      send_tile(value_tile, v, p.v, begin, kValuePitch, p.v_width, depth_steps(kWidth, sizeof(T)));
-    }
+    if constexpr (kWidth > 0)
+      send_tile(value_tile, p.v, begin, kValuePitch, p.v_width, depth_steps(kWidth, sizeof(T)));
     if (p.bias.data && int(threadIdx.x) < kKeys) {
       const int key = begin + int(threadIdx.x);
       const float* const bias = p.bias.head(b, rows.head) + (sequence.k_begin + key) * p.bias.token_stride;

@@ -2,10 +2,12 @@
 // arguments...); the CUDA binding and the host harness each bring their own.
 #pragma once
 #include "attention/attention_kernel.cuh"
+#include "attention/scores_kernel.cuh"
 
 namespace fastok::cuda {
 
 using AttentionKernel = void (*)(AttentionParams);
+using ScoresKernel = void (*)(ScoreParams);
 
 // Each element type's kernels are compiled on their own (attention_<type>.cu).
 template <class T>
@@ -41,6 +43,21 @@ AttentionKernel attention_kernel_of(int tiles, int width) {
   }
 }
 
+template <class T>
+ScoresKernel scores_kernel_of(int row_tile) {
+  return row_tile == kFewScoreRows ? scores_kernel<T, kFewScoreRows> : scores_kernel<T, score_row_tile(sizeof(T))>;
+}
+
+#if !defined(FASTOK_HOST)
+#define FASTOK_ELSEWHERE(T)                                             \
+  extern template AttentionKernel attention_kernel_of<T>(int, int);     \
+  extern template ScoresKernel scores_kernel_of<T>(int);
+FASTOK_ELSEWHERE(f16)
+FASTOK_ELSEWHERE(bf16)
+FASTOK_ELSEWHERE(float)
+#undef FASTOK_ELSEWHERE
+#endif
+
 // The plan of a forward pass (p.rows: all of each batch entry), or (v_width 0) of the log-sum-exp of the selected rows.
 // max_q, max_k: lengths of the longest packed sequences, negative if not known.
 inline AttentionPlan plan_for(const AttentionParams& p, Dtype dtype, int64_t max_q, int64_t max_k) {
@@ -66,6 +83,57 @@ void run_attention(Launch&& launch, Dtype dtype, const AttentionPlan& plan, Atte
                        : dtype == Dtype::bf16 ? combine_kernel<bf16>
                                               : combine_kernel<float>;
   launch(dim3(unsigned(ceil_div(p.lse_rows, kAttentionWarps))), dim3(kAttentionThreads), size_t(0), combine, p);
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+// The pass that finds the log-sum-exp of the rows that `p` selects (packed: of all rows), over its columns only if
+// `over_cols`. Its results are still to be filled in.
+inline AttentionParams lse_pass(const ScoreParams& p, bool over_cols) {
+  AttentionParams pass{};
+  pass.q = p.q, pass.k = p.k, pass.sequences = p.sequences, pass.window = p.window, pass.rule = p.rule;
+  pass.bias = p.bias, pass.heads = p.heads, pass.group = p.group, pass.width = p.width;
+  pass.rows = p.sequences.packed() ? RowSelection{nullptr, 0, kFarAway} : p.rows;
+  if (over_cols && !p.sequences.packed()) pass.window.begin = p.col_begin, pass.window.end = p.col_end;
+  pass.lse_head_stride = p.sequences.packed() ? p.sequences.n_q : p.rows.end - p.rows.begin;
+  pass.lse_batch_stride = pass.lse_head_stride * p.heads;
+  pass.lse_rows = p.sequences.packed() ? pass.lse_batch_stride : p.sequences.count * pass.lse_batch_stride;
+  return pass;
+}
+// Reads the log-sum-exp that the pass has found.
+inline void use_lse(ScoreParams& p, const AttentionParams& pass) {
+  p.lse = {pass.lse, p.sequences.packed() ? 0 : pass.lse_batch_stride, pass.lse_head_stride, 1};
+  p.lse_by_item = !p.sequences.packed();
+}
+
+inline ScorePlan plan_for(const ScoreParams& p, Dtype dtype) {
+  return plan_scores(p.n_rows, p.n_cols, p.heads, p.group, p.head_group, p.reduce, p.head_max, p.width,
+                     element_size(dtype), p.sequences.packed());
+}
+// fp32 numbers that the pieces of the columns take.
+inline int64_t pieces_size(const ScoreParams& p, const ScorePlan& plan) {
+  const int64_t batch = p.sequences.packed() ? 1 : p.sequences.count;
+  return plan.pieces == 1 ? 0 : batch * (p.heads / p.head_group) * plan.pieces * p.n_cols;
+}
+
+// p holds the problem, the log-sum-exp unless there are to be logits, and the result; `pieces` has room for
+// pieces_size().
+template <class Launch>
+void run_scores(Launch&& launch, Dtype dtype, const ScorePlan& plan, float* pieces, ScoreParams p) {
+  p.by_row = plan.by_row, p.block_heads = plan.heads, p.fold = plan.fold, p.part_rows = plan.part_rows;
+  float* const out = p.out;
+  if (plan.pieces > 1) p.out = pieces;
+  const int64_t columns = (p.sequences.packed() ? 1 : p.sequences.count) * int64_t(p.heads / p.head_group);
+  const dim3 grid(unsigned(p.sequences.slots(p.n_cols, score_key_tile(element_size(dtype)))),
+                  unsigned(p.heads / plan.heads), unsigned(plan.parts));
+  const ScoresKernel kernel = dtype == Dtype::f16    ? scores_kernel_of<f16>(plan.row_tile)
+                              : dtype == Dtype::bf16 ? scores_kernel_of<bf16>(plan.row_tile)
+                                                     : scores_kernel_of<float>(plan.row_tile);
+  launch(grid, dim3(kAttentionThreads), plan.bytes, kernel, p);
+  if (plan.pieces == 1) return;
+  launch(dim3(unsigned(ceil_div(columns * p.n_cols, kAttentionThreads))), dim3(kAttentionThreads), size_t(0),
+         reduce_columns_kernel, static_cast<const float*>(pieces), out, columns, plan.pieces, p.n_cols,
+         p.reduce == ScoreReduce::max);
 }
 
 }  // namespace fastok::cuda

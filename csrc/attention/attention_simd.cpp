@@ -46,6 +46,70 @@ int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step;
 // ---- fp32 engine
 // -----------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)
+// 16 vectors to their transpose.
+inline __attribute__((always_inline)) void transpose(vf (&r)[16]) {
+  vf t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  const auto low = [](vf a, vf b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](vf a, vf b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  // r[4 i + c]: column c (and c + 4, c + 8, c + 12 in the further quarters) of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = low(t[i], t[i + 2]);
+    r[i + 1] = high(t[i], t[i + 2]);
+    r[i + 2] = low(t[i + 1], t[i + 3]);
+    r[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const vf a = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const vf d = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_f32x4(a, b, 0x88);
+    t[8 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    t[4 + c] = _mm512_shuffle_f32x4(d, e, 0x88);
+    t[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+template <int kPitch, class T>
+void transpose_keys(const T* k, int64_t stride, int64_t width, float* out) {
+  for (int64_t d = 0; d < width; d += kLanes) {
+    vf r[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = load(k + i * stride + d);
+    transpose(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) store(out + (d + i) * kPitch, r[i]);
+  }
+}
+
+// 16 keys from `first` on, to [width][kPitch].
+template <int kPitch>
+void transpose_keys(const HeadRows& k, Dtype dtype, int64_t first, float* out) {
+  for (int64_t i = 0; i < kLanes; ++i) prefetch_row(k, first + kLanes + i);
+  const int64_t at = first * k.stride;
+  switch (dtype) {
+    case Dtype::f16:
+      return transpose_keys<kPitch>(static_cast<const f16*>(k.data) + at, k.stride, k.width, out);
+    case Dtype::bf16:
+      return transpose_keys<kPitch>(static_cast<const bf16*>(k.data) + at, k.stride, k.width, out);
+    default:
+      return transpose_keys<kPitch>(static_cast<const float*>(k.data) + at, k.stride, k.width, out);
+  }
+}
+#endif
+
 struct Fp32 {
   // A register tile of kTileRows x (2 vectors): accumulators, two columns and one broadcast fill the register file.
 #if defined(__AVX512F__)
@@ -84,7 +148,12 @@ struct Fp32 {
   static void pack_keys(const HeadRows& k, Dtype dtype, int64_t begin, int64_t end, void* out_bytes) {
     float* const out = static_cast<float*>(out_bytes);
     float row[256];
-    for (int64_t j = 0; j < round_up(end - begin, kStep); ++j) {
+    int64_t j = 0;
+#if defined(__AVX512F__)
+    for (; j + kLanes <= end - begin && k.width % kLanes == 0; j += kLanes)
+      transpose_keys<kStep>(k, dtype, begin + j, out + j / kStep * kStep * k.width + j % kStep);
+#endif
+    for (; j < round_up(end - begin, kStep); ++j) {
       float* const column = out + j / kStep * kStep * k.width + j % kStep;
       prefetch_row(k, begin + j + kAhead);
       if (begin + j < end) widen_row(k, dtype, begin + j, 1.0f, row);
@@ -484,6 +553,17 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
   }
 }
 
+// From logits to what is asked for, in place.
+void finish_scores(float* x, int64_t n, float factor, const float* lse) {
+  if (!lse) {
+    for (int64_t j = 0; j < n && factor != 1.0f; j += kLanes) store(x + j, load(x + j) * splat(factor));
+  } else if (*lse == -kInfinity) {
+    std::memset(x, 0, size_t(n) * sizeof(float));
+  } else {
+    exponentials(x, n, factor, *lse, x);
+  }
+}
+
 template <class E>
 void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int64_t key_end, const RowList& rows,
             const float* lse, float* out, int64_t pitch, void* memory) {
@@ -495,13 +575,44 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
   for (int64_t i = 0; i < rows.count; ++i) {
     float* const x = out + i * pitch;
     const float factor = finish_logits<E>(head, rows.at(i), key_begin, key_end, n, x);
-    if (!lse) {
-      for (int64_t j = 0; j < n && factor != 1.0f; j += kLanes) store(x + j, load(x + j) * splat(factor));
-    } else if (lse[i] == -kInfinity) {
-      std::memset(x, 0, size_t(n) * sizeof(float));
-    } else {
-      exponentials(x, n, factor, lse[i], x);
+    finish_scores(x, n, factor, lse ? lse + i : nullptr);
+  }
+}
+
+template <class T>
+void dot_products(const float* q, const T* k, int64_t stride, int64_t n_keys, int64_t width, float* out) {
+  for (int64_t j = 0; j < n_keys; ++j, k += stride) {
+    if (j + kAhead < n_keys)
+      for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(k + kAhead * stride + d);
+    vf sum = splat(0.0f);
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) sum = fma(load(q + d), load(k + d), sum);
+    float total = horizontal_sum(sum);
+    for (; d < width; ++d) total += q[d] * widen(k[d]);
+    out[j] = total;
+  }
+}
+
+void few_scores(const AttentionHead& head, int64_t key_begin, int64_t key_end, const RowList& rows, const float* lse,
+                float* out, int64_t pitch) {
+  const int64_t n = key_end - key_begin, at = key_begin * head.k.stride;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    float q[256];
+    widen_row(head.q, head.dtype, rows.at(i), head.scale, q);
+    float* const x = out + i * pitch;
+    std::memset(x + n, 0, size_t(pitch - n) * sizeof(float));
+    switch (head.dtype) {
+      case Dtype::f16:
+        dot_products(q, static_cast<const f16*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
+        break;
+      case Dtype::bf16:
+        dot_products(q, static_cast<const bf16*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
+        break;
+      default:
+        dot_products(q, static_cast<const float*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
     }
+    const float factor = finish_logits<Fp32>(head, rows.at(i), key_begin, key_end, pitch, x);
+    finish_scores(x, pitch, factor, lse ? lse + i : nullptr);
   }
 }
 
@@ -565,12 +676,12 @@ constexpr AttentionEngine kBf16 = engine_of<Bf16>();
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {kFp32,
+const AttentionKernels attention_kernels = {few_scores, kFp32,
 #if defined(FASTOK_AMX)
                                             &kBf16,
 #else
                                             nullptr,
 #endif
-                                            fold_rows, fold_blocks, merge_parts};
+                                            fold_rows,  fold_blocks, merge_parts};
 
 }  // namespace fastok::FASTOK_ISA

@@ -10,6 +10,8 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kManyKeys = 512, kFewKeys = 128;
+// Up to so many rows, packing the keys costs more than it saves.
+constexpr int64_t kFewRows = 4;
 
 enum class Reduce { sum, max, none };
 
@@ -125,12 +127,10 @@ class Block {
       const AttentionHead head = job_.call.head(b_, h);
       float* const total = job_.key_weight ? of_head.data() : total_.data();
       std::fill(of_head.begin(), of_head.end(), 0.0f);
-      const void* const keys = keys_of(h, head, true);
       for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
         const RowList rows = part_of(all, done, job_.engine.row_block);
         if (!any_sees(head, rows, begin_, end_)) continue;
-        job_.engine.scores(head, keys, begin_, end_, rows, job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_,
-                           scratch_.get());
+        make_scores(head, h, rows, done, lse.data(), true);
         job_.kernels.fold_rows(scores(), rows.count, pitch_, pitch_, job_.reduce == Reduce::max, total);
       }
       for (size_t j = 0; j < of_head.size() && j < size_t(end_ - begin_); ++j)
@@ -147,8 +147,7 @@ class Block {
       const RowList rows = part_of(all, done, job_.engine.row_block);
       for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
         const AttentionHead head = job_.call.head(b_, h);
-        job_.engine.scores(head, keys_of(h, head, false), begin_, end_, rows,
-                           job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_, scratch_.get());
+        make_scores(head, h, rows, done, lse.data(), false);
         if (job_.key_weight) std::copy_n(weight_of(h), end_ - begin_, weight.begin());
         job_.kernels.fold_blocks(scores(), rows.count, pitch_, pitch_, job_.key_weight ? weight.data() : nullptr,
                                  h == o_ * job_.group, job_.head_max, static_cast<float*>(combined.get()));
@@ -173,6 +172,17 @@ class Block {
   const float* weight_of(int64_t h) const {
     const int64_t g = h / (job_.call.heads / job_.call.groups);
     return job_.key_weight + job_.call.key_at(b_, g, job_.call.groups) + begin_;
+  }
+
+  // Of a part of the rows, which begins at `first`.
+  void make_scores(const AttentionHead& head, int64_t h, const RowList& rows, int64_t first, float* gathered,
+                   bool in_turn) {
+    const float* const lse = job_.lse_of(b_, h, rows, first, gathered);
+    if (job_.selections[b_].rows.count <= kFewRows) {
+      job_.kernels.few_scores(head, begin_, end_, rows, lse, scores(), pitch_);
+    } else {
+      job_.engine.scores(head, keys_of(h, head, in_turn), begin_, end_, rows, lse, scores(), pitch_, scratch_.get());
+    }
   }
 
   // The block's packed keys of a head: packed when first asked for, or (`in_turn`) when the KV head changes.
@@ -284,7 +294,9 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
   };
   std::vector<Task> tasks;
   const int64_t wide_tasks = call.sequences * n_out * ((n_cols + kManyKeys - 1) / kManyKeys);
-  const int64_t most = wide_tasks >= 4 * int64_t(torch::stable::get_num_threads()) ? kManyKeys : kFewKeys;
+  // Narrow blocks waste less of what a mask hides.
+  const bool wide = wide_tasks >= 4 * int64_t(torch::stable::get_num_threads()) && left < 0 && right < 0;
+  const int64_t most = wide ? kManyKeys : kFewKeys;
   for (int64_t b = 0; b < call.sequences; ++b) {
     const int64_t n = job.n_cols(b), blocks = (n + most - 1) / most, even = blocks > 0 ? (n + blocks - 1) / blocks : 0;
     const int64_t size = (even + job.engine.key_step - 1) / job.engine.key_step * job.engine.key_step;
@@ -293,7 +305,11 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
         tasks.push_back({b, o, job.first_col() + j, job.first_col() + std::min(n, j + size)});
   }
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) Block(job, tasks[i].b, tasks[i].o, tasks[i].begin, tasks[i].end).run();
+    for (int64_t i = begin; i < end; ++i) {
+      // From both ends in turn: under a causal mask the first keys cost most, and threads take neighbouring tasks.
+      const Task& t = tasks[i % 2 == 0 ? i / 2 : int64_t(tasks.size()) - 1 - i / 2];
+      Block(job, t.b, t.o, t.begin, t.end).run();
+    }
   });
   return out;
 }

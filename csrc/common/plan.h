@@ -3,6 +3,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// A planner that kernels call too.
+#if defined(__CUDACC__)
+#define FASTOK_HOST_DEVICE __host__ __device__
+#else
+#define FASTOK_HOST_DEVICE
+#endif
+
 namespace fastok::cuda {
 
 // What every supported device grants a block (compute capability 8.6 has the least: 99 KiB).
