@@ -1,4 +1,4 @@
-"""The main job behind ``make demo``: accuracy and speed with and without token merging, and a picture of the tokens."""
+"""The main job behind ``make demo``: accuracy and speed with and without fewer tokens, and a picture of the tokens."""
 
 import importlib.util
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 import fastok
 
 from .models import digits
+from .reducers import EViT, ToMe
 from .reducers.tome import Rate
 from .testing.bench import time_us
 
@@ -30,7 +31,10 @@ except ImportError as error:
 
 from . import viz
 
-RATES: tuple[Rate, ...] = (8, 16, (16, -1.0), 24, 28)
+Method = Rate | EViT | None
+"""A ToMe schedule, another reducer, or None for the unreduced model."""
+
+METHODS: tuple[Method, ...] = (8, 16, (16, -1.0), 28, EViT(0.7))
 RATIOS = (0.75, 0.5, 0.25, 0.125)
 BATCH = 50
 
@@ -87,13 +91,15 @@ def load_model(folder: Path = digits.MODEL_DIR) -> Any:
     return model.eval().to(device())
 
 
-def label(rate: Rate | None) -> str:
-    """A schedule as the command line takes it."""
-    if rate is None:
+def label(method: Method) -> str:
+    """The method, a ToMe schedule as the command line takes it."""
+    if method is None:
         return "unreduced"
-    if isinstance(rate, tuple):
-        return f"r={rate[0]}:{rate[1]:g}"
-    return f"r={','.join(map(str, rate))}" if isinstance(rate, list) else f"r={rate}"
+    if isinstance(method, EViT):
+        return f"EViT keep={method.keep:g}"
+    if isinstance(method, tuple):
+        return f"r={method[0]}:{method[1]:g}"
+    return f"r={','.join(map(str, method))}" if isinstance(method, list) else f"r={method}"
 
 
 def timed(model: Any, pixels: Tensor) -> tuple[Tensor, float]:
@@ -104,24 +110,24 @@ def timed(model: Any, pixels: Tensor) -> tuple[Tensor, float]:
 
 
 class Race:
-    """One model under several ToMe schedules, timed on the same batches in turn.
+    """One model under several methods, timed on the same batches in turn.
 
     Attributes:
-        rates: the schedules; None is the unreduced model.
-        seconds: per schedule, seconds per image of each batch so far.
-        tokens: per schedule, tokens left after the last layer, the class token included.
+        methods: None is the unreduced model.
+        seconds: per method, seconds per image of each batch so far.
+        tokens: per method, tokens left after the last layer, the class token included.
     """
 
-    def __init__(self, model: Any, rates: Sequence[Rate | None]) -> None:
+    def __init__(self, model: Any, methods: Sequence[Method]) -> None:
         self.model = model
-        self.rates = list(rates)
-        self.seconds: list[list[float]] = [[] for _ in rates]
-        self.tokens = [0] * len(self.rates)
+        self.methods = list(methods)
+        self.seconds: list[list[float]] = [[] for _ in methods]
+        self.tokens = [0] * len(self.methods)
 
     @torch.inference_mode()
     def step(self, pixels: Tensor) -> list[Tensor]:
-        """The logits of one batch under each schedule. The first step also runs each once before, untimed."""
-        rounds, n = len(self.seconds[0]), len(self.rates)
+        """The logits of one batch under each method. The first step also runs each once before, untimed."""
+        rounds, n = len(self.seconds[0]), len(self.methods)
         if rounds == 0:
             for which in range(n):
                 self._forward(which, pixels)
@@ -132,39 +138,39 @@ class Race:
         return [logits[which] for which in range(n)]
 
     def _forward(self, which: int, pixels: Tensor) -> tuple[Tensor, float]:
-        rate = self.rates[which]
-        if rate is None:
+        method = self.methods[which]
+        if method is None:
             self.tokens[which] = (pixels.shape[-1] // self.model.config.patch_size) ** 2 + 1
             return timed(self.model, pixels)
-        with fastok.apply(self.model, fastok.reducers.ToMe(rate)) as handle:
+        with fastok.apply(self.model, method if isinstance(method, EViT) else ToMe(method)) as handle:
             result = timed(self.model, pixels)
             self.tokens[which] = handle.token_map.n_out
         return result
 
     def rows(self) -> list["Row"]:
-        """What was measured; the first schedule is what speed-ups are over."""
+        """What was measured; the first method is what speed-ups are over."""
         medians = [statistics.median(seconds) for seconds in self.seconds]
         return [
-            Row(label(rate), tokens, 1 / median, medians[0] / median)
-            for rate, tokens, median in zip(self.rates, self.tokens, medians, strict=True)
+            Row(label(method), tokens, 1 / median, medians[0] / median)
+            for method, tokens, median in zip(self.methods, self.tokens, medians, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule's line in a table."""
+    """One method's line in a table."""
 
-    schedule: str
+    method: str
     tokens: int
     images_per_s: float
     speed_up: float
     top1: float = math.nan
 
 
-def evaluate(model: Any, rates: Sequence[Rate], scenes: int, progress: Progress) -> list[Row]:
-    """Accuracy and speed on the first held-out scenes: unreduced, then under each schedule."""
-    race = Race(model, [None, *rates])
-    hits = [0] * len(race.rates)
+def evaluate(model: Any, methods: Sequence[Method], scenes: int, progress: Progress) -> list[Row]:
+    """Accuracy and speed on the first held-out scenes: unreduced, then under each method."""
+    race = Race(model, [None, *methods])
+    hits = [0] * len(race.methods)
     task = progress.add_task(f"{scenes} held-out scenes", total=scenes)
     source = digits.DigitScenes("test")
     for start in range(0, scenes, 2 * BATCH):
@@ -224,7 +230,7 @@ def draw_merged(
     pixels = (values - digits.PIXEL_MEAN) / digits.PIXEL_STD
     drawings, captions = [], []
     for ratio in ratios:
-        merge = fastok.reducers.ToMe(schedule_to(ratio, rows * columns, model.config.num_hidden_layers))
+        merge = ToMe(schedule_to(ratio, rows * columns, model.config.num_hidden_layers))
         with fastok.apply(model, merge) as handle, torch.inference_mode():
             model(pixels, interpolate_pos_encoding=True)
             token_map = handle.token_map
@@ -287,33 +293,35 @@ def _speed(row: Row) -> tuple[str, str]:
 def _table(title: str, *headings: str) -> Table:
     table = Table(title=title)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("model", "schedule") else "right")
+        table.add_column(heading, justify="left" if heading in ("model", "method") else "right")
     return table
 
 
-def print_accuracy(model: Any, rates: Sequence[Rate], scenes: int) -> None:
+def print_accuracy(model: Any, methods: Sequence[Method], scenes: int) -> None:
     """Run `evaluate` with a progress bar and print its table."""
     console = Console()
     with _progress(console) as progress:
-        rows = evaluate(model, rates, scenes, progress)
-    headings = ("schedule", "tokens left", "top-1", "accuracy kept", "images/s", "speed-up")
-    table = _table(f"The shipped ViT on {scenes} held-out scenes, merged without training for it", *headings)
+        rows = evaluate(model, methods, scenes, progress)
+    headings = ("method", "tokens left", "top-1", "accuracy kept", "images/s", "speed-up")
+    table = _table(
+        f"The shipped ViT on {scenes} held-out scenes, reduced by ToMe (r) and EViT without training", *headings
+    )
     for row in rows:
         kept = f"{row.top1 / rows[0].top1:.1%}" if rows[0].top1 else "-"
-        table.add_row(row.schedule, str(row.tokens), f"{row.top1:.1%}", kept, *_speed(row))
+        table.add_row(row.method, str(row.tokens), f"{row.top1:.1%}", kept, *_speed(row))
     console.print(table)
 
 
 def print_speed() -> None:
     """Time `SHAPES` with a progress bar and print the table."""
     console = Console()
-    headings = ("model", "batch", "schedule", "tokens left", "images/s", "speed-up")
+    headings = ("model", "batch", "method", "tokens left", "images/s", "speed-up")
     table = _table("ViT shapes with random weights: speed only", *headings)
     with _progress(console) as progress:
         for shape in SHAPES:
             batch = shape.on_gpu if device().type == "cuda" else shape.on_cpu
             for row in time_shape(shape, batch, progress):
-                table.add_row(shape.name, str(batch), row.schedule, str(row.tokens), *_speed(row))
+                table.add_row(shape.name, str(batch), row.method, str(row.tokens), *_speed(row))
     console.print(table)
 
 
@@ -321,7 +329,7 @@ def run(model: Any, photo: Image.Image, out: Path, scenes: int) -> None:
     """The whole demo: accuracy, speed, picture."""
     where = torch.cuda.get_device_name() if device().type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"running on {where}")
-    print_accuracy(model, RATES, scenes)
+    print_accuracy(model, METHODS, scenes)
     print_speed()
     viz.save(draw_demo(model, photo), out)
     print(f"picture: {out}")

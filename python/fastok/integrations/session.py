@@ -28,6 +28,7 @@ class Session:
         self.protect = protect
         self.rotary = rotary
         self.prop_attn: bool = getattr(reducer, "prop_attn", False)
+        self.sized: bool = getattr(reducer, "sized", True)
         self.sizes: list[Tensor | None] = [None] * (n_layers + 1)
         self.positions: list[Tensor | None] = [None] * (n_layers + 1)
         self.maps: dict[int, TokenMap | SoftMap | None] = {}
@@ -172,8 +173,9 @@ class Layer:
                 x, keys, scores=scores, size=size, protect=session.protect, layer=index, n_layers=session.n_layers
             )
             token_map = session.reducer(ctx)
-            x, size = token_map.merge(x, size=size)
-            size = size.detach()  # a count: no gradient is wanted for it, nor the graph kept alive by it
+            x, merged_size = token_map.merge(x, size=size)
+            if session.sized:
+                size = merged_size.detach()  # a count: no gradient is wanted for it, nor the graph kept alive by it
             if session.rotary:
                 session.positions[index + 1] = self._positions(token_map)
         elif session.rotary:

@@ -43,8 +43,10 @@ class TokenContext:
 class Reducer(Protocol):
     """A published method with its hyper-parameters. It holds no state: the same context gives the same map.
 
-    A reducer may also have ``prop_attn: bool`` (attention adds log(size) to the logit of each merged key) and
+    A reducer may also have ``prop_attn: bool`` (attention adds log(size) to the logit of each merged key),
+    ``sized: bool`` (False for a method in which a token counts once whatever was merged into it: no sizes are kept) and
     ``reduces(layer, n_layers) -> bool`` (False where it would return the identity, so that it need not be called).
+    What it needs of a layer's attention it names in ``needs`` as `scores` are named, such as ``"cls"``.
     """
 
     @property
