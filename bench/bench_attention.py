@@ -1,0 +1,68 @@
+"""Attention against PyTorch's own, and what its scores cost beside it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import fastok
+import torch
+from fastok import ScoreSpec
+from fastok.testing.bench import Case
+from rivals import attention_eager
+
+SHAPES = [  # B, S, H, G, D, causal
+    (8, 577, 12, 12, 64, False),
+    (1, 2048, 16, 4, 128, True),
+]
+# What is asked for beside the output, and how much longer than attention alone that may take.
+SCORES = [("all rows", ScoreSpec(), 1.6), ("last 64 rows", ScoreSpec(rows=(-64, None)), 1.1),
+          ("last row", ScoreSpec(rows="last"), 1.02)]  # fmt: skip
+
+Shape = tuple[int, int, int, int, int, bool]
+Build = Callable[[], Callable[[], Any]]
+
+
+def cases(device: torch.device) -> list[Case]:
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.float16, torch.bfloat16)
+    found = []
+    for dtype in dtypes:
+        for shape in SHAPES:
+            found += cases_of(shape, dtype, device)
+    return found
+
+
+def cases_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    batch, n, heads, groups, width, causal = shape
+    flops = 4.0 * batch * heads * n * n * width / (2 if causal else 1)
+    where = f"({batch},{n},{heads}/{groups},{width}{',causal' if causal else ''}) {str(dtype).removeprefix('torch.')}"
+
+    def over(function: Callable[..., Any]) -> Build:
+        def build() -> Callable[[], Any]:
+            q, k, v = (torch.randn(batch, n, h, width, device=device).to(dtype) for h in (heads, groups, groups))
+            return lambda: function(q, k, v)
+
+        return build
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=heads != groups
+        )
+
+    ours = over(partial(fastok.attention, causal=causal))
+    target = None if device.type != "cpu" else 1.0 if dtype == torch.float32 else 2.5
+    found = [
+        Case(f"attention {where}", ours, over(sdpa), "SDPA", flops=flops, dtype=dtype, target=target),
+        Case(
+            f"attention + column sums {where}",
+            over(partial(fastok.attention_with_scores, causal=causal)),
+            over(partial(attention_eager.attention_with_column_sums, causal=causal)),
+            "eager softmax matrix", flops=flops, dtype=dtype, target=2.5,
+        ),
+    ]  # fmt: skip
+    for title, spec, most in SCORES:
+        with_scores = over(partial(fastok.attention_with_scores, causal=causal, scores=(spec,)))
+        found.append(
+            Case(f"with scores of {title} {where}", with_scores, ours, "our attention alone", dtype=dtype,
+                 target=1 / most)
+        )  # fmt: skip
+    return found
