@@ -286,11 +286,15 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kWarps == 8 ? 2 : 3) match_
 
   // The last block of a sample goes on. `counts`, zeroed before the launch, counts the others.
   if (!alone) {
-    __threadfence();
+    // One thread's fences release what the block wrote before the barrier, and acquire for it what others did.
     __syncthreads();
-    const bool last = threadIdx.x == 0 && atomicAdd(&p.counts[b], 1) == p.row_tiles - 1;
+    bool last = false;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(&p.counts[b], 1) == p.row_tiles - 1;
+      __threadfence();
+    }
     if (!__syncthreads_or(last)) return;
-    __threadfence();
     for (int i = int(threadIdx.x); i < n_src; i += int(blockDim.x)) {
       order[i] = ordered(__ldcg(global_keys + i), i);
       mates[i] = __ldcg(global_mates + i);

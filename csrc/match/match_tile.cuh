@@ -109,15 +109,17 @@ struct TileCarrier {
   // Sends the elements from `depth` on, padded with zeros, on their way to `tile`.
   __device__ void depart(const RowList<T>& rows, int depth, const SweepShape& shape, unsigned char* tile) const {
     const int begin = depth + chunk() * kElements;
-    const bool whole = begin >= shape.width || (shape.aligned && begin + kElements <= shape.width);
+    const bool whole = shape.aligned && begin + kElements <= shape.width;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const bool valid = token[pass] >= 0 && begin < shape.width;
-      const T* const from = valid ? rows.row(token[pass]) + begin : rows.data;
       Chunk& to = place(tile, pass);
-      if (whole || !valid) {
-        ptx::cp_async_16(&to, from, valid);
+      if (!valid) {
+        to = Chunk{};
+      } else if (whole) {
+        ptx::cp_async_16(&to, rows.row(token[pass]) + begin, true);
       } else {
+        const T* const from = rows.row(token[pass]) + begin;
 #pragma unroll 1
         for (int e = 0; e < kElements; ++e) to.at[e] = begin + e < shape.width ? from[e] : T{};
       }
