@@ -116,11 +116,12 @@ def unresolved(piece: Slice) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where each key stands: ``[T]`` positions, and how long its sequence's queries and keys are."""
+    """Where each key stands: ``[T]`` positions, how long its sequence's queries and keys are, and which one that is."""
 
     position: Tensor
     n_q: Tensor | int
     n_k: Tensor | int
+    number: Tensor | None = None  # packed only; keys behind the last sequence have one of their own
 
 
 def sequences_of(n_q: int, n_k: int, cu_q: Tensor | None, cu_k: Tensor | None, device: torch.device) -> Sequences:
@@ -128,8 +129,9 @@ def sequences_of(n_q: int, n_k: int, cu_q: Tensor | None, cu_k: Tensor | None, d
     position = torch.arange(n_k, device=device)
     if cu_q is None or cu_k is None:
         return Sequences(position, n_q, n_k)
-    number = torch.searchsorted(cu_k[1:], position, right=True).clamp(max=len(cu_k) - 2)
-    return Sequences(position - cu_k[number], cu_q.diff()[number], cu_k.diff()[number])
+    number = torch.searchsorted(cu_k[1:], position, right=True)
+    own = number.clamp(max=len(cu_k) - 2)
+    return Sequences(position - cu_k[own], cu_q.diff()[own], cu_k.diff()[own], number)
 
 
 def selected_rows(spec: ScoreSpec, sequences: Sequences, left: int, right: int, seeing: bool) -> Tensor:
@@ -164,9 +166,21 @@ def finish(
     if spec.normalize == "visible":
         scores = scores / selected_rows(spec, sequences, left, right, seeing=True)[cols].clamp(min=1)
     elif spec.normalize == "causal":
-        scores = scores / (sequences.n_k - sequences.position)[cols]
-    if spec.pool is not None and spec.pool > 1:
-        scores = F.avg_pool1d(scores.reshape(-1, 1, scores.shape[-1]), spec.pool, 1, spec.pool // 2).view_as(scores)
+        scores = scores / (sequences.n_k - sequences.position)[cols].clamp(min=1)
+    if spec.pool is not None and spec.pool > 1 and scores.numel() > 0:
+        scores = _pooled(scores, spec.pool, sequences.number)
     if spec.heads in ("mean", "sum", "max"):
         scores = scores.squeeze(-3 if spec.reduce == "none" else -2)
     return scores
+
+
+def _pooled(scores: Tensor, width: int, number: Tensor | None) -> Tensor:
+    """Means over ``width`` neighbouring keys of one sequence, missing ones counted as 0."""
+    if number is None:
+        return F.avg_pool1d(scores.reshape(-1, 1, scores.shape[-1]), width, 1, width // 2).view_as(scores)
+    n, borders = scores.shape[-1], (width // 2, width // 2)
+    padded, numbers = F.pad(scores, borders), F.pad(number, borders, value=-1)
+    total = torch.zeros_like(scores)
+    for i in range(width):
+        total = total + torch.where(numbers[i : i + n] == number, padded[..., i : i + n], 0)
+    return total / width
