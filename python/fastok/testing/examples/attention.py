@@ -115,12 +115,13 @@ def rounding_of_scores(
     if not logits:
         finished = None if lse is None else lse.double()
         return ((EPS + most) * reference.attention_scores(q.double(), k.double(), finished, key_weight, *rest).abs(),)
-    if key_weight is not None:
+    if key_weight is not None and key_weight.numel():
         most *= float(key_weight.abs().max())
     if not head_max:
         most *= group
     if reduce == "sum":
-        most *= min(end - begin, q.shape[-3]) if rows is None else len(rows)
+        of_slice = q.shape[-3] if mask[5] is not None else max(end - begin, 0)
+        most *= of_slice if rows is None else len(rows)
     return (torch.tensor(most),)
 
 
