@@ -12,7 +12,10 @@ inline vf add_exponent(vf x, vf shifted) {
       _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
 }
 #elif !defined(__AVX512F__)
-inline vf add_exponent(vf x, vf shifted) { return (vf)((vi)x + ((vi)shifted << 23)); }
+inline vf add_exponent(vf x, vf shifted) {
+  typedef uint32_t words __attribute__((vector_size(16)));  // which may overflow
+  return (vf)((words)x + ((words)shifted << 23));
+}
 #endif
 
 constexpr float kLog2E = 1.44269504f;
