@@ -147,6 +147,38 @@ def test_a_language_model_with_an_image() -> None:
     agree(ours(**inputs).logits, eager(**inputs).logits)
 
 
+ENCODER_DECODER: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+def test_encoder_decoders_with_cross_attention() -> None:
+    eager, ours = build(lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**ENCODER_DECODER)))
+    inputs = {"input_ids": tokens(), "attention_mask": RIGHT}
+    agree(
+        ours(**inputs, decoder_input_ids=tokens(length=5)).logits,
+        eager(**inputs, decoder_input_ids=tokens(length=5)).logits,
+    )
+    assert_same(*(model.generate(**inputs, num_beams=2, max_new_tokens=6) for model in (ours, eager)))
+    config = transformers.WhisperConfig(
+        **ENCODER_DECODER, max_source_positions=20, max_target_positions=32, num_mel_bins=8
+    )
+    eager, ours = build(lambda: transformers.WhisperForConditionalGeneration(config))
+    sound = torch.randn(2, 8, 40)
+    agree(ours(sound, decoder_input_ids=tokens()).logits, eager(sound, decoder_input_ids=tokens()).logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_errs_no_more_than_sdpa(dtype: torch.dtype) -> None:
     eager, ours = build(DECODERS["Llama"])
@@ -243,7 +275,7 @@ def test_training_step(name: str) -> None:
     for model in (eager.train(), ours.train(), ours):
         if len(gradients) == 2:
             model.zero_grad()
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         with torch.enable_grad():
             model(tokens(), attention_mask=RIGHT, labels=labels, use_cache=False).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -312,7 +344,7 @@ def test_recorders_nest_and_follow_generation() -> None:
 def test_recording_while_training_with_checkpoints() -> None:
     _, ours = build(DECODERS["Llama"])
     ours.train()
-    ours.gradient_checkpointing_enable()
+    ours.activation_checkpointing_enable()
     with torch.enable_grad(), fastok.record_scores() as recorded:
         ours(tokens(), labels=tokens(), use_cache=False).loss.backward()
     assert [layer.layer for layer in recorded] == [0, 1, 2]
@@ -371,6 +403,13 @@ def test_what_cannot_be_served_is_refused_by_name() -> None:
     )
     with pytest.raises(NotImplementedError, match=r"mask_function: required, chunked_overlay"):
         chunked(tokens())
+    _, relative = build(
+        lambda: transformers.T5Model(
+            transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+        )
+    )
+    with pytest.raises(NotImplementedError, match="position_bias: required"):
+        relative(input_ids=tokens(), decoder_input_ids=tokens())
     q = torch.randn(2, 4, 5, 8)
     for argument in ("position_bias", "cache", "sinks"):
         with pytest.raises(NotImplementedError, match=f"^{argument}: required, Tensor"):
