@@ -16,7 +16,7 @@ struct AttentionParams {
   int heads, group;  // query heads, and those of one KV head
   int width, v_width;
 
-  int pack, splits;
+  int pack, splits, steps, pitch;  // by the plan
 
   void* out;   // [B, S, H, v_width], packed [total, H, v_width]
   float* lse;  // [B, H, selected], packed [H, total]; natural logarithm
@@ -35,8 +35,7 @@ struct OnlineSoftmax {
 
   __device__ void reset() {
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      peak[t][0] = peak[t][1] = -kUnbounded, sum[t][0] = sum[t][1] = 0;
+    for (int t = 0; t < kTiles; ++t) peak[t][0] = peak[t][1] = -kUnbounded, sum[t][0] = sum[t][1] = 0;
   }
 
   // Turns logits into powers relative to the new peaks. `shrink`: what earlier results are to be multiplied by.
@@ -173,13 +172,12 @@ struct BlockRows {
 // Where the first and the last of rows [begin, end) stand; the others are between. They may be in any order if listed.
 struct Positions {
   int from, to;
-  bool any;
 };
 __device__ inline Positions positions_of(const BlockRows& rows, int begin, int end) {
   const int last = min(end, rows.count - rows.first) - 1, n_k = rows.sequence.n_k;
-  if (last < begin) return {0, 0, false};
-  if (rows.selection.index) return {n_k - rows.sequence.n_q, n_k - 1, true};
-  return {rows.position(begin), rows.position(last), true};
+  if (last < begin) return {0, -kFarAway - 1};  // sees nothing whatever the window
+  if (rows.selection.index) return {n_k - rows.sequence.n_q, n_k - 1};
+  return {rows.position(begin), rows.position(last)};
 }
 
 constexpr int attention_blocks(int tiles, int width) { return tiles == 2 || width > 64 ? 2 : 3; }
@@ -189,13 +187,12 @@ template <class T, int kTiles, int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kWidth))
     attention_kernel(const AttentionParams p) {
   constexpr int kWarpRows = kTiles * 16, kRows = kAttentionWarps * kWarpRows;
-  constexpr int kKeys = key_tile(kTiles, kWidth, sizeof(T)), kColumns = kKeys / 8;
+  constexpr int kKeys = key_tile(kWidth, sizeof(T)), kColumns = kKeys / 8;
   constexpr int kValuePitch = tile_pitch(kWidth, sizeof(T)), kValueColumns = kWidth / 8;
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
-  const int steps = depth_steps(p.width, sizeof(T)), pitch = tile_pitch(p.width, sizeof(T));
-  auto* const query_tile = memory.take<unsigned char>(kRows * pitch, "query_tile");
-  auto* const key_tile = memory.take<unsigned char>(kKeys * pitch, "key_tile");
+  auto* const query_tile = memory.take<unsigned char>(kRows * p.pitch, "query_tile");
+  auto* const key_tile = memory.take<unsigned char>(kKeys * p.pitch, "key_tile");
   auto* const bias_tile = memory.take<float>(kKeys, "bias_tile");
   auto* const value_tile = kWidth > 0 ? memory.take<unsigned char>(kKeys * kValuePitch, "value_tile") : nullptr;
 
@@ -222,13 +219,13 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
   const auto send_tile = [&](unsigned char* tile, const TokenHeads& heads, int tile_begin, int tile_pitch, int width,
                              int tile_steps) {
     const T* const data = heads.head<T>(b, rows.head / p.group) + sequence.k_begin * heads.token_stride;
-    send_rows(tile, tile_pitch, kKeys, width, tile_steps, heads.aligned, data, [&](int i) -> const T* {
+    send_rows(tile, tile_pitch, kKeys, width, tile_steps, data, [&](int i) -> const T* {
       return tile_begin + i < sequence.n_k ? data + (tile_begin + i) * heads.token_stride : nullptr;
     });
   };
-  const auto send_keys = [&](int begin) { send_tile(key_tile, p.k, begin, pitch, p.width, steps); };
+  const auto send_keys = [&](int begin) { send_tile(key_tile, p.k, begin, p.pitch, p.width, p.steps); };
   const T* const q = p.q.head<T>(b, 0) + sequence.q_begin * p.q.token_stride;
-  send_rows(query_tile, pitch, kRows, p.width, steps, p.q.aligned, q, [&](int i) -> const T* {
+  send_rows(query_tile, p.pitch, kRows, p.width, p.steps, q, [&](int i) -> const T* {
     return rows.inside(i) ? q + rows.query(i) * p.q.token_stride + rows.head_of(i) * p.q.head_stride : nullptr;
   });
   send_keys(first_tile);
@@ -240,17 +237,15 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
   for (int begin = first_tile; begin < end; begin += kKeys) {
     ptx::cp_async_wait_all();
     __syncthreads();  // the keys are here, and nobody needs the last values any more
-    if constexpr (kWidth > 0)
-      send_tile(value_tile, p.v, begin, kValuePitch, p.v_width, depth_steps(kWidth, sizeof(T)));
+    if constexpr (kWidth > 0) send_tile(value_tile, p.v, begin, kValuePitch, p.v_width, depth_steps(kWidth, sizeof(T)));
     if (p.bias.data && int(threadIdx.x) < kKeys) {
       const int key = begin + int(threadIdx.x);
       const float* const bias = p.bias.head(b, rows.head) + (sequence.k_begin + key) * p.bias.token_stride;
       bias_tile[threadIdx.x] = key < sequence.n_k ? *bias * p.rule.bias_scale : 0.0f;
     }
-    const bool busy = mine.any && begin < p.window.high(mine.to, sequence.n_k) &&
-                      begin + kKeys > p.window.low(mine.from);
+    const bool busy = begin < p.window.high(mine.to, sequence.n_k) && begin + kKeys > p.window.low(mine.from);
     float x[kTiles][kColumns][4];
-    if (busy) multiply_rows<T>(query_tile + warp_row * pitch, key_tile, pitch, steps, x);
+    if (busy) multiply_rows<T>(query_tile + warp_row * p.pitch, key_tile, p.pitch, p.steps, x);
     ptx::cp_async_wait_all();
     __syncthreads();  // the values are here, and nobody needs these keys any more
     if (begin + kKeys < end) send_keys(begin + kKeys);
@@ -271,13 +266,15 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int position = rows.position(warp_row + 16 * t + 8 * half + lane_index() / 4);
-          const int low = p.window.low(position), high = p.window.high(position, sequence.n_k);
+          // From the lane's first key, so that columns are compared as the constants that they are.
+          const int first = begin + lane_index() % 4 * 2;
+          const int low = p.window.low(position) - first, high = p.window.high(position, sequence.n_k) - first;
 #pragma unroll
           for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-              const int key = begin + 8 * n + lane_index() % 4 * 2 + j;
-              if (key < low || key >= high) x[t][n][2 * half + j] = -kUnbounded;
+              const bool seen = 8 * n + j >= low && 8 * n + j < high;
+              if (!seen) x[t][n][2 * half + j] = -kUnbounded;
             }
           }
         }
@@ -302,8 +299,8 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
   // Results: of a split as they are, else through shared memory, so that whole rows are written.
   ptx::cp_async_wait_all();
   __syncthreads();
-  auto* const result_tile = kWidth > 0 ? SharedMemory(shared).take<unsigned char>(kRows * kValuePitch, "result_tile")
-                                       : nullptr;
+  auto* const result_tile =
+      kWidth > 0 ? SharedMemory(shared).take<unsigned char>(kRows * kValuePitch, "result_tile") : nullptr;
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
 #pragma unroll

@@ -11,7 +11,7 @@ using ScoresKernel = void (*)(ScoreParams);
 
 // Each element type's kernels are compiled on their own (attention_<type>.cu).
 template <class T>
-AttentionKernel attention_kernel_of(int tiles, int width) {
+AttentionKernel attention_kernel_of([[maybe_unused]] int tiles, int width) {
   if constexpr (std::is_same_v<T, float>) {
     switch (width) {
       case 0:
@@ -34,7 +34,7 @@ AttentionKernel attention_kernel_of(int tiles, int width) {
       case 96:
         return tiles == 2 ? attention_kernel<T, 2, 96> : attention_kernel<T, 1, 96>;
       case 128:
-        return tiles == 2 ? attention_kernel<T, 2, 128> : attention_kernel<T, 1, 128>;
+        return attention_kernel<T, 1, 128>;
       case 192:
         return attention_kernel<T, 1, 192>;
       default:
@@ -49,8 +49,8 @@ ScoresKernel scores_kernel_of(int row_tile) {
 }
 
 #if !defined(FASTOK_HOST)
-#define FASTOK_ELSEWHERE(T)                                             \
-  extern template AttentionKernel attention_kernel_of<T>(int, int);     \
+#define FASTOK_ELSEWHERE(T)                                         \
+  extern template AttentionKernel attention_kernel_of<T>(int, int); \
   extern template ScoresKernel scores_kernel_of<T>(int);
 FASTOK_ELSEWHERE(f16)
 FASTOK_ELSEWHERE(bf16)
@@ -71,6 +71,7 @@ inline AttentionPlan plan_for(const AttentionParams& p, Dtype dtype, int64_t max
 template <class Launch>
 void run_attention(Launch&& launch, Dtype dtype, const AttentionPlan& plan, AttentionParams p) {
   p.pack = plan.pack, p.splits = plan.splits;
+  p.steps = depth_steps(p.width, element_size(dtype)), p.pitch = tile_pitch(p.width, element_size(dtype));
   const int64_t rows = p.sequences.packed() ? p.sequences.n_q : p.rows.end - p.rows.begin;
   const dim3 grid(unsigned(p.sequences.slots(rows * plan.pack, plan.rows())), unsigned(p.heads / plan.pack),
                   unsigned(plan.splits));
@@ -121,6 +122,7 @@ inline int64_t pieces_size(const ScoreParams& p, const ScorePlan& plan) {
 template <class Launch>
 void run_scores(Launch&& launch, Dtype dtype, const ScorePlan& plan, float* pieces, ScoreParams p) {
   p.by_row = plan.by_row, p.block_heads = plan.heads, p.fold = plan.fold, p.part_rows = plan.part_rows;
+  p.steps = depth_steps(p.width, element_size(dtype)), p.pitch = tile_pitch(p.width, element_size(dtype));
   float* const out = p.out;
   if (plan.pieces > 1) p.out = pieces;
   const int64_t columns = (p.sequences.packed() ? 1 : p.sequences.count) * int64_t(p.heads / p.head_group);
@@ -131,9 +133,9 @@ void run_scores(Launch&& launch, Dtype dtype, const ScorePlan& plan, float* piec
                                                      : scores_kernel_of<float>(plan.row_tile);
   launch(grid, dim3(kAttentionThreads), plan.bytes, kernel, p);
   if (plan.pieces == 1) return;
-  launch(dim3(unsigned(ceil_div(columns * p.n_cols, kAttentionThreads))), dim3(kAttentionThreads), size_t(0),
-         reduce_columns_kernel, static_cast<const float*>(pieces), out, columns, plan.pieces, p.n_cols,
-         p.reduce == ScoreReduce::max);
+  const auto reduce = p.reduce == ScoreReduce::max ? reduce_columns_kernel<true> : reduce_columns_kernel<false>;
+  launch(dim3(unsigned(ceil_div(columns * p.n_cols, kAttentionThreads))), dim3(kAttentionThreads), size_t(0), reduce,
+         static_cast<const float*>(pieces), out, columns, plan.pieces, p.n_cols);
 }
 
 }  // namespace fastok::cuda

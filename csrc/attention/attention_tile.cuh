@@ -19,11 +19,10 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // ---- where things lie -----------------------------------------------------------------------------------------------
 
 // A [B, tokens, heads, width] array, or packed [total, heads, width] with batch stride 0; the last dimension is
-// contiguous, strides are in elements.
+// contiguous, strides are in elements, and every row begins at a multiple of 16 bytes (rows_aligned).
 struct TokenHeads {
   const void* data;
   int64_t batch_stride, token_stride, head_stride;
-  bool aligned;  // rows can be read 16 bytes at a time
 
   template <class T>
   __device__ const T* head(int64_t b, int head) const {
@@ -61,7 +60,7 @@ struct Sequences {
   int count;
   int n_q, n_k;  // of each batch entry, or of all packed sequences together
 
-  bool packed() const { return q_offsets != nullptr; }
+  FASTOK_HOST_DEVICE bool packed() const { return q_offsets != nullptr; }
 
   // Slots that a grid needs for tiles of `tile` items: so many of each batch entry, or of all packed sequences.
   int64_t slots(int64_t items, int64_t tile) const {
@@ -140,7 +139,7 @@ inline Window window_of(int64_t left, int64_t right) {
 // Sends rows on their way to a tile: row i from row_of(i), zeros where that is nullptr, padded with zeros to `steps`
 // steps. Eight neighbouring threads carry one row.
 template <class T, class RowOf>
-__device__ __forceinline__ void send_rows(unsigned char* tile, int pitch, int rows, int width, int steps, bool aligned,
+__device__ __forceinline__ void send_rows(unsigned char* tile, int pitch, int rows, int width, int steps,
                                           const T* anything, const RowOf& row_of) {
   constexpr int kElements = 16 / int(sizeof(T));
 #pragma unroll 1
@@ -150,13 +149,7 @@ __device__ __forceinline__ void send_rows(unsigned char* tile, int pitch, int ro
     for (int chunk = int(threadIdx.x) % 8; chunk < 2 * steps; chunk += 8) {
       const int begin = chunk * kElements;
       const bool valid = row != nullptr && begin < width;
-      auto* const to = reinterpret_cast<T*>(tile + i * pitch + chunk * 16);
-      if (aligned || !valid) {
-        ptx::cp_async_16(to, valid ? row + begin : anything, valid);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < kElements; ++e) to[e] = row[begin + e];
-      }
+      ptx::cp_async_16(tile + i * pitch + chunk * 16, valid ? row + begin : anything, valid);
     }
   }
 }

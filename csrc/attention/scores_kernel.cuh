@@ -21,7 +21,7 @@ struct ScoreParams {
   bool logits, head_max, by_row;
   ScoreReduce reduce;
   int head_group;
-  int block_heads, fold, part_rows;
+  int block_heads, fold, part_rows, steps, pitch;  // by the plan
 
   // One column of n_cols keys for each fold of heads and part of the rows; with reduce none one for each selected row.
   float* out;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
   constexpr int kColumns = kRows / 8;
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
-  const int steps = depth_steps(p.width, sizeof(T)), pitch = tile_pitch(p.width, sizeof(T));
+  const int pitch = p.pitch;
   auto* const key_tile = memory.take<unsigned char>(kKeys * pitch, "key_tile");
   auto* const row_tiles = memory.take<unsigned char>(2 * kRows * pitch, "row_tiles");
   ScoreRows about{};
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
   if (key_begin >= last_col) return;
   const int n_selected = p.rows.count(sequence.n_q), offset = sequence.n_k - sequence.n_q;
   int row_begin = int(blockIdx.z) * p.part_rows, row_end = int(blockIdx.z) + 1 < int(gridDim.z)
-                                                                ? row_begin + p.part_rows
-                                                                : max(n_selected, keeps_rows ? p.n_rows : 0);
+                                                               ? row_begin + p.part_rows
+                                                               : max(n_selected, keeps_rows ? p.n_rows : 0);
   if (!keeps_rows) {
     row_end = min(row_end, n_selected);
     if (!p.rows.index) {
@@ -85,19 +85,18 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
   const auto tile_of = [&](int s) { return p.by_row ? s / p.block_heads : s % n_tiles; };
   const auto send_keys = [&](int head) {
     const T* const data = p.k.head<T>(b, head / p.group) + sequence.k_begin * p.k.token_stride;
-    send_rows(key_tile, pitch, kKeys, p.width, steps, p.k.aligned, data, [&](int i) -> const T* {
+    send_rows(key_tile, pitch, kKeys, p.width, p.steps, data, [&](int i) -> const T* {
       return key_begin + i < last_col ? data + (key_begin + i) * p.k.token_stride : nullptr;
     });
   };
   const auto send_queries = [&](int s) {
     const T* const data = p.q.head<T>(b, head_of(s)) + sequence.q_begin * p.q.token_stride;
     const int first = row_begin + tile_of(s) * kRows;
-    send_rows(row_tiles + s % 2 * kRows * pitch, pitch, kRows, p.width, steps, p.q.aligned, data,
-              [&](int i) -> const T* {
-                if (first + i >= min(row_end, n_selected)) return nullptr;
-                const int query = p.rows.at(first + i, sequence.n_q);
-                return unsigned(query) < unsigned(sequence.n_q) ? data + query * p.q.token_stride : nullptr;
-              });
+    send_rows(row_tiles + s % 2 * kRows * pitch, pitch, kRows, p.width, p.steps, data, [&](int i) -> const T* {
+      if (first + i >= min(row_end, n_selected)) return nullptr;
+      const int query = p.rows.at(first + i, sequence.n_q);
+      return unsigned(query) < unsigned(sequence.n_q) ? data + query * p.q.token_stride : nullptr;
+    });
   };
   // The rest about the rows, a thread for each.
   const auto note_rows = [&](int s) {
@@ -109,8 +108,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
     about.high[to] = inside ? p.window.high(query + offset, sequence.n_k) : 0;
     if (p.logits) return;
     float lse = -kUnbounded;
-    if (inside)
-      lse = p.lse.head(b, head_of(s))[(p.lse_by_item ? item : sequence.q_begin + query) * p.lse.token_stride];
+    if (inside) lse = p.lse.head(b, head_of(s))[(p.lse_by_item ? item : sequence.q_begin + query) * p.lse.token_stride];
     about.lse[to] = lse == -kUnbounded ? kUnbounded : lse * kLog2E;
   };
 
@@ -169,7 +167,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
       note_rows(s + 1);
     }
     float x[kTiles][kColumns][4];
-    multiply_rows<T>(key_tile + warp_index() * kTiles * 16 * pitch, row_tiles + here * pitch, pitch, steps, x);
+    multiply_rows<T>(key_tile + warp_index() * kTiles * 16 * pitch, row_tiles + here * pitch, pitch, p.steps, x);
     if (s + 1 < n_steps && head_of(s + 1) / p.group != head / p.group) {
       __syncthreads();  // nobody needs these keys any more
       send_keys(head_of(s + 1));
@@ -208,8 +206,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
       for (int n = 0; n < kColumns; ++n) {
         const auto lse = *reinterpret_cast<const Pack<float, 2>*>(about.lse + lane_row + 8 * n);
 #pragma unroll
-        for (int i = 0; i < 4 * kTiles; ++i)
-          x[i / 4][n][i % 4] = power_of_two<T>(x[i / 4][n][i % 4] - lse.at[i % 2]);
+        for (int i = 0; i < 4 * kTiles; ++i) x[i / 4][n][i % 4] = power_of_two<T>(x[i / 4][n][i % 4] - lse.at[i % 2]);
       }
     }
     if (p.weight.data) {
@@ -285,15 +282,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) scores_kernel(const Scor
 }
 
 // out[c, i] = sum or maximum of pieces [c, 0 ... n_pieces - 1, i], in that order.
+template <bool kMaximum>
 __global__ void __launch_bounds__(kAttentionThreads)
-    reduce_columns_kernel(const float* pieces, float* out, int64_t columns, int n_pieces, int n_cols, bool maximum) {
+    reduce_columns_kernel(const float* pieces, float* out, int64_t columns, int n_pieces, int n_cols) {
   const int64_t i = int64_t(blockIdx.x) * kAttentionThreads + threadIdx.x;
   if (i >= columns * n_cols) return;
-  const float* const first = pieces + (i / n_cols * n_pieces) * n_cols + i % n_cols;
+  const float* const first = pieces + i / n_cols * n_pieces * n_cols + i % n_cols;
   float total = first[0];
   for (int piece = 1; piece < n_pieces; ++piece) {
     const float value = first[int64_t(piece) * n_cols];
-    total = maximum ? larger(total, value) : total + value;
+    total = kMaximum ? larger(total, value) : total + value;
   }
   out[i] = total;
 }

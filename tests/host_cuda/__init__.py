@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TypeVar
 
 import torch
+from fastok.reference.attention import slice_length
 from torch import Tensor
 
 from .report import KernelError as KernelError
@@ -186,6 +187,53 @@ def unmerge(y: Tensor, assign: Tensor, offsets: Tensor, members: Tensor, residua
     maps = {"assign": assign, "offsets": offsets, "members": members}
     _rows("unmerge", "sum", {"y": y, "residual": residual, **maps}, {"x": out})
     return out
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int, softcap: float, key_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.attention``."""
+    lead = q.shape[:-3]
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    lse = torch.empty((*lead, q.shape[-2], q.shape[-3]))
+    inputs = {"q": _aligned(q), "k": _aligned(k), "v": _aligned(v), "key_bias": key_bias}
+    inputs |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    call(
+        "attention", inputs, {"out": out, "lse": lse}, dtype=_name(q), scale=scale, left=left, right=right,
+        softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, lse: Tensor | None, key_weight: Tensor | None, scale: float, left: int, right: int,
+    softcap: float, key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, rows: Tensor | None, row_begin: int, row_end: int, col_begin: int,
+    col_end: int, over_cols: bool, reduce: str, head_group: int, head_max: bool, logits: bool,
+) -> Tensor:  # fmt: skip
+    """``torch.ops.fastok.attention_scores``."""
+    packed = cu_seqlens_q is not None
+    n_rows = rows.shape[0] if rows is not None else slice_length(row_begin, row_end) if packed else row_end - row_begin
+    lead, n_cols = q.shape[:-3], col_end - col_begin
+    kept = (n_rows,) if reduce == "none" else ()
+    out = torch.empty((*lead, q.shape[-2] // head_group, *kept, n_cols))
+    inputs = {"q": _aligned(q), "k": _aligned(k), "lse": lse, "key_weight": key_weight, "key_bias": key_bias}
+    inputs |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "rows": rows}
+    call(
+        "attention_scores", inputs, {"scores": out}, dtype=_name(q), scale=scale, left=left, right=right,
+        softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, row_begin=row_begin, row_end=row_end,
+        n_rows=min(n_rows, q.shape[-3]) if rows is None and reduce != "none" else n_rows, col_begin=col_begin,
+        col_end=col_end, over_cols=over_cols, reduce=reduce, head_group=head_group, head_max=head_max, logits=logits,
+    )  # fmt: skip
+    return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` with rows that begin at multiples of 16 bytes, as the binding sees to it."""
+    x = _dense(x)
+    offsets = [x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:-1])]
+    return x if all(offset % 16 == 0 for offset in offsets) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(op: str, mode: str, inputs: dict[str, Tensor | None], outputs: dict[str, Tensor]) -> None:

@@ -16,6 +16,8 @@ const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"nearest", simt::nearest},
                                      {"build_map", simt::build_map},
                                      {"rows", simt::rows},
+                                     {"attention", simt::attention},
+                                     {"attention_scores", simt::attention_scores},
                                      {"sample", simt::sample}};
 
 // Address, shape, strides, bytes of an element.
@@ -42,6 +44,10 @@ void call(const std::string& op, uint64_t seed, const Arrays& inputs, const Arra
 }
 
 }  // namespace
+
+void simt::add_output(const char* name, void* data, int64_t count, size_t element) {
+  Machine::get().memory().add({name, static_cast<unsigned char*>(data), {count}, {1}, element, Role::output});
+}
 
 PYBIND11_MODULE(_host_cuda, m) {
   py::register_exception<simt::Failure>(m, "Failure");
