@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 _MODULES = {
+    "attention": "attention",
+    "attention_scores": "scores",
     "bipartite_match": "match",
     "build_map": "merge",
     "merge": "merge",

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .merge import build_map, readable
+from .common import readable
+from .merge import build_map
 
 _NORM_ROWS, _NORM_COLUMNS = 16, 64  # per step of `_row_norms`
 _RANK_TILE = 64  # sources compared at once by `_choose`
