@@ -136,10 +136,11 @@ def sequences_of(n_q: int, n_k: int, cu_q: Tensor | None, cu_k: Tensor | None, d
 
 def selected_rows(spec: ScoreSpec, sequences: Sequences, left: int, right: int, seeing: bool) -> Tensor:
     """For each key, how many of its sequence's selected rows there are, or (``seeing``) can see it by position."""
-    n_q = torch.as_tensor(sequences.n_q, device=sequences.position.device).expand_as(sequences.position)
-    low, high = torch.zeros_like(n_q), n_q - 1
+    low = torch.zeros_like(sequences.position)
+    n_q = low + sequences.n_q  # not torch.tensor(n_q), which would compile for each length anew
+    high = n_q - 1
     if seeing:
-        at = sequences.position - (torch.as_tensor(sequences.n_k, device=n_q.device) - n_q)
+        at = sequences.position - sequences.n_k + n_q
         if right >= 0:
             low = torch.maximum(low, at - right)
         if left >= 0:
