@@ -220,7 +220,9 @@ class Sequence:
     def attention(self) -> tuple[Tensor, Tensor]:
         """``out [S,H,*]`` and ``lse [H,S]``."""
         logits = self.logits
-        return torch.einsum("hst,thd->shd", softmax(logits), self.v), logits.logsumexp(-1)
+        hidden = (logits == -math.inf).all(-1)  # where the derivative of the log-sum-exp is not a number
+        lse = logits.masked_fill(hidden[..., None], 0).logsumexp(-1).masked_fill(hidden, -math.inf)
+        return torch.einsum("hst,thd->shd", softmax(logits), self.v), lse
 
 
 def softmax(logits: Tensor) -> Tensor:

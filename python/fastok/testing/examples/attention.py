@@ -51,7 +51,9 @@ def _dense(q: Tensor, k: Tensor, *mask: Any) -> tuple[reference.Problem, Tensor,
     """In fp64 all of a problem's logits, and by what order of magnitude a rounding moves a logit."""
     problem = reference.problem_of(q.double(), k.double(), *mask[:-2])
     rows = torch.arange(problem.q.shape[2])
-    size = reference.problem_of(q.double().abs(), k.double().abs(), abs(mask[0]), *mask[1:3], 0.0, *mask[4:-2])
+    scale, left, right, _, *rest = mask[:-2]
+    magnitudes = abs(scale), left, right, 0.0, *rest
+    size = reference.problem_of(q.double().abs(), k.double().abs(), *magnitudes)
     terms = size.raw_logits(rows)
     if problem.key_bias is not None:
         terms = terms + problem.key_bias.abs().nan_to_num(posinf=0)
