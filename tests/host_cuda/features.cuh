@@ -2,6 +2,7 @@
 #pragma once
 #include "ptx/cp_async.h"
 #include "ptx/cvt.h"
+#include "ptx/ex2.h"
 #include "ptx/ldmatrix.h"
 #include "ptx/mma.h"
 #include "samples.h"
@@ -170,6 +171,27 @@ __global__ void matrices(Sample s) {
   stmatrix(&one, 1, to + 8 * (16 + lane % 8), false);
   __syncwarp();
   for (int i = lane; i < 3 * 64; i += 32) out[4 * 64 + i] = to[i];
+}
+
+// in: four 8x8 matrices of 16 bits; out: each of them transposed.
+__global__ void transposed_matrices(Sample s) {
+  FASTOK_SHARED(shared);
+  auto* const from = SharedMemory(shared).take<uint16_t>(4 * 64, "from");
+  const int lane = int(threadIdx.x);
+  for (int i = lane; i < 4 * 64; i += 32) from[i] = s.from<uint16_t>()[i];
+  __syncwarp();
+  uint32_t words[4];
+  fastok::ptx::ldmatrix_x4_trans(words, from + 8 * lane);
+  for (int i = 0; i < 8; ++i) s.to<uint16_t>()[i / 2 * 64 + lane * 2 + i % 2] = uint16_t(words[i / 2] >> (i % 2 * 16));
+}
+
+// in: two numbers for each lane; out: them rounded to fp16, then to bf16; the second's power of two.
+__global__ void conversions(Sample s) {
+  const int lane = int(threadIdx.x);
+  const float low = s.from<float>()[2 * lane], high = s.from<float>()[2 * lane + 1];
+  s.to<uint32_t>()[lane] = fastok::ptx::cvt_rn_f16x2(low, high);
+  s.to<uint32_t>()[32 + lane] = fastok::ptx::cvt_rn_bf16x2(low, high);
+  s.to<float>()[64 + lane] = fastok::ptx::ex2_approx_ftz(high);
 }
 
 // in: A [16, k], B [8, k] of T, then D [16, 8] of fp32; out: D + A B^T. k is 16, or 8 for tf32.

@@ -63,6 +63,8 @@ const std::map<std::string, Kernel> kKernels{
     {"flag", features::flag},
     {"wide_ticket", features::wide_ticket},
     {"matrices", features::matrices},
+    {"transposed_matrices", features::transposed_matrices},
+    {"conversions", features::conversions},
     {"product f16", features::product<fastok::f16, 16>},
     {"product bf16", features::product<fastok::bf16, 16>},
     {"product tf32", features::product<float, 8>},

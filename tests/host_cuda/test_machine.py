@@ -135,6 +135,23 @@ def test_matrices():
     assert torch.equal(out, torch.cat((x.mT, x[:2].mT, x[:1])))
 
 
+def test_transposed_matrices():
+    x = torch.randint(0, 2**15, (4, 8, 8)).to(torch.int16)
+    out = run("transposed_matrices", x, torch.empty_like(x), block=(32, 1, 1), shared_bytes=512)
+    assert torch.equal(out, x.mT)
+
+
+def test_conversions():
+    x = 40 * torch.randn(32, 2)
+    x[0] = torch.tensor([float("inf"), -float("inf")])
+    x[1] = torch.tensor([1e-6, -130.0])
+    out = run("conversions", x, torch.empty(3, 32), block=(32, 1, 1))
+    assert torch.equal(out[0].view(torch.float16).view(32, 2), x.half())
+    assert torch.equal(out[1].view(torch.bfloat16).view(32, 2), x.bfloat16())
+    power = torch.where(x[:, 1] < -126, 0, torch.exp2(x[:, 1]))
+    torch.testing.assert_close(out[2], power, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
 def test_products(kind):
     """D + A B with exact products and one rounding; fp32 operands are rounded to tf32 first."""
