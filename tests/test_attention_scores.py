@@ -232,7 +232,7 @@ def test_last_row_is_the_row_of_a_matrix(backend: Backend) -> None:
     every = scores_on(backend, case, ScoreSpec(reduce="none", heads="none"))
     assert every.shape == (2, 8, 17, 29)
     for rows, at in (("last", 16), (-1, 16), (5, 5), ((7, 8), 7), (torch.tensor([9]), 9)):
-        for reduce in ("sum", "max", "mean"):
+        for reduce in ("sum",) if backend.name in SLOW else ("sum", "max", "mean"):
             row = scores_on(backend, case, ScoreSpec(rows, reduce=reduce, heads="none"))
             torch.testing.assert_close(row, every[:, :, at])
 
@@ -273,7 +273,8 @@ def test_torchs_own_lse_gives_the_same_scores(backend: Backend, dtype: torch.dty
 def test_with_scores_is_attention_and_scores(backend: Backend, mask: str) -> None:
     some_masks(backend, mask)
     case = MASKS[mask]().to(torch.bfloat16)
-    specs = (ScoreSpec(), ScoreSpec("last", heads="group_mean"), ScoreSpec(reduce="max", value_norm="l1"))
+    specs = (ScoreSpec(reduce="max", value_norm="l1"), ScoreSpec(), ScoreSpec("last", heads="group_mean"))
+    specs = specs[: 1 if backend.name in SLOW else None]
     with through(backend, check=False):
         out, lse, scores = fastok.attention_with_scores(*case.qkv, scores=specs, **case.mask)
         wanted_out, wanted_lse = fastok.attention(*case.qkv, **case.mask)
@@ -289,14 +290,15 @@ def test_with_scores_is_attention_and_scores(backend: Backend, mask: str) -> Non
 def test_packed_equals_each_sequence(backend: Backend) -> None:
     case = packed((5, 0, 33, 8), (9, 12, 40, 8), behind=3, causal=True)
     starts_q, starts_k = case.mask["cu_seqlens_q"].tolist(), case.mask["cu_seqlens_k"].tolist()
-    for spec in (
+    specs = (
+        ScoreSpec((-4, None), reduce="mean", normalize="visible"),
+        ScoreSpec(normalize="causal", heads="group_sum", pool=3),
         ScoreSpec(),
         ScoreSpec("last", heads="none"),
-        ScoreSpec((-4, None), reduce="mean", normalize="visible"),
         ScoreSpec(reduce="max", pool=5),
-        ScoreSpec(normalize="causal", heads="group_sum", pool=3),
         ScoreSpec(logits=True, reduce="max"),
-    ):
+    )
+    for spec in specs[: 2 if backend.name in SLOW else None]:
         scores = scores_on(backend, case, spec)
         for i in range(4):
             of_q, of_k = slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])
