@@ -22,10 +22,11 @@ constexpr float kLog2E = 1.44269504f;
 
 // 2**x: 0 below the smallest normal number, infinity above the largest, NaN for NaN.
 inline __attribute__((always_inline)) vf exp2_of(vf x) {
-  constexpr float kShift = 0x1.8p23f, kSmallest = -126.0f;
+  constexpr float kSmallest = -126.0f;
 #if defined(__AVX512F__)
   const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+  constexpr float kShift = 0x1.8p23f;
   const vf shifted = x + splat(kShift), n = shifted - splat(kShift);
 #endif
   const vf rest = x - n;
