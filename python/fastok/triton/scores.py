@@ -32,12 +32,16 @@ from .common import readable
 _FOLD_BLOCK = 512  # columns per program of `_fold`
 
 
-def score_tile(dim: int, dtype: torch.dtype, n_rows: int) -> Tile:
-    """For the key-stationary kernel; the remarks on :func:`fastok.triton.attention.forward_tile` hold here."""
-    rows = 16 if n_rows <= 16 else 64 if padded(dim) <= 128 else 32
+def score_tile(dim: int, dtype: torch.dtype, n_rows: int, fold: bool) -> Tile:
+    """For the key-stationary kernel; the remarks on :func:`fastok.triton.attention.forward_tile` hold here.
+
+    ``fold``: the heads of a group take turns, so keys are loaded again at every step and need buffers too.
+    """
+    wide = padded(dim) > 128
+    rows = 16 if n_rows <= 16 else 32 if wide else 64
     if dtype == torch.float32:
         return Tile(min(rows, 32), 64, min(padded(dim), 32), 8, 1)
-    return Tile(rows, 128 if padded(dim) <= 128 else 64, padded(dim), 8 if padded(dim) <= 128 else 4, 2)
+    return Tile(rows, 64 if wide or fold else 128, padded(dim), 4 if wide else 8, 2)
 
 
 def attention_scores(
@@ -74,7 +78,7 @@ def attention_scores(
             lse = row_pass(q, k, None, None, masking, rows, (row_begin, row_end), known, cols)
         else:
             lse = lse.contiguous()
-        tile = score_tile(dim, q.dtype, n_rows)
+        tile = score_tile(dim, q.dtype, n_rows, fold)
         samples, tiles = (1 if packed else q.shape[0]), triton.cdiv(n_cols, tile.keys)
         if packed:
             tiles = total_k // tile.keys + masking.sequences + 1
