@@ -107,6 +107,15 @@ def some_masks(backend: Backend, mask: str) -> None:
         pytest.skip("one of many on a slow backend")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tiny tensors, threads would cost most of the time. That they change nothing has tests of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # ---- running the public functions ------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from attention_cases import (
     some_masks,
     through,
 )
+from attention_cases import one_thread as one_thread
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from fastok.testing.examples import verify
 from fastok.testing.examples.attention import cu, odd_heads
@@ -191,15 +192,11 @@ def test_batch_invariant_and_repeatable(backend: Backend, mask: str) -> None:
 
 
 def test_thread_count_does_not_change_results() -> None:
-    cases = [MASKS[name]() for name in ("several-tiles", "one-row", "packed")]
-    before = torch.get_num_threads()
+    cases = [make().to(dtype) for make in MASKS.values() for dtype in (torch.float32, torch.bfloat16)]
     results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append([part for case in cases for part in attend(case)])
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)  # and afterwards what it was: one_thread
+        results.append([part for case in cases for part in attend(case)])
     for other in results[1:]:
         for part, wanted in zip(other, results[0], strict=True):
             assert_same(part, wanted)

@@ -18,6 +18,7 @@ from attention_cases import (
     sized,
     some_masks,
 )
+from attention_cases import one_thread as one_thread
 from fastok import ScoreSpec, _library, reference
 from fastok.testing import Backend, assert_same, over_backends
 from fastok.testing.examples import verify
