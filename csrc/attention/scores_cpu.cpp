@@ -254,8 +254,9 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
     STD_TORCH_CHECK(weight.numel() == call.batch() * call.groups * call.total_k, "key_weight must be [B,G,T]");
   }
   int64_t n_places = rows ? row_index.numel() : row_end - row_begin;
-  if (!rows && (row_begin < 0) != (row_end < 0)) n_places = row_begin < 0 ? -row_begin : call.total_q;
-  n_places = reduce == Reduce::none ? std::clamp<int64_t>(n_places, 0, rows ? n_places : call.total_q) : 1;
+  if (!rows && (row_begin < 0) != (row_end < 0)) n_places = row_begin < 0 ? -row_begin : int64_t(1) << 31;
+  STD_TORCH_CHECK(reduce != Reduce::none || n_places < int64_t(1) << 30, "rows must be a known number for reduce=none");
+  n_places = reduce == Reduce::none ? std::max<int64_t>(n_places, 0) : 1;
 
   const int64_t n_out = call.heads / head_group, n_cols = col_end - col_begin;
   const Tensor out =

@@ -198,8 +198,9 @@ def attention_scores(
     total = problem.q.new_full(shape, -INFINITY if reduce == "max" and logits else 0)
     kept = [total.new_zeros(*shape[:2], 0, n_cols)]
     for chunk in selection.split(CHUNK, dim=-1):
-        if chunk.shape[-1] == 0:
-            break
+        if chunk.numel() == 0:
+            kept.append(total.new_zeros(*shape[:2], chunk.shape[-1], n_cols))
+            continue
         values = torch.stack([scores_of(row.clamp(0, max(n_q - 1, 0)), row >= 0) for row in chunk.unbind(0)], 2)
         if reduce == "none":
             # A key belongs to one of the packed sequences: its row is the one that is not empty.
@@ -241,7 +242,7 @@ def _selection(
         chosen = (local >= first[number, 0]) & (local < last[number, 0]) & (sequence < len(lengths))
         return torch.where(chosen, every, -1)[None]
     if rows is None:
-        local = first + every[: slice_length(begin, end)]
+        local = first + torch.arange(slice_length(begin, end), device=every.device)
         inside = local < last
     else:
         local = rows.expand(len(lengths), -1)
