@@ -198,8 +198,8 @@ def attention_scores(
     total = problem.q.new_full(shape, -INFINITY if reduce == "max" and logits else 0)
     kept = [total.new_zeros(*shape[:2], 0, n_cols)]
     for chunk in selection.split(CHUNK, dim=-1):
-        if chunk.numel() == 0:
-            kept.append(total.new_zeros(*shape[:2], chunk.shape[-1], n_cols))
+        if chunk.numel() == 0 or n_q == 0:
+            kept.append(total.new_full((*shape[:2], chunk.shape[-1], n_cols), -INFINITY if logits else 0))
             continue
         values = torch.stack([scores_of(row.clamp(0, max(n_q - 1, 0)), row >= 0) for row in chunk.unbind(0)], 2)
         if reduce == "none":
