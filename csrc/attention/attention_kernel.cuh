@@ -151,19 +151,20 @@ __device__ __forceinline__ void add_values(const float (&p)[kTiles][kKeys][4], c
 
 // A block's rows: query i of head h is row i * pack + h - first head.
 struct BlockRows {
-  const Sequence& sequence;
-  const RowSelection& selection;
+  Sequence sequence;
   int first, count;  // in the sequence: of the block's tile, and of all
   int pack, head;    // the first one
 
   __device__ int item(int row) const { return (first + row) / pack; }
   __device__ int head_of(int row) const { return head + (first + row) % pack; }
   __device__ bool inside(int row) const { return first + row < count; }
-  __device__ int query(int row) const {
+  __device__ int query(int row, const RowSelection& selection) const {
     const int i = item(row);
     return selection.index ? i < selection.end ? int(selection.index[i]) : 0 : selection.at(i, sequence.n_q);
   }
-  __device__ int position(int row) const { return query(row) + sequence.n_k - sequence.n_q; }
+  __device__ int position(int row, const RowSelection& selection) const {
+    return query(row, selection) + sequence.n_k - sequence.n_q;
+  }
   __device__ int64_t lse_index(const AttentionParams& p, int row) const {
     return sequence.batch * p.lse_batch_stride + head_of(row) * p.lse_head_stride + sequence.q_begin + item(row);
   }
@@ -173,12 +174,14 @@ struct BlockRows {
 struct Positions {
   int from, to;
 };
-__device__ inline Positions positions_of(const BlockRows& rows, int begin, int end) {
+__device__ inline Positions positions_of(const BlockRows& rows, const RowSelection& selection, int begin, int end) {
   const int last = min(end, rows.count - rows.first) - 1, n_k = rows.sequence.n_k;
   if (last < begin) return {0, -kFarAway - 1};  // sees nothing whatever the window
-  if (rows.selection.index) return {n_k - rows.sequence.n_q, n_k - 1};
-  return {rows.position(begin), rows.position(last)};
+  if (selection.index) return {n_k - rows.sequence.n_q, n_k - 1};
+  return {rows.position(begin, selection), rows.position(last, selection)};
 }
+
+static_assert(sizeof(BlockRows) <= kBlockRowsBytes);
 
 constexpr int attention_blocks(int tiles, int width) { return tiles == 2 || width > 64 ? 2 : 3; }
 
@@ -187,7 +190,7 @@ template <class T, int kTiles, int kWidth>
 __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kWidth))
     attention_kernel(const AttentionParams p) {
   constexpr int kWarpRows = kTiles * 16, kRows = kAttentionWarps * kWarpRows;
-  constexpr int kKeys = key_tile(kWidth, sizeof(T)), kColumns = kKeys / 8;
+  constexpr int kKeys = key_tile(kTiles, kWidth, sizeof(T)), kColumns = kKeys / 8;
   constexpr int kValuePitch = tile_pitch(kWidth, sizeof(T)), kValueColumns = kWidth / 8;
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
@@ -198,12 +201,16 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
 
   // Which rows, and which keys they see. Under a causal mask the last tile takes longest and goes first.
   const int items = p.rows.count(p.sequences.n_q) * p.pack;
-  const Sequence sequence = p.sequences.find(blockIdx.x, false, items, p.pack, kRows);
-  BlockRows rows{sequence, p.rows, 0, p.rows.count(sequence.n_q) * p.pack, p.pack, int(blockIdx.y) * p.pack};
-  const int tiles = (rows.count + kRows - 1) / kRows;
-  if (sequence.tile >= tiles) return;
-  rows.first = (tiles - 1 - sequence.tile) * kRows;
-  const Positions all = positions_of(rows, 0, kRows);
+  const Sequence found = p.sequences.find(blockIdx.x, false, items, p.pack, kRows);
+  const int row_count = p.rows.count(found.n_q) * p.pack, tiles = (row_count + kRows - 1) / kRows;
+  if (found.tile >= tiles) return;
+  // What is known of the rows lies in shared memory: two tiles fill the registers.
+  auto* const noted = memory.take<BlockRows>(1, "block_rows");
+  if (threadIdx.x == 0) *noted = {found, (tiles - 1 - found.tile) * kRows, row_count, p.pack, int(blockIdx.y) * p.pack};
+  __syncthreads();
+  const BlockRows& rows = *noted;
+  const Sequence& sequence = rows.sequence;
+  const Positions all = positions_of(rows, p.rows, 0, kRows);
   int first_tile = p.window.low(all.from), end = p.window.high(all.to, sequence.n_k);
   if (p.splits > 1) {
     const int keys = split_keys(sequence.n_k), split = int(blockIdx.z);
@@ -212,7 +219,7 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
   }
   first_tile = first_tile / kKeys * kKeys;
   const int warp_row = warp_index() * kWarpRows;
-  const Positions mine = positions_of(rows, warp_row, warp_row + kWarpRows);
+  const Positions mine = positions_of(rows, p.rows, warp_row, warp_row + kWarpRows);
 
   // How tiles are filled.
   const int64_t b = sequence.batch;
@@ -226,7 +233,7 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
   const auto send_keys = [&](int begin) { send_tile(key_tile, p.k, begin, p.pitch, p.width, p.steps); };
   const T* const q = p.q.head<T>(b, 0) + sequence.q_begin * p.q.token_stride;
   send_rows(query_tile, p.pitch, kRows, p.width, p.steps, q, [&](int i) -> const T* {
-    return rows.inside(i) ? q + rows.query(i) * p.q.token_stride + rows.head_of(i) * p.q.head_stride : nullptr;
+    return rows.inside(i) ? q + rows.query(i, p.rows) * p.q.token_stride + rows.head_of(i) * p.q.head_stride : nullptr;
   });
   send_keys(first_tile);
 
@@ -265,7 +272,7 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int position = rows.position(warp_row + 16 * t + 8 * half + lane_index() / 4);
+          const int position = rows.position(warp_row + 16 * t + 8 * half + lane_index() / 4, p.rows);
           // From the lane's first key, so that columns are compared as the constants that they are.
           const int first = begin + lane_index() % 4 * 2;
           const int low = p.window.low(position) - first, high = p.window.high(position, sequence.n_k) - first;
@@ -298,6 +305,7 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
 
   // Results: of a split as they are, else through shared memory, so that whole rows are written.
   ptx::cp_async_wait_all();
+  const BlockRows results = rows;  // shared memory is about to be divided anew
   __syncthreads();
   auto* const result_tile =
       kWidth > 0 ? SharedMemory(shared).take<unsigned char>(kRows * kValuePitch, "result_tile") : nullptr;
@@ -307,8 +315,8 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * t + 8 * half + lane_index() / 4;
       const float log_sum = softmax.log_sum(t, half), inverse = softmax.inverse(t, half);
-      const bool split = p.splits > 1, inside = rows.inside(row);
-      const int64_t index = inside ? rows.lse_index(p, row) : 0;
+      const bool split = p.splits > 1, inside = results.inside(row);
+      const int64_t index = inside ? results.lse_index(p, row) : 0;
       const int64_t split_row = blockIdx.z * p.lse_rows + index;
       if (inside && lane_index() % 4 == 0) {
         if (split) {
@@ -335,9 +343,11 @@ __global__ void __launch_bounds__(kAttentionThreads, attention_blocks(kTiles, kW
     if (p.splits > 1) return;
     __syncwarp();
     constexpr int kElements = 16 / int(sizeof(T));
-    for (int i = lane_index() / 8; i < kWarpRows && rows.inside(warp_row + i); i += 4) {
+    for (int i = lane_index() / 8; i < kWarpRows && results.inside(warp_row + i); i += 4) {
       const int row = warp_row + i;
-      const int64_t token = (b * sequence.n_q + sequence.q_begin + rows.query(row)) * p.heads + rows.head_of(row);
+      const int64_t token =
+          (b * results.sequence.n_q + results.sequence.q_begin + results.query(row, p.rows)) * p.heads +
+          results.head_of(row);
       for (int column = lane_index() % 8 * kElements; column < p.v_width; column += 8 * kElements) {
         uint32_t words[4];
         memcpy(words, result_tile + row * kValuePitch + column * int(sizeof(T)), sizeof words);

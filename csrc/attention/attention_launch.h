@@ -34,7 +34,7 @@ AttentionKernel attention_kernel_of([[maybe_unused]] int tiles, int width) {
       case 96:
         return tiles == 2 ? attention_kernel<T, 2, 96> : attention_kernel<T, 1, 96>;
       case 128:
-        return attention_kernel<T, 1, 128>;
+        return tiles == 2 ? attention_kernel<T, 2, 128> : attention_kernel<T, 1, 128>;
       case 192:
         return attention_kernel<T, 1, 192>;
       default:

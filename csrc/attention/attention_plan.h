@@ -30,11 +30,14 @@ inline constexpr int instance_width(int64_t width, size_t element_size) {
   return width <= 32 ? 32 : width <= 64 ? 64 : width <= 96 ? 96 : width <= 128 ? 128 : width <= 192 ? 192 : 256;
 }
 
-// Keys of a tile: as many as the shared memory of every device allows. Width 0: no values, but keys of any width.
-FASTOK_HOST_DEVICE constexpr int key_tile(int width, size_t element_size) {
-  if (element_size == 2) return width <= 192 ? 64 : 32;
+// Keys of a tile: as many as the shared memory of every device, and a thread's registers, allow. Width 0: no values,
+// but keys of any width.
+FASTOK_HOST_DEVICE constexpr int key_tile(int tiles, int width, size_t element_size) {
+  if (element_size == 2) return width <= (tiles == 2 ? 64 : 192) ? 64 : 32;
   return width == 0 ? 32 : width <= 64 ? 64 : width <= 128 ? 32 : 16;
 }
+// What a block notes about its rows.
+constexpr size_t kBlockRowsBytes = 48;
 
 // ---- forward, and the log-sum-exp alone -----------------------------------------------------------------------------
 
@@ -75,12 +78,12 @@ inline constexpr AttentionPlan plan_attention(int64_t n_q, int64_t n_k, int pack
   plan.width = v_width == 0 ? 0 : instance_width(width > v_width ? width : v_width, element_size);
   plan.pack = few ? pack : 1;
   plan.splits = few ? most_splits(n_k) : 1;
-  // Two tiles share what is read of keys and values; more than 96 values per row do not fit in registers twice.
-  plan.tiles = element_size == 2 && v_width > 0 && plan.width <= 96 && !few ? 2 : 1;
-  const size_t rows = size_t(plan.rows()), keys = size_t(key_tile(plan.width, element_size));
+  // Two tiles share what is read of keys and values; more than 128 values per row do not fit in registers twice.
+  plan.tiles = element_size == 2 && v_width > 0 && plan.width <= 128 && !few ? 2 : 1;
+  const size_t rows = size_t(plan.rows()), keys = size_t(key_tile(plan.tiles, plan.width, element_size));
   const size_t pitch = size_t(tile_pitch(width, element_size));
   const size_t v_pitch = v_width == 0 ? 0 : size_t(tile_pitch(plan.width, element_size));
-  plan.bytes = (rows + keys) * pitch + shared_bytes<float>(keys) + keys * v_pitch;
+  plan.bytes = (rows + keys) * pitch + shared_bytes<float>(keys) + keys * v_pitch + kBlockRowsBytes;
   if (plan.bytes < rows * v_pitch) plan.bytes = rows * v_pitch;  // results leave through it
   return plan;
 }

@@ -47,7 +47,7 @@ struct HeadNumbers {
   __device__ const float* head(int64_t b, int head) const { return data + b * batch_stride + head * head_stride; }
 };
 
-struct Sequence {
+struct alignas(16) Sequence {
   int batch;             // entry; 0 of packed sequences
   int q_begin, k_begin;  // first token; 0 of batch entries
   int n_q, n_k;
