@@ -49,8 +49,8 @@ def test_repeats_notice_what_is_left_unwritten_or_changes() -> None:
     x = torch.randn(1 << 20)
     assert repeats.differing(lambda x: x + (next(calls) == 6), (x,), "cpu", 10) == [5]
     assert repeats.differing(lambda x: x * 2, (x,), "cpu", 10) == []
-    # Freed memory comes back from the allocator, poisoned with one of two patterns.
-    assert repeats.differing(forgets_the_last, (x[:64].clone(),), "cpu", 10)
+    # Freed memory comes back from the allocator, poisoned with one of two patterns; now and then it gives other memory.
+    assert any(repeats.differing(forgets_the_last, (x[:64].clone(),), "cpu", 10) for _ in range(20))
 
 
 def test_compile_stage_on_the_cpu(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
