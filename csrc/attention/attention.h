@@ -9,6 +9,9 @@
 
 namespace fastok {
 
+// For members that SIMD files use too: no copy of them may remain that another instruction set could pick up.
+#define FASTOK_INLINE inline __attribute__((always_inline))
+
 // One head's tokens; the last dimension is contiguous.
 struct HeadRows {
   const void* data;
@@ -25,11 +28,11 @@ struct AttentionHead {
   int64_t left, right;
   const float* bias;  // [T], nullptr: none
 
-  int64_t first_key(int64_t row) const {
+  FASTOK_INLINE int64_t first_key(int64_t row) const {
     const int64_t first = row + k.count - q.count - left;
     return left < 0 || first < 0 ? 0 : first < k.count ? first : k.count;
   }
-  int64_t last_key(int64_t row) const {  // one behind
+  FASTOK_INLINE int64_t last_key(int64_t row) const {  // one behind
     const int64_t last = row + k.count - q.count + right + 1;
     return right < 0 || last > k.count ? k.count : last > 0 ? last : 0;
   }
@@ -40,7 +43,11 @@ struct RowList {
   const int64_t* index;
   int64_t first, count;
 
-  int64_t at(int64_t i) const { return index ? index[i] : first + i; }
+  FASTOK_INLINE int64_t at(int64_t i) const { return index ? index[i] : first + i; }
+  // Up to `most` rows from the `begin`-th on.
+  FASTOK_INLINE RowList part(int64_t begin, int64_t most) const {
+    return {index ? index + begin : nullptr, first + begin, count - begin < most ? count - begin : most};
+  }
 };
 
 // One way of doing it: fp32 vectors, or bf16 tiles where the machine has them. Keys and values are packed once per head

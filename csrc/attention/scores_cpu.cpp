@@ -78,10 +78,6 @@ struct Job {
   }
 };
 
-RowList part_of(const RowList& rows, int64_t begin, int64_t most) {
-  return {rows.index ? rows.index + begin : nullptr, rows.first + begin, std::min(rows.count - begin, most)};
-}
-
 bool any_sees(const AttentionHead& head, const RowList& rows, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < rows.count; ++i)
     if (head.first_key(rows.at(i)) < end && head.last_key(rows.at(i)) > begin) return true;
@@ -128,7 +124,7 @@ class Block {
       float* const total = job_.key_weight ? of_head.data() : total_.data();
       std::fill(of_head.begin(), of_head.end(), 0.0f);
       for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
-        const RowList rows = part_of(all, done, job_.engine.row_block);
+        const RowList rows = all.part(done, job_.engine.row_block);
         if (!any_sees(head, rows, begin_, end_)) continue;
         make_scores(head, h, rows, done, lse.data(), true);
         job_.kernels.fold_rows(scores(), rows.count, pitch_, pitch_, job_.reduce == Reduce::max, total);
@@ -144,7 +140,7 @@ class Block {
     const AlignedMemory combined(block_bytes());
     std::vector<float> lse(job_.engine.row_block), weight(job_.key_weight ? pitch_ : 0);
     for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
-      const RowList rows = part_of(all, done, job_.engine.row_block);
+      const RowList rows = all.part(done, job_.engine.row_block);
       for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
         const AttentionHead head = job_.call.head(b_, h);
         make_scores(head, h, rows, done, lse.data(), false);

@@ -1,4 +1,4 @@
-// bipartite_match on CUDA: match_kernel finds each source's best destination and, for up to kFusedTokens tokens, also
+// bipartite_match on CUDA: match_kernel finds each source's best destination and, up to kFusedTokens tokens, also
 // selects the r best sources and builds the map; for more tokens rank_kernel and slot_kernel do that. There is no
 // memory but the results: until the map is built, `members` holds the sources' sort keys and `assign` their mates.
 #pragma once

@@ -1,0 +1,41 @@
+// How the engines of attention read the rows of one head. See cpu/simd.h for the rule about linkage.
+#pragma once
+#include "attention/attention.h"
+#include "cpu/simd.h"
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class T>
+void widen_row(const T* x, int64_t width, float factor, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(out + d, load(x + d) * splat(factor));
+  for (; d < width; ++d) out[d] = widen(x[d]) * factor;
+}
+
+void widen_row(const HeadRows& rows, Dtype dtype, int64_t row, float factor, float* out) {
+  const int64_t at = row * rows.stride;
+  switch (dtype) {
+    case Dtype::f16:
+      return widen_row(static_cast<const f16*>(rows.data) + at, rows.width, factor, out);
+    case Dtype::bf16:
+      return widen_row(static_cast<const bf16*>(rows.data) + at, rows.width, factor, out);
+    default:
+      return widen_row(static_cast<const float*>(rows.data) + at, rows.width, factor, out);
+  }
+}
+
+// Tokens of one head lie a page apart, more than the hardware foresees.
+constexpr int64_t kAhead = 12;
+inline void prefetch_row(const HeadRows& rows, int64_t row) {
+  if (row >= rows.count) return;
+  const char* const at = static_cast<const char*>(rows.data) + row * rows.stride * rows.element_bytes;
+  for (int64_t byte = 0; byte < rows.width * rows.element_bytes; byte += 64) __builtin_prefetch(at + byte);
+}
+
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+}  // namespace
+}  // namespace fastok::FASTOK_ISA
