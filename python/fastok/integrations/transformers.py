@@ -29,7 +29,20 @@ def _mask(layer: Layer, x: Tensor, mask: Tensor | None, attention: Any) -> Any:
             "proportional attention with dropout: required, an attention that adds a mask to its logits; supported, "
             f"'sdpa' and 'eager' (model.set_attn_implementation('sdpa')); got {chosen!r}"
         )
-    return layer.begin(x, None if hides_nothing(mask) else mask)
+    return layer.begin(x, None if hides_nothing(mask) or _checked(mask, layer.index) else mask)
+
+
+def _checked(mask: Tensor | None, index: int) -> bool:
+    """In compiled code, have it check while it runs that a mask hides nothing.
+
+    What is compiled cannot look at the mask, and before torch 2.12 takes itself for an export (torch.compiler.is_exporting
+    is folded to True), for which transformers writes out a mask even where there is nothing to hide.
+    """
+    if mask is None or mask.dtype != torch.bool or not torch.compiler.is_compiling():
+        return False
+    if index == 0:  # every layer is given the same one
+        torch._assert_async(mask.all(), "token merging needs an attention mask that hides nothing")
+    return True
 
 
 class _Interface:

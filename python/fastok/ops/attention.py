@@ -243,7 +243,7 @@ def _masking(
         check_dtype("key_bias", key_bias, (torch.float32,))
         check_same_device("key_bias", key_bias, "q", q.device)
         shapes = ((n_k,), (heads, n_k)) if packed else ((batch, n_k), (batch, heads, n_k))
-        check_shape("key_bias", key_bias, shapes[key_bias.dim() == len(shapes[1])], "[B,T] or [B,H,T]")
+        check_shape("key_bias", key_bias, shapes[int(key_bias.dim() == len(shapes[1]))], "[B,T] or [B,H,T]")
     width = q.shape[-1]
     return Masking(
         (width**-0.5 if width else 1.0) if scale is None else float(scale), left, 0 if causal else right,
