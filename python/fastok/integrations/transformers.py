@@ -35,8 +35,8 @@ def _mask(layer: Layer, x: Tensor, mask: Tensor | None, attention: Any) -> Any:
 def _checked(mask: Tensor | None, index: int) -> bool:
     """In compiled code, have it check while it runs that a mask hides nothing.
 
-    What is compiled cannot look at the mask, and before torch 2.12 takes itself for an export (torch.compiler.is_exporting
-    is folded to True), for which transformers writes out a mask even where there is nothing to hide.
+    What is compiled cannot look at the mask, and torch 2.11 takes what it compiles for an export (is_exporting is
+    folded to True), for which transformers writes out a mask even where there is nothing to hide.
     """
     if mask is None or mask.dtype != torch.bool or not torch.compiler.is_compiling():
         return False
