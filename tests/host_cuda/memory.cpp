@@ -182,7 +182,7 @@ const SharedArray* Memory::shared_array_at(size_t offset, size_t size) const {
 
 void Memory::begin_copy(void* to, const void* from, size_t size, bool valid, Pc pc) {
   require_aligned(to, size, "cp.async", pc);
-  if (valid) require_aligned(from, size, "cp.async", pc);
+  require_aligned(from, size, "cp.async", pc);  // also where nothing is read: PTX makes no exception
   if (!is_shared(to)) fail("cp.async to what is not shared memory", to, size, Access::write, pc);
   touch(to, size, Access::write, pc);
   AsyncCopy copy{static_cast<unsigned char*>(to), size, {}, -1, pc};
