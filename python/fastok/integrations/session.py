@@ -1,5 +1,6 @@
 """One reducer at work in one encoder: what its layers hand to each other during a forward."""
 
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -13,6 +14,30 @@ from ..token_map import SoftMap, TokenMap
 
 SCORES = {"cls": ScoreSpec(rows=0)}
 """What a layer can observe of its attention, by the names that reducers have for it. The class token comes first."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last forward did.
+
+    Attributes:
+        tokens: number of tokens after each layer, class and other special tokens included; a list with one number per
+            sample where these differ. Empty before the first forward. Of a vision-language model, the numbers of tokens
+            that images have left in the prompt.
+        seconds: time from entering the first layer to leaving the last by the host's clock; a GPU may still be at work.
+            None before the first forward. Of a vision-language model, the time that the reduction took: scores, reducer
+            and merging.
+        tokens_in, tokens_out: of a vision-language model, how many tokens each image (or video) had in the prompt and
+            has, newline embeddings included.
+        prompts: of a vision-language model, the length of each prompt before and after, without padding; with a cache,
+            of what was not in it.
+    """
+
+    tokens: list[int | list[int]]
+    seconds: float | None
+    tokens_in: list[int] = field(default_factory=list)
+    tokens_out: list[int] = field(default_factory=list)
+    prompts: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Session:
@@ -41,7 +66,7 @@ class Session:
     def enter(self, index: int, x: Tensor) -> None:
         """Layer ``index`` begins with input ``x``."""
         compiling = torch.compiler.is_compiling()
-        if compiling or not _in_backward():
+        if compiling or not in_backward():
             if index == 0:
                 self._forget(x)
             if not compiling and x.requires_grad:
@@ -60,7 +85,7 @@ class Session:
             if index == self.n_layers - 1:  # keep no tensor of the graph alive but the final sizes
                 self.sizes = [*[None] * self.n_layers, self.sizes[-1]]
                 self.positions = [None] * (self.n_layers + 1)
-        elif _in_backward():
+        elif in_backward():
             self.recomputed = x.data_ptr()
         elif index == self.n_layers - 1:
             self.seconds = perf_counter() - self.started
@@ -73,6 +98,29 @@ class Session:
         self.seconds = None
         if not torch.compiler.is_compiling():
             self.started = perf_counter()
+
+    @property
+    def token_map(self) -> TokenMap | SoftMap:
+        """The map of the last forward over all layers."""
+        if self.input is None or not self.maps:
+            raise RuntimeError("no forward was recorded since apply (a compiled one records nothing)")
+        batch, n, device = self.input
+        composed: TokenMap | SoftMap = TokenMap.identity(batch, n, device)
+        for token_map in self.maps.values():
+            if token_map is not None:
+                composed = composed.then(token_map)
+        return composed
+
+    @property
+    def stats(self) -> Stats:
+        """Of the last forward."""
+        tokens: list[int | list[int]] = []
+        now: int | list[int] = self.input[1] if self.input is not None else 0
+        for token_map in self.maps.values():
+            if token_map is not None:
+                now = _count(token_map)
+            tokens.append(now)
+        return Stats(tokens, self.seconds)
 
     def log_size(self, dtype: torch.dtype) -> Tensor | None:
         """``[B,M]``, what proportional attention over the encoder's final tokens adds to the logits."""
@@ -203,6 +251,13 @@ class Layer:
         return last.scatter_reduce(1, slot, before, "amin")[:, : token_map.n_out]
 
 
+def _count(token_map: TokenMap | SoftMap) -> int | list[int]:
+    if isinstance(token_map, SoftMap):
+        return token_map.n_out
+    counts: list[int] = token_map.counts.tolist()
+    return counts if any(count != token_map.n_out for count in counts) else token_map.n_out
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the dtype of autocast where that is on, as every other attention does it."""
     device = tensors[0].device.type
@@ -211,6 +266,6 @@ def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether this runs within a backward pass, which is where gradient checkpointing recomputes layers."""
     return torch._C._current_graph_task_id() != -1

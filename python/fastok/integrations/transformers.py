@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..reducers.context import Reducer
 from .session import Layer, Session
 from .swap import Methods, Swaps, calls, rebound, replaced
+from .tower import Interface
 from .transformers_attention import NAME, hides_nothing
 
 LIBRARY = "transformers"
@@ -45,28 +46,24 @@ def _checked(mask: Tensor | None, index: int) -> bool:
     return True
 
 
-class _Interface:
-    """In place of ``ALL_ATTENTION_FUNCTIONS`` in the forward of an attention class."""
+def _with_layer(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layer):
+            attended: tuple[Tensor, Any] = own(module, query, key, value, attention_mask, **options)
+            return attended
+        layer, scale = attention_mask, options.get("scaling")
+        layer.observe(query, key, scale)
+        if name in ("eager", NAME) or not layer.serves(options.get("dropout", 0.0)):
+            attended = own(module, query, key, value, layer.additive(query.dtype), **options)
+            return attended
+        return layer.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
 
-    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
-        own: Callable[..., Any] = functions.get_interface(name, default)
-
-        def attend(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-        ) -> tuple[Tensor, Any]:
-            if not isinstance(attention_mask, Layer):
-                return own(module, query, key, value, attention_mask, **options)
-            layer, scale = attention_mask, options.get("scaling")
-            layer.observe(query, key, scale)
-            if name in ("eager", NAME) or not layer.serves(options.get("dropout", 0.0)):
-                return own(module, query, key, value, layer.additive(query.dtype), **options)
-            return layer.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
-
-        return attend
+    return attend
 
 
-_interface = _Interface()
+_interface = Interface(_with_layer)
 
 
 def _attention(base: Any) -> dict[str, Any]:
@@ -189,6 +186,32 @@ def _is(module: nn.Module, family: _Family, name: str) -> bool:
 def is_encoder(module: nn.Module) -> bool:
     """Whether ``module`` is one of the `SUPPORTED`, which it can only be once its class has been imported."""
     return any(_is(module, family, family.name) for family in _FAMILIES)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A supported encoder as the vision tower of another model.
+
+    Attributes:
+        layers: its layers. attentions: their attention modules.
+        special: number of special tokens in front of the patches.
+        class_token: whether the first of them is one.
+    """
+
+    layers: list[Any]
+    attentions: list[Any]
+    special: int
+    class_token: bool
+
+
+def encoder_of(module: Any) -> Encoder | None:
+    """``module`` as a vision tower, if it is one of the `SUPPORTED`."""
+    for family in _FAMILIES:
+        if _is(module, family, family.name):
+            layers = _layers(module, family)
+            attentions = [getattr(layer, family.attention) for layer in layers]
+            return Encoder(layers, attentions, family.protect(module), family.class_token)
+    return None
 
 
 def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Session:

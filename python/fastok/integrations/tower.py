@@ -1,0 +1,168 @@
+"""What a vision tower's attention shows of itself while the tower runs as it always does.
+
+Attention classes keep their forward, in which the interface that has the attention functions is one of ours: it notes
+queries, keys and values and calls the model's own function. Scores come from :func:`fastok.attention_scores`, one pass
+for a row or the columns, in the layers that are asked for them and in no other.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flash import padded
+from ..ops.attention import attention_scores
+from ..ops.scores import ScoreSpec
+from ..reducers.context import Reducer
+from .session import in_autocast, in_backward
+from .swap import rebound
+
+
+class Interface:
+    """In place of ``ALL_ATTENTION_FUNCTIONS`` in the forward of an attention class.
+
+    Args:
+        wrapped: from an implementation's name and its function to the function to be called.
+    """
+
+    def __init__(self, wrapped: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.wrapped = wrapped
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The attention function for an implementation's name."""
+        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+        return self.wrapped(name, functions.get_interface(name, default))
+
+
+def is_score(name: str) -> bool:
+    """Whether a reducer's need is a score of the vision tower: ``"cls"`` or ``"column"``, perhaps with a role."""
+    return name.split(":")[0] in ("cls", "column")
+
+
+class Tower:
+    """What is to be noted of a vision tower in its next run, and what was.
+
+    Attributes:
+        special: number of tokens in front of the patches; scores, keys and values are of the patches.
+        class_token: whether the first of these is one.
+        wanted: by layer, the names of scores to be had of it.
+        scores: by name fp32 ``[B,N]``, or ``[total]`` where the tower packs images: summed over the layers asked for.
+        keys, values: ``[B,N,G,D]``, or ``[total,G,D]``, of the layer that makes the feature.
+        seconds: what the scores took.
+    """
+
+    def __init__(self, reducer: Reducer, n_layers: int, special: int, class_token: bool) -> None:
+        self.names = [name for name in reducer.needs if is_score(name)]
+        self.notes = [name for name in reducer.needs if name in ("keys", "values")]
+        self.layers_of: dict[str, Iterable[int]] = {}
+        if self.names and hasattr(reducer, "score_layers"):
+            self.layers_of = reducer.score_layers(n_layers)
+        self.n_layers = n_layers
+        self.special = special
+        self.class_token = class_token
+        self.begin(n_layers - 1)
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything of the tower's attention is wanted."""
+        return bool(self.names or self.notes)
+
+    def begin(self, feature: int) -> None:
+        """A run begins, in which layer ``feature`` makes the feature."""
+        self.feature = feature
+        self.wanted: dict[int, list[str]] = {}
+        for name in self.names:
+            for layer in self.layers_of.get(name, (feature,)):
+                if not -self.n_layers <= layer < self.n_layers:
+                    raise ValueError(f"score_layers: {name} of layer {layer}, of which there are {self.n_layers}")
+                self.wanted.setdefault(layer % self.n_layers, []).append(name)
+        self.scores: dict[str, Tensor] = {}
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.seconds = 0.0
+
+    def noted(self, layer: int, chunks: list[tuple[Tensor, Tensor, Tensor]], options: dict[str, Any]) -> None:
+        """Layer ``layer`` attended with these queries, keys, values ``[B,H,N,D]``: several for packed sequences."""
+        if layer == self.feature:
+            keys, values = (torch.cat([chunk[i] for chunk in chunks], 2).detach().transpose(1, 2) for i in (1, 2))
+            if "keys" in self.notes:
+                self.keys = keys[:, self.special :]
+            if "values" in self.notes:
+                self.values = values[:, self.special :]
+        names = self.wanted.get(layer, [])
+        if not names:
+            return
+        started = perf_counter()
+        q, k = (torch.cat([chunk[i] for chunk in chunks], 2).detach() for i in (0, 1))
+        scale = options.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, k = in_autocast(q, k)
+        q, k = (padded(x.transpose(1, 2)) for x in (q, k))
+        starts = options.get("cu_seq_lens_q")
+        if starts is None and len(chunks) > 1:
+            lengths = torch.tensor([0, *(chunk[0].shape[2] for chunk in chunks)])
+            starts = lengths.cumsum(0).int().to(q.device)
+        packing: dict[str, Any] = {}
+        if starts is not None:
+            q, k = q.flatten(0, 1), k.flatten(0, 1)
+            packing = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        for name in names:
+            found = attention_scores(q, k, spec=self._spec(name, bool(packing)), scale=scale, **packing)
+            self.scores[name] = self.scores[name] + found if name in self.scores else found
+        self.seconds += perf_counter() - started
+
+    def _spec(self, name: str, packed: bool) -> ScoreSpec:
+        """A class token's row, or the mean over all rows, which also stands for it where there is none."""
+        logits = name == "cls:logit"
+        cols = (self.special, None) if self.special and not packed else None
+        if name.startswith("cls") and self.class_token:
+            return ScoreSpec(rows=0, cols=cols, logits=logits)
+        return ScoreSpec(cols=cols, reduce="mean", logits=logits)
+
+
+class Watch:
+    """One attention module's part in a `Tower`."""
+
+    def __init__(self, tower: Tower, layer: int) -> None:
+        self.tower = tower
+        self.layer = layer
+        self.chunks: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.options: dict[str, Any] = {}
+
+
+def _noting(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        watch: Watch = module._fastok
+        if watch.chunks is not None:
+            watch.chunks.append((query, key, value))
+            watch.options = options
+        return own(module, query, key, value, *args, **options)
+
+    return attend
+
+
+_interface = Interface(_noting)
+
+
+def watched(base: Any) -> dict[str, Callable[..., Any]]:
+    """Methods for an attention module whose state is a `Watch`."""
+    own = rebound(base.forward, ALL_ATTENTION_FUNCTIONS=_interface)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watch: Watch = self._fastok
+        tower = watch.tower
+        wanted = watch.layer in tower.wanted or (tower.notes and watch.layer == tower.feature)
+        if not wanted or in_backward():
+            return own(self, *args, **kwargs)
+        watch.chunks = []
+        try:
+            out = own(self, *args, **kwargs)
+            tower.noted(watch.layer, watch.chunks, watch.options)
+        finally:
+            watch.chunks, watch.options = None, {}
+        return out
+
+    return {"forward": forward}
