@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..reducers.context import Reducer
 from .session import Layer, Session
-from .swap import Methods, Swaps, calls, rebound, replaced
+from .swap import Methods, Swaps, calls, check_free, rebound, replaced
 from .tower import Interface
 from .transformers_attention import NAME, hides_nothing
 
@@ -247,6 +247,7 @@ def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
         layers: Any = encoder.get_submodule(family.layers)
         for layer in layers:
             layer.get_submodule(f"{family.attention}.k_proj")
+            check_free(getattr(layer, family.attention))
             if not calls(type(getattr(layer, family.attention)).forward, "ALL_ATTENTION_FUNCTIONS"):
                 raise AttributeError("its attention does not use the attention interface")
     except AttributeError as error:
