@@ -10,6 +10,14 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "Tensor members)");
   m.def("nearest(Tensor x, Tensor y, SymInt k, str similarity, Tensor? mask) -> (Tensor value, Tensor index)");
 
+  // Selection (csrc/select). top_tokens: k holds one budget per segment. sample_cdf: a map as above.
+  m.def(
+      "top_tokens(Tensor scores, SymInt[] k, SymInt protect, Tensor? mask, Tensor? segments, bool by_score) -> Tensor");
+  m.def(
+      "sample_cdf(Tensor scores, SymInt k, SymInt protect) -> (Tensor assign, Tensor counts, Tensor offsets, "
+      "Tensor members)");
+  m.def("density_peaks(Tensor x, SymInt k, SymInt neighbors) -> Tensor");
+
   // Merging (csrc/merge).
   m.def("build_map(Tensor assign, SymInt n_out) -> (Tensor offsets, Tensor members)");
   m.def(

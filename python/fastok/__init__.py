@@ -9,6 +9,7 @@ from .integrations import Handle, apply, record_scores, register_transformers  #
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
 from .ops.scores import ScoreSpec  # noqa: E402
+from .ops.select import density_peaks, sample_cdf, top_tokens  # noqa: E402
 from .token_map import SoftMap, TokenMap  # noqa: E402
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "attention_scores",
     "attention_with_scores",
     "bipartite_match",
+    "density_peaks",
     "flash",
     "merge_states",
     "nearest",
@@ -30,4 +32,6 @@ __all__ = [
     "reducers",
     "reference",
     "register_transformers",
+    "sample_cdf",
+    "top_tokens",
 ]

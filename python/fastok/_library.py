@@ -16,6 +16,9 @@ CUDA_LIBRARY = FOLDER / "libfastok_cuda.so"
 REFERENCE = {
     "bipartite_match": reference.match_map,
     "nearest": reference.nearest_rows,
+    "top_tokens": reference.top_rows,
+    "sample_cdf": reference.sample_map,
+    "density_peaks": reference.peak_rows,
     "build_map": reference.build_map,
     "merge": reference.merge,
     "merge_backward": reference.merge_backward,

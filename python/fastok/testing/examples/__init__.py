@@ -16,6 +16,7 @@ from ..compare import assert_accurate, assert_same
 from . import attention
 from . import match as match
 from . import merge as merge
+from . import select as select
 from .registry import DTYPES, EXAMPLES, Arguments, Example, Size, example, examples
 
 __all__ = [
