@@ -223,6 +223,70 @@ MODELS = {
 }
 
 
+# ---- Qwen2-VL and Qwen2.5-VL -----------------------------------------------------------------------------------------
+
+PATCH = 4
+MROPE = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+QWEN = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 3, "num_heads": 4}
+TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 95, "vision_end_token_id": 96}
+
+
+def qwen2() -> nn.Module:
+    vision = QWEN | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    config = transformers.Qwen2VLConfig(vision_config=vision, text_config=MROPE, **TOKENS)
+    return transformers.Qwen2VLForConditionalGeneration(config).eval()
+
+
+def qwen25(full: tuple[int, ...] = (1,)) -> nn.Module:
+    vision = QWEN | {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 48}
+    vision |= {"window_size": 2 * 2 * PATCH, "fullatt_block_indexes": list(full)}
+    config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=MROPE, **TOKENS)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_grid(picture: Picture) -> tuple[int, int, int]:
+    """Of patches."""
+    return max(picture.frames, 1), picture.size[0] // PATCH, picture.size[1] // PATCH
+
+
+def qwen_tokens(picture: Picture) -> int:
+    t, h, w = qwen_grid(picture)
+    return t * h * w // 4
+
+
+def qwen_pixels(images: list[list[Picture]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for pixels, name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        flat = [p for row in images for p in row if bool(p.frames) == (name == "video_grid_thw")]
+        if flat:
+            made[pixels] = torch.cat([random_pixels(p, 4 * qwen_tokens(p), 3 * 2 * PATCH**2) for p in flat])
+            made[name] = torch.tensor([qwen_grid(p) for p in flat])
+    return made
+
+
+def qwen_case(make: Callable[[], nn.Module], pictures: tuple[Picture, ...]) -> Case:
+    return Case(
+        make,
+        qwen_tokens,
+        qwen_pixels,
+        all_of,
+        lambda p: (1, qwen_tokens(p)),
+        lambda p: torch.arange(qwen_tokens(p)),
+        pictures=pictures,
+        keeps_positions=True,
+        extra=lambda ids: {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()},
+    )
+
+
+MIXED = (Picture(1, (40, 24)), Picture(2, (16, 48)), Picture(3, (24, 24), frames=2))
+
+MODELS |= {
+    "Qwen2-VL": qwen_case(qwen2, MIXED),
+    "Qwen2.5-VL": qwen_case(qwen25, MIXED),
+    "Qwen2.5-VL, video": qwen_case(qwen25, MIXED[::-1]),
+}
+
+
 # ---- reducers --------------------------------------------------------------------------------------------------------
 
 

@@ -84,19 +84,25 @@ class Tower:
         self.values: Tensor | None = None
         self.seconds = 0.0
 
-    def noted(self, layer: int, chunks: list[tuple[Tensor, Tensor, Tensor]], options: dict[str, Any]) -> None:
+    def noted(
+        self,
+        layer: int,
+        chunks: list[tuple[Tensor, Tensor, Tensor]],
+        options: dict[str, Any],
+        keys: Tensor | None = None,
+    ) -> None:
         """Layer ``layer`` attended with these queries, keys, values ``[B,H,N,D]``: several for packed sequences."""
         if layer == self.feature:
-            keys, values = (torch.cat([chunk[i] for chunk in chunks], 2).detach().transpose(1, 2) for i in (1, 2))
             if "keys" in self.notes:
+                keys = _joined(chunks, 1).transpose(1, 2) if keys is None else keys
                 self.keys = keys[:, self.special :]
             if "values" in self.notes:
-                self.values = values[:, self.special :]
+                self.values = _joined(chunks, 2).transpose(1, 2)[:, self.special :]
         names = self.wanted.get(layer, [])
         if not names:
             return
         started = perf_counter()
-        q, k = (torch.cat([chunk[i] for chunk in chunks], 2).detach() for i in (0, 1))
+        q, k = _joined(chunks, 0), _joined(chunks, 1)
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = in_autocast(q, k)
@@ -123,12 +129,24 @@ class Tower:
         return ScoreSpec(cols=cols, reduce="mean", logits=logits)
 
 
-class Watch:
-    """One attention module's part in a `Tower`."""
+def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]], part: int) -> Tensor:
+    parts = [chunk[part].detach() for chunk in chunks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def __init__(self, tower: Tower, layer: int) -> None:
+
+class Watch:
+    """One attention module's part in a `Tower`.
+
+    Attributes:
+        chunks: queries, keys and values of the present run, while one is observed.
+        keys: ``[B,N,G,D]``, the keys before rotary embedding, where somebody notes them.
+    """
+
+    def __init__(self, tower: Tower, layer: int, heads: int = 0) -> None:
         self.tower = tower
         self.layer = layer
+        self.heads = heads
+        self.keys: Tensor | None = None
         self.chunks: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.options: dict[str, Any] = {}
 
@@ -160,9 +178,9 @@ def watched(base: Any) -> dict[str, Callable[..., Any]]:
         watch.chunks = []
         try:
             out = own(self, *args, **kwargs)
-            tower.noted(watch.layer, watch.chunks, watch.options)
+            tower.noted(watch.layer, watch.chunks, watch.options, watch.keys)
         finally:
-            watch.chunks, watch.options = None, {}
+            watch.chunks, watch.options, watch.keys = None, {}, None
         return out
 
     return {"forward": forward}

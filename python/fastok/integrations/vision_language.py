@@ -6,13 +6,13 @@ from typing import Any
 from torch import nn
 
 from ..reducers.context import Reducer
-from . import llava
+from . import llava, qwen_vl
 from .swap import Swaps
 from .tower import is_score
 from .vlm import SHOWN, PromptSession, core_methods, head_methods
 
 LIBRARY = "transformers, vision and language"
-FAMILIES = llava.FAMILIES
+FAMILIES: tuple[Any, ...] = (*llava.FAMILIES, *qwen_vl.FAMILIES)
 SUPPORTED = tuple(family.head for family in FAMILIES)
 
 

@@ -130,14 +130,17 @@ class PromptSession:
                 f"attention_mask must be of the tokens of the prompt as it was before images were reduced, "
                 f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}"
             )
-        positions = self._positions(core, given, seen, width)
         now = None if mask is None else mask[:, seen:]
         past = history.past_mask(mask, cached, batch) if cached else None
         columns = seen + width
+        spans: list[Span] = []
         reduced: list[Reduced] = []
         if features:
             x = core.get_input_embeddings()(ids) if x is None else x
             spans, reduced = self._spans(core, features, ids, x, now)
+        positions = self._positions(core, given, seen, width)
+        if features:
+            assert x is not None
             self.layout = layout = rearrange(width, batch, spans, now, x.device)
             given |= {"input_ids": None, "inputs_embeds": layout.embeddings(x, spans), "mm_encoder_outputs": None}
             given |= {modality.pixels: None for modality in self.family.modalities}
@@ -203,6 +206,8 @@ class PromptSession:
             own["inputs_embeds"] = x if ids is None else ids[..., None]  # only its shape and device count
             names = inspect.signature(core.compute_3d_position_ids).parameters
             positions = core.compute_3d_position_ids(**{name: own.get(name) for name in names})
+            if positions is None:
+                positions = torch.arange(seen, seen + width, device=own["inputs_embeds"].device)[None]
         return None if positions is None else positions[..., -width:]
 
     def _selected(self, positions: Tensor | None, batch: int) -> Tensor | None:
