@@ -1,6 +1,7 @@
 """What a reducer between vision tower and language model is shown, against the tower's eager attention."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -230,3 +231,115 @@ def test_an_image_is_drawn_from_its_map() -> None:
             model(**vlm.LLAVA.inputs([5, Picture(1), 6]))
     drawn = viz.draw_tokens(pillow.new("RGB", (24, 24), "red"), handle.token_map[0], (vlm.SIDE, vlm.SIDE))
     assert drawn.width == drawn.height
+
+
+QWEN: dict[str, Any] = {
+    "Qwen2-VL": vlm.MODELS["Qwen2-VL"],
+    "Qwen2.5-VL, windows": vlm.MODELS["Qwen2.5-VL"],
+    "Qwen2.5-VL, full": vlm.qwen_case(lambda: vlm.qwen25((0, 2)), vlm.MIXED),
+}
+
+
+def window_order(case: Case, picture: Picture) -> list[int]:
+    """The tokens of an image in the order in which the tower runs them, windows of 2 x 2 tokens one after the other."""
+    t, h, w = vlm.qwen_grid(picture)
+    rows, columns = h // 2, w // 2
+    if case is QWEN["Qwen2-VL"]:
+        return list(range(t * rows * columns))
+    return [
+        (frame * rows + y) * columns + x
+        for frame in range(t)
+        for top in range(0, rows, 2)
+        for left in range(0, columns, 2)
+        for y in range(top, min(top + 2, rows))
+        for x in range(left, min(left + 2, columns))
+    ]
+
+
+@pytest.mark.parametrize("case", QWEN.values(), ids=QWEN)
+def test_qwen_contexts_are_means_over_merged_patches(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = case.make()
+    pictures = (*vlm.MIXED[:2], vlm.MIXED[2])
+    inputs = case.inputs([5, pictures[0], 6, 7], [8, pictures[1], 4, pictures[2]])
+    reducer = Deep(1, tuple(name for name in NEEDS if name != "vision_cls"))
+    contexts = seen(model, inputs, reducer)
+    visual = model.model.visual
+    visual.set_attn_implementation("eager")
+    source = sys.modules[type(visual).__module__]
+    plain, weights, logits = source.eager_attention_forward, [], []
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = next(i for i, block in enumerate(visual.blocks) if block.attn is module)
+        out = plain(module, q, k, v, *args, **kwargs)
+        weights.append((layer, out[1].mean((0, 1, 2))))
+        logits.append((layer, (q @ k.mT * 8**-0.5).mean((0, 1, 2))))
+        return out
+
+    monkeypatch.setattr(source, "eager_attention_forward", spy)
+    assert [len(ctx.hidden[0]) for ctx in contexts] == [case.tokens(p) for p in pictures]
+    for picture, text, ctx in zip(pictures, ([5, 6, 7], [8, 4], [8, 4]), contexts, strict=True):
+        weights.clear()
+        logits.clear()
+        pixels = list(case.pixels([[picture]]).values())
+        inner: dict[int, Tensor] = {}
+        hooks = [visual.blocks[-1].attn.qkv.register_forward_hook(lambda m, i, o, inner=inner: inner.update({0: o}))]
+        with torch.no_grad():
+            out = visual(pixels[0], grid_thw=pixels[1])
+        for hook in hooks:
+            hook.remove()
+        order = torch.tensor(window_order(case, picture)).argsort()
+
+        def tokens(x: Tensor, order: Tensor = order) -> Tensor:
+            return x.unflatten(0, (-1, 4)).mean(1)[order][None]
+
+        def of(found: list[tuple[int, Tensor]], layer: int, tokens: Any = tokens) -> Tensor:
+            return tokens(torch.cat([x for i, x in found if i == layer]))
+
+        close = {"atol": 1e-5, "rtol": 1e-4}
+        torch.testing.assert_close(ctx.scores["column"], of(weights, 2), **close)
+        torch.testing.assert_close(ctx.scores["cls"], of(weights, 2), **close)
+        torch.testing.assert_close(ctx.scores["column:early"], of(weights, 0), **close)
+        torch.testing.assert_close(ctx.scores["cls:sum"], of(weights, 0) + of(weights, 2), **close)
+        torch.testing.assert_close(ctx.scores["cls:logit"], of(logits, 2), **close)
+        qkv = inner[0].unflatten(-1, (3, 4, 8))
+        torch.testing.assert_close(ctx.keys, tokens(qkv[:, 1]), **close)
+        torch.testing.assert_close(ctx.values, tokens(qkv[:, 2]), **close)
+        torch.testing.assert_close(ctx.extra["vision"], tokens(out.last_hidden_state), **close)
+        torch.testing.assert_close(ctx.hidden[0], out.pooler_output, **close)
+        t, h, w = vlm.qwen_grid(picture)
+        assert ctx.grid == (t, h // 2, w // 2)
+        torch.testing.assert_close(ctx.text, model.get_input_embeddings()(torch.tensor([text])))
+
+
+def test_a_model_without_a_class_token_has_no_features_of_it() -> None:
+    with pytest.raises(
+        NotImplementedError, match="Every in Qwen2VLModel: required, vision_cls; missing, a class token"
+    ):
+        apply(vlm.qwen2(), Every(2, ("vision_cls",)))
+
+
+@pytest.mark.parametrize("case", QWEN.values(), ids=QWEN)
+def test_survivors_keep_their_positions(case: Case) -> None:
+    model, given = case.make(), {}
+    a, b, c = vlm.MIXED
+    inputs = case.inputs([5, a, 6, 7], [8, b, 4, c, 3])
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    expected, deltas = model.model.get_rope_index(**{name: inputs[name] for name in names})
+    hook = model.model.language_model.register_forward_pre_hook(lambda m, args, kw: given.update(kw), with_kwargs=True)
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    unreduced = given["position_ids"]
+    with apply(model, Every(2)), torch.no_grad():
+        model(**inputs)
+        at_once = given["position_ids"], given["attention_mask"]
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert torch.equal(given["position_ids"][-3:], unreduced[-3:])
+    hook.remove()
+    for row, prompt in enumerate(([5, a, 6, 7], [8, b, 4, c, 3])):
+        columns, at = [], int((inputs["attention_mask"][row] == 0).sum())
+        for part in prompt:
+            count = 1 if isinstance(part, int) else case.tokens(part)
+            columns += range(at, at + count, 2)
+            at += count
+        positions, visible = at_once[0][:, row], at_once[1][row].bool()
+        assert torch.equal(positions[:, visible], expected[:, row, columns])
+    assert torch.equal(model.model.rope_deltas, deltas)

@@ -43,15 +43,16 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
     checkpointing (one forward per backward, or an error); so does ``torch.compile(fullgraph=True)``, where nothing is
     recorded in the handle.
 
-    **Vision-language models** (LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision) are reduced once, between projector and language
-    model: the reducer is called for each image and video, and the prompt is shortened to what it leaves. ``forward``
-    and ``generate`` are called as before and count the tokens of the original prompt: ``input_ids``,
-    ``attention_mask``, ``position_ids`` and ``labels`` go in as the processor made them, with a cache, too, and
-    ``generate`` returns prompt and new tokens; only logits and the cache are shorter. Positions are renumbered without
-    gaps. Prompts of a batch that keep different numbers of tokens are padded on the side where they were padded, else
-    on the left. Scores of the vision tower's attention are computed in the layers that the reducer asks for, and its
-    attention is left as it is. Newline embeddings stay, unless the reducer says otherwise
-    (``newlines = "filled"`` or ``"none"``). Training works. Not for compiled graphs.
+    **Vision-language models** (LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL) are reduced once, between
+    projector or patch merger and language model: the reducer is called for each image and video, and the prompt is
+    shortened to what it leaves. ``forward`` and ``generate`` are called as before and count the tokens of the original
+    prompt: ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` go in as the processor made them, with a
+    cache, too, and ``generate`` returns prompt and new tokens; only logits and the cache are shorter. Positions are
+    renumbered without gaps; in Qwen's models, tokens keep those they had (M-RoPE). Prompts of a batch that keep
+    different numbers of tokens are padded on the side where they were padded, else on the left. Scores of the vision
+    tower's attention are computed in the layers that the reducer asks for, and its attention is left as it is. Newline
+    embeddings stay, unless the reducer says otherwise (``newlines = "filled"`` or ``"none"``). Training works. Not for
+    compiled graphs.
     """
     needs = getattr(reducer, "needs", None)
     if needs is None or not callable(reducer) or isinstance(reducer, type):
