@@ -43,4 +43,13 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "SymInt max_seqlen_k, Tensor? rows, SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end, "
       "bool over_cols, str reduce, SymInt head_group, bool head_max, bool logits) -> Tensor");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
+
+  // Selection (csrc/k_center, csrc/max_coverage). start is isolated, norm, first, or given with `first`;
+  // candidates_scored 0: planned. max_coverage gets similarity, or y and x.
+  m.def(
+      "k_center(Tensor x, SymInt k, str metric, str objective, str start, Tensor? first, Tensor? mask, "
+      "SymInt candidates_scored) -> (Tensor index, Tensor distance)");
+  m.def(
+      "max_coverage(Tensor? similarity, Tensor? y, Tensor? x, SymInt k, Tensor? modular) -> "
+      "(Tensor index, Tensor gain)");
 }

@@ -7,7 +7,9 @@ _library.load()
 from . import flash, reducers, reference  # noqa: E402
 from .integrations import Handle, apply, record_scores, register_transformers  # noqa: E402
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
+from .ops.k_center import k_center  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
+from .ops.max_coverage import max_coverage  # noqa: E402
 from .ops.scores import ScoreSpec  # noqa: E402
 from .ops.select import density_peaks, sample_cdf, top_tokens  # noqa: E402
 from .token_map import SoftMap, TokenMap  # noqa: E402
@@ -26,6 +28,8 @@ __all__ = [
     "bipartite_match",
     "density_peaks",
     "flash",
+    "k_center",
+    "max_coverage",
     "merge_states",
     "nearest",
     "record_scores",

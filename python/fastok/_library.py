@@ -19,6 +19,8 @@ REFERENCE = {
     "top_tokens": reference.top_rows,
     "sample_cdf": reference.sample_map,
     "density_peaks": reference.peak_rows,
+    "k_center": reference.k_center_picks,
+    "max_coverage": reference.max_coverage_picks,
     "build_map": reference.build_map,
     "merge": reference.merge,
     "merge_backward": reference.merge_backward,

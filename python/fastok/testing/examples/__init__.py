@@ -14,7 +14,9 @@ from torch import Tensor
 from ... import _library
 from ..compare import assert_accurate, assert_same
 from . import attention
+from . import k_center as k_center
 from . import match as match
+from . import max_coverage as max_coverage
 from . import merge as merge
 from . import select as select
 from .registry import DTYPES, EXAMPLES, Arguments, Example, Size, example, examples
