@@ -152,17 +152,17 @@ def _check_scores(scores: Tensor, protect: int) -> None:
 
 def _budgets(k: int | Sequence[int] | Tensor, of_segments: bool) -> list[int]:
     """The budget of each segment; the one budget where there are none."""
-    if isinstance(k, (list, tuple, Tensor)) != of_segments and isinstance(k, (list, tuple, Tensor, int)):
-        wanted = (
-            "have a budget for each segment when segments are given" if of_segments else "be an int without segments"
-        )
-        raise ValueError(f"k must {wanted}, got {k!r}")
+    several = isinstance(k, (list, tuple, Tensor))
+    if several and not of_segments:
+        raise ValueError(f"k must be an int without segments, got {k!r}")
+    if isinstance(k, int) and of_segments:
+        raise ValueError(f"k must have a budget for each segment when segments are given, got {k!r}")
     if isinstance(k, Tensor):
         if k.is_floating_point() or k.is_complex() or k.dtype == torch.bool:
             raise TypeError(f"k must be an integer tensor, got {str(k.dtype).removeprefix('torch.')}")
         check_shape("k", k, (None,), "[n_segments]")
         return [int(budget) for budget in k.tolist()]
-    budgets = list(k) if isinstance(k, (list, tuple)) else [cast(int, k)]
+    budgets = list(cast(Sequence[int], k)) if several else [cast(int, k)]
     for budget in budgets:
         check_int("k", budget)
     return budgets
