@@ -393,6 +393,13 @@ POINTS = {
     "infinite": lambda: torch.where(torch.rand(2, 30, 1) < 0.2, math.inf, signs(2, 30, 4)),
     "far": lambda: signs(2, 30, 16) * 64,
     "clusters": lambda: torch.randint(0, 4, (2, 80, 1)) * 16 + signs(2, 80, 16),
+    "random": lambda: torch.randn(2, 230, 70),
+    "random-far": lambda: torch.randn(2, 110, 33) + 300,
+    "random-clusters": lambda: (
+        torch.randn(2, 5, 1, 40).mul(9).expand(2, 5, 40, 40).flatten(1, 2) + torch.randn(2, 200, 40)
+    ),
+    "close": lambda: 1 + torch.randn(2, 60, 20) * 2.0**-12,
+    "tiny": lambda: torch.randn(2, 50, 16) * 2.0**-70,
     "no-width": lambda: torch.ones(2, 7, 0),
     "one-token": lambda: signs(2, 1, 4),
     "two-tokens": lambda: signs(2, 2, 4),

@@ -160,13 +160,11 @@ struct Running {
   }
 };
 
-// Scores of a kRows x kCols tile; `consume(i, s0, s1)` gets each row's two vectors.
-template <Similarity kSimilarity, class Consume>
-inline __attribute__((always_inline)) void tile(const float* a, const float* b, int64_t width, const Consume& consume) {
-  vf acc[kRows][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = splat(0.0f);
-  for (int64_t d = 0; d < width; ++d) {
+// Adds `depth` products, or squared differences, to the sums of a kRows x kCols tile.
+template <Similarity kSimilarity>
+inline __attribute__((always_inline)) void accumulate(const float* a, const float* b, int64_t depth,
+                                                      vf (&acc)[kRows][2]) {
+  for (int64_t d = 0; d < depth; ++d) {
     const vf b0 = load(b + d * kCols), b1 = load(b + d * kCols + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -181,6 +179,15 @@ inline __attribute__((always_inline)) void tile(const float* a, const float* b, 
       }
     }
   }
+}
+
+// Scores of a kRows x kCols tile; `consume(i, s0, s1)` gets each row's two vectors.
+template <Similarity kSimilarity, class Consume>
+inline __attribute__((always_inline)) void tile(const float* a, const float* b, int64_t width, const Consume& consume) {
+  vf acc[kRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = splat(0.0f);
+  accumulate<kSimilarity>(a, b, width, acc);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     if constexpr (kSimilarity == Similarity::euclidean) {
@@ -305,6 +312,37 @@ void best_k(const void* row_panel, int64_t n_rows, const void* col_panels, int64
       score, index);
 }
 
+// Depth is taken in slices that fit the first-level cache together with the column panel they meet.
+constexpr int64_t kSlice = 256;
+
+void dots(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels, int64_t width,
+          float* out, int64_t pitch) {
+  const float* a = static_cast<const float*>(row_panels);
+  const float* b = static_cast<const float*>(col_panels);
+  int64_t d = 0;
+  do {
+    const int64_t depth = width - d < kSlice ? width - d : kSlice;
+    for (int64_t c = 0; c < n_col_panels; ++c) {
+      for (int64_t r = 0; r < n_row_panels; ++r) {
+        float* const block = out + r * kRows * pitch + c * kCols;
+        vf acc[kRows][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          acc[i][0] = d == 0 ? splat(0.0f) : load(block + i * pitch);
+          acc[i][1] = d == 0 ? splat(0.0f) : load(block + i * pitch + kLanes);
+        }
+        accumulate<Similarity::dot>(a + (r * width + d) * kRows, b + (c * width + d) * kCols, depth, acc);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          store(block + i * pitch, acc[i][0]);
+          store(block + i * pitch + kLanes, acc[i][1]);
+        }
+      }
+    }
+    d += depth;
+  } while (d < width);
+}
+
 // ---- bf16 engine: AMX tiles -----------------------------------------------------------------------------------------
 #if defined(FASTOK_AMX)
 
@@ -424,15 +462,16 @@ void best_tiles(const void* row_panels, int64_t n_row_panels, const void* col_pa
   _tile_release();
 }
 
-constexpr PanelEngine kTileEngine = {kTilePanel,        kTilePanel,       tile_panel_bytes, tile_panel_bytes,
-                                     pack_tiles<false>, pack_tiles<true>, best_tiles,       nullptr};
+constexpr PanelEngine kTileEngine = {kTilePanel,       kTilePanel,        tile_panel_bytes,
+                                     tile_panel_bytes, pack_tiles<false>, pack_tiles<true>,
+                                     best_tiles,       nullptr,           nullptr};
 #endif
 
 }  // namespace
 
 extern const MatchKernels match_kernels;
 const MatchKernels match_kernels = {
-    {kRows, kCols, row_panel_bytes, col_panel_bytes, pack_rows, pack_cols, best, best_k},
+    {kRows, kCols, row_panel_bytes, col_panel_bytes, pack_rows, pack_cols, best, best_k, dots},
 #if defined(FASTOK_AMX)
     &kTileEngine,
 #else

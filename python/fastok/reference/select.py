@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .match import nearest_rows, rank_of
+from .match import rank_of
 from .merge import build_map
 
 if TYPE_CHECKING:
@@ -123,37 +123,50 @@ def sample_cdf(scores: Tensor, k: int, *, protect: int = 0) -> "TokenMap":
     return TokenMap(assign, offsets.shape[1] - 1, counts, offsets, members)
 
 
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """``[B,n,m]`` from ``[B,n,D]`` and ``[B,m,D]``: 16 interleaved sums, added in pairs, the same on every device."""
+    x, y = (torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 16)) for rows in (x, y))
+    terms = (x[:, :, None] - y[:, None]).square().unflatten(-1, (-1, 16))
+    total = terms.new_zeros(*terms.shape[:3], 16)
+    for term in terms.unbind(3):
+        total = total + term
+    for half in (8, 4, 2, 1):
+        total = total[..., :half] + total[..., half:]
+    return total[..., 0]
+
+
 def peak_rows(x: Tensor, k: int, neighbors: int) -> Tensor:
     """``torch.ops.fastok.density_peaks``: int64 ``[B,k]``, best first."""
     batch, n, width = x.shape
-    device = x.device
-    if n == 0:
-        return torch.empty(batch, k, dtype=torch.int64, device=device)
+    if batch * n == 0:
+        return torch.empty(batch, k, dtype=torch.int64, device=x.device)
     x = x if x.dtype == torch.float64 else x.float()
+    chunks = x.split(max(1, _CHUNK // max(1, n * width)), dim=1)
 
     # Density falls with the mean squared distance to the nearest neighbours, as far as there are any.
-    value, index = nearest_rows(x, x, neighbors, "euclidean", None)
-    near = index >= 0
+    nearest = torch.cat([_finite(squared_distances(rows, x)).sort(2).values[..., :neighbors] for rows in chunks], 1)
+    near = nearest < math.inf
     count = near.sum(-1)
-    spread = torch.where(near, -value, 0).double().cumsum(-1)[..., -1] / (count * max(width, 1))
+    spread = torch.where(near, nearest, 0).double().cumsum(-1)[..., -1] / (count * max(width, 1))
     spread = torch.where(count > 0, spread, math.inf)
     density = rank_of(spread)  # 0 is the densest; of equals, the token that comes first
 
     # Squared distance to the nearest denser token; of the densest token, to the farthest.
     separation = []
-    for begin in range(0, n, max(1, _CHUNK // max(1, n * width))):
-        rows = slice(begin, begin + max(1, _CHUNK // max(1, n * width)))
-        squared = (x[:, rows, None] - x[:, None]).square().sum(-1)
-        finite = squared < math.inf  # not NaN either
-        denser = finite & (density[:, None] < density[:, rows, None])
-        nearest = torch.where(denser, squared, math.inf).amin(-1)
-        farthest = torch.where(finite, squared, 0).amax(-1)
-        separation.append(torch.where(nearest < math.inf, nearest, farthest))
+    for rows, own in zip(chunks, density.split(chunks[0].shape[1], dim=1), strict=True):
+        squared = _finite(squared_distances(rows, x))
+        denser = torch.where(density[:, None] < own[..., None], squared, math.inf).amin(-1)
+        farthest = torch.where(squared < math.inf, squared, 0).amax(-1)
+        separation.append(torch.where(denser < math.inf, denser, farthest))
 
     # log(density * distance), up to a constant: the product itself vanishes for distant neighbours.
     score = (torch.cat(separation, 1).double().log() / 2 - spread).to(x.dtype)
-    score = torch.where(count > 0, score, math.nan)
-    return top_rows(score, [k], 0, None, None, True)
+    return top_rows(torch.where(count > 0, score, math.nan), [k], 0, None, None, True)
+
+
+def _finite(distances: Tensor) -> Tensor:
+    """Infinity for what is not a number either."""
+    return torch.where(distances < math.inf, distances, math.inf)
 
 
 def density_peaks(x: Tensor, k: int, *, neighbors: int) -> Tensor:
