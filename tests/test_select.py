@@ -386,7 +386,7 @@ def test_density_peaks(backend: Backend, batch: int, n: int, width: int, neighbo
 POINTS = {
     "signs": lambda: signs(3, 37, 16),
     "signs-wide": lambda: signs(2, 150, 64),
-    "all-equal": lambda: torch.ones(2, 33, 16),
+    "all-equal": lambda: torch.ones(2, 130, 16),
     "equal-pairs": lambda: signs(2, 20, 8).repeat_interleave(2, 1),
     "nan-tokens": lambda: torch.where(torch.rand(3, 41, 1) < 0.3, math.nan, signs(3, 41, 4)),
     "all-nan": lambda: torch.full((2, 9, 4), math.nan),
@@ -395,9 +395,7 @@ POINTS = {
     "clusters": lambda: torch.randint(0, 4, (2, 80, 1)) * 16 + signs(2, 80, 16),
     "random": lambda: torch.randn(2, 230, 70),
     "random-far": lambda: torch.randn(2, 110, 33) + 300,
-    "random-clusters": lambda: (
-        torch.randn(2, 5, 1, 40).mul(9).expand(2, 5, 40, 40).flatten(1, 2) + torch.randn(2, 200, 40)
-    ),
+    "random-clusters": lambda: torch.randn(2, 5, 40).mul(9).repeat(1, 40, 1) + torch.randn(2, 200, 40),
     "close": lambda: 1 + torch.randn(2, 60, 20) * 2.0**-12,
     "tiny": lambda: torch.randn(2, 50, 16) * 2.0**-70,
     "no-width": lambda: torch.ones(2, 7, 0),

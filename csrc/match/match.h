@@ -29,7 +29,7 @@ struct PanelEngine {
   int rows, cols;
   size_t (*row_panel_bytes)(int64_t width);
   size_t (*col_panel_bytes)(int64_t width);
-  // `scratch` holds `width` floats.
+  // `scratch` holds `width` floats for each row or column of a panel.
   void (*pack_rows)(const Rows&, int64_t panel, Similarity, void* out, float* scratch);
   void (*pack_cols)(const Rows&, int64_t panel, Similarity, void* out, float* scratch);
   // For each row of the row panels: the best score and its column, lowest column first among equals; -inf and -1 if no

@@ -42,7 +42,7 @@ struct Panels {
 
   // `memory` holds bytes(). Panels [begin, end): the rows', then the columns'.
   void pack(const Rows& rows, const Rows& cols, int64_t begin, int64_t end, std::byte* memory) const {
-    const std::unique_ptr<float[]> scratch(new float[width + 1]);
+    const std::unique_ptr<float[]> scratch(new float[size_t(std::max(engine.rows, engine.cols)) * width + 1]);
     for (int64_t p = begin; p < end; ++p) {
       if (p < n_row_panels) {
         engine.pack_rows(rows, p, similarity, memory + size_t(p) * row_bytes, scratch.get());

@@ -109,13 +109,20 @@ template <int kPanel>
 void pack(const Rows& rows, int64_t panel, Similarity similarity, float filler, float* out, float* scratch) {
   for (int i = 0; i < kPanel; ++i) {
     const int64_t row = panel * kPanel + i;
+    float* const x = scratch + i * rows.width;
     if (row >= rows.count || !is_candidate(rows, row)) {
-      for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = filler;
+      for (int64_t d = 0; d < rows.width; ++d) x[d] = filler;
       continue;
     }
-    widen_row(rows, row, scratch);
-    if (similarity == Similarity::cosine) divide_row(scratch, rows.width, clamped_norm(scratch, rows.width));
-    for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d];
+    widen_row(rows, row, x);
+    if (similarity == Similarity::cosine) divide_row(x, rows.width, clamped_norm(x, rows.width));
+  }
+  // Transposed a few channels at a time, so that the lines written stay in the first-level cache until they are full.
+  constexpr int64_t kChannels = 16;
+  for (int64_t begin = 0; begin < rows.width; begin += kChannels) {
+    const int64_t end = begin + kChannels < rows.width ? begin + kChannels : rows.width;
+    for (int i = 0; i < kPanel; ++i)
+      for (int64_t d = begin; d < end; ++d) out[d * kPanel + i] = scratch[i * rows.width + d];
   }
 }
 

@@ -92,7 +92,7 @@ class Bounds {
     }
   }
   void pack_blocks(int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[points_.width + 1]);
+    const std::unique_ptr<float[]> scratch(new float[scratch_size()]);
     const Rows rows = rows_of(nullptr, points_.n);
     for (int64_t p = begin * (kBlock / engine_.rows); p < end * (kBlock / engine_.rows); ++p)
       engine_.pack_rows(rows, p, Similarity::dot, rows_.get() + size_t(p) * engine_.row_panel_bytes(points_.width),
@@ -122,7 +122,7 @@ class Bounds {
   void pack_list(const int32_t* tokens, int64_t count, Workspace& w) const {
     const size_t panel = engine_.row_panel_bytes(points_.width);
     if (!w.rows) w.rows = allocate(size_t(kBlock / engine_.rows) * panel);
-    w.scratch.resize(points_.width + 1);
+    w.scratch.resize(scratch_size());
     for (int64_t p = 0; p < kBlock / engine_.rows; ++p)
       engine_.pack_rows(rows_of(tokens, count), p, Similarity::dot, w.rows.get() + size_t(p) * panel, w.scratch.data());
   }
@@ -138,6 +138,7 @@ class Bounds {
   Scratch centred_, rows_, cols_;
   std::vector<float> low_, slack_, centre_;
 
+  size_t scratch_size() const { return size_t(std::max(engine_.rows, engine_.cols)) * points_.width + 1; }
   float* centred(int64_t i) const { return reinterpret_cast<float*>(centred_.get()) + i * points_.width; }
   Rows rows_of(const int32_t* tokens, int64_t count) const {
     return {centred_.get(), Dtype::f32, points_.width, tokens, count, points_.width, nullptr, 0};
@@ -169,7 +170,7 @@ class Lists {
         bounds_(bounds),
         tokens_(tokens),
         k_(k),
-        capacity_(2 * k + 64),
+        capacity_(2 * k + 16),
         entries_(size_t(n * capacity_)),
         size_(n, 0),
         exact_(n, 0),
@@ -224,11 +225,12 @@ class Lists {
     Neighbor* const list = entries(row);
     const int64_t size = size_[row], i = token(row);
     if (size <= k_) return;
-    std::vector<float> high(size);
-    for (int64_t e = 0; e < size; ++e)
+    thread_local std::vector<float> high;
+    high.resize(size);
+    for (int64_t e = 0; e < size; ++e) {
       high[e] = e < exact_[row] ? list[e].distance : list[e].distance + bounds_.slack(i, list[e].token);
-    // A sum of -inf and inf says nothing.
-    for (float& h : high) h = h == h ? h : kInfinity;
+      if (!(high[e] < kInfinity)) high[e] = kInfinity;  // -inf + inf says nothing
+    }
     std::nth_element(high.begin(), high.begin() + (k_ - 1), high.end());
     set_bar(row, high[k_ - 1]);
     int64_t kept = 0, exact = 0;
