@@ -50,8 +50,8 @@ struct RowList {
   }
 };
 
-// One way of doing it: fp32 vectors, or bf16 tiles where the machine has them. Keys and values are packed once per head
-// and thread.
+// One way of doing it: fp32 vectors, or bf16 products on vectors or tiles where the machine has them. Keys and values
+// are packed once per head and thread.
 struct AttentionEngine {
   int64_t row_block;  // rows that share a pass over the keys
   int64_t key_step;   // packed keys start at multiples of this
@@ -77,7 +77,7 @@ struct AttentionKernels {
   void (*few_scores)(const AttentionHead&, int64_t key_begin, int64_t key_end, const RowList&, const float* lse,
                      float* out, int64_t pitch);
   AttentionEngine fp32;
-  const AttentionEngine* bf16;  // for bf16 input; nullptr without tile instructions
+  const AttentionEngine* bf16;  // for bf16 input; nullptr without bf16 instructions
   // Adds (or takes the maximum of) a block's rows to total[key], in ascending order. Whole vectors: blocks and totals
   // are padded to key_step. Sums leave -inf out.
   void (*fold_rows)(const float* block, int64_t rows, int64_t pitch, int64_t keys, bool max, float* total);

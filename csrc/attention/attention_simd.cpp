@@ -2,6 +2,7 @@
 // meets one block of keys at a time: products, then the softmax on vectors, then the values.
 #include "attention/amx_simd.h"
 #include "attention/attention.h"
+#include "attention/bf16_simd.h"
 #include "attention/exp_simd.h"
 #include "attention/fp32_simd.h"
 
@@ -10,13 +11,25 @@ namespace {
 
 // ---- the softmax on a block of scores -------------------------------------------------------------------------------
 
-// Logits of one row in place: scale (if it is not in the rows already), softcap, bias, and -inf for the keys that the
-// row does not see. x[0] is key `begin` of `n`, in whole vectors. Returns the factor that is left to apply.
+// Whether finish_logits has more to do than to mask.
 template <class E>
-inline __attribute__((always_inline)) float finish_logits(const AttentionHead& head, int64_t row, int64_t begin,
-                                                          int64_t end, int64_t n, float* x) {
-  float factor = E::kScaledRows ? 1.0f : head.scale;
-  if (head.softcap > 0 || head.bias || !(factor > 0)) {
+inline __attribute__((always_inline)) bool touches(const AttentionHead& head) {
+  return head.softcap > 0 || head.bias || !(E::kScaledRows || head.scale > 0);
+}
+
+// The factor that finish_logits leaves to whoever takes the exponential.
+template <class E>
+inline __attribute__((always_inline)) float factor_left(const AttentionHead& head) {
+  return E::kScaledRows || touches<E>(head) ? 1.0f : head.scale;
+}
+
+// Logits of one row in place: scale (unless it is in the rows already, or left), softcap, bias, and -inf for the keys
+// that the row does not see. x[0] is key `begin` of `n`, in whole vectors.
+template <class E>
+inline __attribute__((always_inline)) void finish_logits(const AttentionHead& head, int64_t row, int64_t begin,
+                                                         int64_t end, int64_t n, float* x) {
+  if (touches<E>(head)) {
+    const float factor = E::kScaledRows ? 1.0f : head.scale;
     const vf inner = splat(head.softcap > 0 ? factor / head.softcap : factor), cap = splat(head.softcap);
     for (int64_t j = 0; j < n; j += kLanes) {
       vf logits = load(x + j) * inner;
@@ -24,57 +37,101 @@ inline __attribute__((always_inline)) float finish_logits(const AttentionHead& h
       store(x + j, logits);
     }
     for (int64_t j = 0; head.bias && j < end - begin; ++j) x[j] += head.bias[begin + j];
-    factor = 1.0f;
   }
   const int64_t first = head.first_key(row) - begin,
                 last = (head.last_key(row) < end ? head.last_key(row) : end) - begin;
   for (int64_t j = 0; j < first && j < n; ++j) x[j] = -kInfinity;
   for (int64_t j = last > 0 ? last : 0; j < n; ++j) x[j] = -kInfinity;
-  return factor;
 }
 
-inline float peak_of(const float* x, int64_t n) {
-  vf peak = splat(-kInfinity);
-  for (int64_t j = 0; j < n; j += kLanes) peak = maximum(load(x + j), peak);
-  return horizontal_max(peak);
+// The largest of an even number of vectors, by lane.
+inline __attribute__((always_inline)) vf peak_of(const float* x, int64_t n) {
+  vf peak[2] = {splat(-kInfinity), splat(-kInfinity)};
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    peak[0] = maximum(load(x + j), peak[0]);
+    peak[1] = maximum(load(x + j + kLanes), peak[1]);
+  }
+  return maximum(peak[0], peak[1]);
 }
 
-inline void store_weights(float* p, vf x) { store(p, x); }
-#if defined(FASTOK_AMX)
+// The largest number of each row.
+inline void peaks_of(const float* x, int64_t pitch, int64_t rows, int64_t n, float* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= rows; i += 16) {
+    vf peak[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) peak[r] = peak_of(x + (i + r) * pitch, n);
+    store(out + i, horizontal_max(peak));
+  }
+#endif
+  for (; i < rows; ++i) out[i] = horizontal_max(peak_of(x + i * pitch, n));
+}
+
+inline void store_weights(float* p, vf x, vf y) {
+  store(p, x);
+  store(p + kLanes, y);
+}
+#if defined(__AVX512BF16__)
 // The machine's own rounding makes subnormal numbers 0, which weights may be.
-inline void store_weights(bf16* p, vf x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(x);
+inline void store_weights(bf16* p, vf x, vf y) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
   std::memcpy(p, &rounded, sizeof rounded);
 }
 #endif
 
-// exp(x * factor - shift), stored as weights. Returns the sum.
+// exp(x * factor - shift) of an even number of vectors, stored as weights. Returns the sums by lane.
 template <class Weight>
-float exponentials(const float* x, int64_t n, float factor, float shift, Weight* weights) {
-  vf sum = splat(0.0f);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const vf e = exp2_of(fma(load(x + j), splat(factor * kLog2E), splat(-shift * kLog2E)));
-    store_weights(weights + j, e);
-    sum = sum + e;
+inline __attribute__((always_inline)) vf exponentials(const float* x, int64_t n, float factor, float shift,
+                                                      Weight* weights) {
+  const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
+  vf sum[2] = {splat(0.0f), splat(0.0f)};
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    const vf a = exp2_of(fma(load(x + j), f, s)), b = exp2_of(fma(load(x + j + kLanes), f, s));
+    store_weights(weights + j, a, b);
+    sum[0] = sum[0] + a;
+    sum[1] = sum[1] + b;
   }
-  return horizontal_sum(sum);
+  return sum[0] + sum[1];
 }
 
-// The running softmax of a block's rows.
+// The running softmax of a block's rows: all peaks first, so that no row waits for another one's.
+template <int kRows>
 struct Running {
-  float peak[64], total[64];
+  static constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
+  float peak[kPadded], here[kPadded], shift[kPadded], shrink[kPadded];
+  float total[kRows][kLanes];
+
+  Running() {
+    for (int i = 0; i < kPadded; ++i) peak[i] = here[i] = -kInfinity;
+    std::memset(total, 0, sizeof total);
+  }
+  // From `here`, the peaks of another block of keys, still to be scaled. Returns whether any row's earlier weights must
+  // shrink.
+  bool advance(int64_t rows, float scale) {
+    bool shrinks = false;
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const vf before = load(peak + i), after = maximum(load(here + i) * splat(scale), before);
+      // A row that has seen nothing yet: its NaN, if any, must show.
+      const vf by = select(greater(after, splat(-kInfinity)), after, splat(0.0f));
+      const vf factor = exp2_of((before - by) * splat(kLog2E));
+      shrinks |= any(either(greater(splat(1.0f), factor), unordered(factor)));
+      store(shift + i, by);
+      store(shrink + i, factor);
+      store(peak + i, after);
+    }
+    return shrinks;
+  }
 };
 
 template <class E>
 struct Scratch {
   void* rows;
   float* scores;  // [kRows][kKeys]
-  void* weights;  // [kRows][kKeys]
   float* out;     // [kRows][padded value width]
   static size_t part(size_t bytes) { return (bytes + 63) / 64 * 64; }
   static size_t bytes(int64_t width, int64_t v_width) {
     return part(E::row_bytes(width)) + part(E::kRows * E::kKeys * sizeof(float)) +
-           part(E::kRows * E::kKeys * sizeof(typename E::Weight)) +
            part(size_t(E::kRows * E::padded(v_width)) * sizeof(float));
   }
   Scratch(void* memory, int64_t width) {
@@ -83,8 +140,6 @@ struct Scratch {
     at += part(E::row_bytes(width));
     scores = reinterpret_cast<float*>(at);
     at += part(E::kRows * E::kKeys * sizeof(float));
-    weights = at;
-    at += part(E::kRows * E::kKeys * sizeof(typename E::Weight));
     out = reinterpret_cast<float*>(at);
   }
 };
@@ -124,50 +179,54 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
              const RowList& all_rows, void* out, int64_t out_stride, bool wide, float* lse, void* memory) {
   [[maybe_unused]] const Tiles tiles;
   const Scratch<E> scratch(memory, head.q.width);
-  auto* const weights = E::weights(scratch.scores, scratch.weights);
+  // In place of the scores.
+  auto* const weights = reinterpret_cast<typename E::Weight*>(scratch.scores);
+  const float factor = factor_left<E>(head);
+  const bool touched = touches<E>(head);
   const int64_t width = head.q.width, v_width = E::padded(head.v.width);
-  const int64_t n_packed = round_up(key_end - key_begin, E::kStep);
   for (int64_t done = 0; done < all_rows.count; done += E::kRows) {
     const RowList rows = all_rows.part(done, E::kRows);
     const int64_t n_rows = round_up(rows.count, E::kTileRows);
     E::pack_rows(head, rows, scratch.rows);
-    Running running;
-    int64_t first = key_end, last = key_begin;
+    // What some row sees, and what all of them see.
+    int64_t first = key_end, last = key_begin, seen_from = key_begin, seen_to = key_end;
     for (int64_t i = 0; i < rows.count; ++i) {
-      running.peak[i] = -kInfinity;
-      running.total[i] = 0;
       const int64_t from = head.first_key(rows.at(i)), to = head.last_key(rows.at(i));
       first = from < first ? from : first;
       last = to > last ? to : last;
+      seen_from = from > seen_from ? from : seen_from;
+      seen_to = to < seen_to ? to : seen_to;
     }
-    first = first > key_begin ? key_begin + (first - key_begin) / E::kKeys * E::kKeys : key_begin;
+    first = first > key_begin ? key_begin + (first - key_begin) / E::kStep * E::kStep : key_begin;
     last = last < key_end ? last : key_end;
     std::memset(scratch.out, 0, size_t(n_rows * v_width) * sizeof(float));
 
-    for (int64_t begin = first; begin < last; begin += E::kKeys) {
-      const int64_t end = begin + E::kKeys < key_end ? begin + E::kKeys : key_end;
-      const int64_t n = round_up(end - begin, E::kStep);
+    // Blocks of keys of one size.
+    const int64_t blocks = last > first ? (last - first + E::kKeys - 1) / E::kKeys : 1;
+    const int64_t size = round_up((last - first + blocks - 1) / blocks, E::kStep);
+    Running<E::kRows> running;
+    for (int64_t begin = first; begin < last; begin += size) {
+      const int64_t end = begin + size < last ? begin + size : last, n = round_up(end - begin, E::kStep);
       E::multiply(scratch.rows, n_rows, keys, begin - key_begin, n, width, scratch.scores, E::kKeys);
+      if (touched || begin < seen_from || end > seen_to || n > end - begin)
+        for (int64_t i = 0; i < rows.count; ++i)
+          finish_logits<E>(head, rows.at(i), begin, end, n, scratch.scores + i * E::kKeys);
+      peaks_of(scratch.scores, E::kKeys, rows.count, n, running.here);
+      const bool shrinks = running.advance(rows.count, factor);
       for (int64_t i = 0; i < rows.count; ++i) {
-        float* const x = scratch.scores + i * E::kKeys;
-        const float factor = finish_logits<E>(head, rows.at(i), begin, end, n, x);
-        const float before = running.peak[i], here = peak_of(x, n) * factor;
-        const float peak = here > before ? here : before;
-        // A row that has seen nothing yet: its NaN, if any, must show.
-        const float shift = peak == -kInfinity ? 0.0f : peak;
-        const float shrink = before == -kInfinity ? 0.0f : __builtin_expf(before - shift);
-        running.total[i] = running.total[i] * shrink + exponentials(x, n, factor, shift, weights + i * E::kKeys);
-        running.peak[i] = peak;
-        if (shrink != 1.0f && begin > first) {
-          float* const o = scratch.out + i * v_width;
-          for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(shrink));
-        }
+        const vf sum =
+            exponentials(scratch.scores + i * E::kKeys, n, factor, running.shift[i], weights + i * E::kWeightPitch);
+        store(running.total[i], fma(load(running.total[i]), splat(running.shrink[i]), sum));
       }
-      if (v_width > 0) E::add_values(weights, n_rows, values, n_packed, begin - key_begin, n, v_width, scratch.out);
+      for (int64_t i = 0; i < rows.count && shrinks && begin > first; ++i) {
+        float* const o = scratch.out + i * v_width;
+        for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(running.shrink[i]));
+      }
+      if (v_width > 0) E::add_values(weights, n_rows, values, begin - key_begin, n, v_width, scratch.out);
     }
 
     for (int64_t i = 0; i < rows.count; ++i) {
-      const float total = running.total[i];
+      const float total = horizontal_sum(load(running.total[i]));
       lse[done + i] = total == 0 ? -kInfinity : running.peak[i] + __builtin_logf(total);
       if (v_width > 0)
         write_row(scratch.out + i * v_width, total == 0 ? 0.0f : 1.0f / total, head.v.width,
@@ -197,8 +256,8 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
   E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, 0, n, head.q.width, out, pitch);
   for (int64_t i = 0; i < rows.count; ++i) {
     float* const x = out + i * pitch;
-    const float factor = finish_logits<E>(head, rows.at(i), key_begin, key_end, n, x);
-    finish_scores(x, n, factor, lse ? lse + i : nullptr);
+    finish_logits<E>(head, rows.at(i), key_begin, key_end, n, x);
+    finish_scores(x, n, factor_left<E>(head), lse ? lse + i : nullptr);
   }
 }
 
@@ -234,8 +293,8 @@ void few_scores(const AttentionHead& head, int64_t key_begin, int64_t key_end, c
       default:
         dot_products(q, static_cast<const float*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
     }
-    const float factor = finish_logits<Fp32>(head, rows.at(i), key_begin, key_end, pitch, x);
-    finish_scores(x, pitch, factor, lse ? lse + i : nullptr);
+    finish_logits<Fp32>(head, rows.at(i), key_begin, key_end, pitch, x);
+    finish_scores(x, pitch, factor_left<Fp32>(head), lse ? lse + i : nullptr);
   }
 }
 
@@ -293,13 +352,15 @@ void merge_parts(const float* part, int64_t part_stride, const float* part_lse, 
 constexpr AttentionEngine kFp32 = engine_of<Fp32>();
 #if defined(FASTOK_AMX)
 constexpr AttentionEngine kBf16 = engine_of<Bf16>();
+#elif defined(__AVX512BF16__)
+constexpr AttentionEngine kBf16 = engine_of<Bf16Vectors>();
 #endif
 
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
 const AttentionKernels attention_kernels = {few_scores, kFp32,
-#if defined(FASTOK_AMX)
+#if defined(__AVX512BF16__)
                                             &kBf16,
 #else
                                             nullptr,

@@ -98,7 +98,7 @@ struct AttentionCall {
             of_head};
   }
 
-  // bf16 tiles where there are some.
+  // bf16 products where the machine has them.
   const AttentionEngine& engine() const {
     const AttentionKernels& kernels = pick_attention_kernels();
     return dtype == Dtype::bf16 && kernels.bf16 ? *kernels.bf16 : kernels.fp32;

@@ -12,8 +12,11 @@ namespace {
 
 using fastok::Isa;
 
-const std::pair<const char*, Isa> kIsas[] = {
-    {"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}};
+const std::pair<const char*, Isa> kIsas[] = {{"baseline", Isa::baseline},
+                                             {"avx2", Isa::avx2},
+                                             {"avx512", Isa::avx512},
+                                             {"avx512_bf16", Isa::avx512_bf16},
+                                             {"amx", Isa::amx}};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
