@@ -26,7 +26,11 @@ from torch import Tensor
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Without a native kernel all instruction sets run the same matrix products of torch.
-ONCE = () if "attention_backward" in _library.NATIVE["CPU"] else ("cpu-baseline", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16")
+ONCE = (
+    ()
+    if "attention_backward" in _library.NATIVE["CPU"]
+    else ("cpu-baseline", "cpu-avx2", "cpu-avx512", "cpu-avx512_bf16")
+)
 over_backward = over_backends("attention_backward", without=("reference", *ONCE))
 
 
