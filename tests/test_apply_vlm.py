@@ -6,7 +6,7 @@ from typing import Any
 import fastok
 import pytest
 import torch
-from fastok.reducers import ToMe
+from fastok.reducers import EViT, ToMe
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -378,9 +378,68 @@ def test_scores_do_not_change_the_tower(case: Case, model: Any, attention: str) 
 @over_models
 def test_published_merging_before_the_language_model(case: Case, model: Any) -> None:
     picture = case.pictures[0]
-    with apply(model, ToMe(r=4)) as handle:
+    with apply(model, ToMe(r=4), place="output") as handle:
         new = generate(model, case.inputs([5, picture, 6, 7]))
     assert new.shape[1] == case.tokens(picture) + 3 + NEW
     (token_map,), crops = handle.token_map, case.crops(picture)
     assert token_map.assign.shape == crops
     assert token_map.n_out == crops[1] - 4
+
+
+STITCHED = {name: case for name, case in vlm.MODELS.items() if name in ("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision")}
+
+
+@pytest.mark.parametrize("case", STITCHED.values(), ids=STITCHED)
+@pytest.mark.parametrize("reducer", [ToMe(r=4), EViT(keep=0.7, layers=(0, 1))], ids=["ToMe", "EViT"])
+def test_the_tower_can_reduce_in_its_layers(case: Case, model: Any, reducer: Any) -> None:
+    picture = case.pictures[0]
+    tower, special = model.model.vision_tower, int(case is not STITCHED["LLaVA-OneVision"])
+    inputs = case.inputs([5, picture, 6, 7])
+    if "cls" in reducer.needs and not special:
+        with pytest.raises(ValueError, match="EViT needs a class token, of which SiglipVisionModel has none"):
+            apply(model, reducer)
+        return
+    layer = model.config.vision_feature_layer
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    with apply(tower, reducer) as handle, torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states
+        left = model.model.multi_modal_projector(states[layer][:, special:])
+        maps = handle._work.composed(len(tower.encoder.layers) + 1 + layer).dense()[:, special:, special:]
+    first = maps.argmax(-1)  # where each token stands: its first member, or the one that counts most
+    order = case.order(picture)
+    at = torch.stack([(order == crop * vlm.N + i).nonzero()[0, 0] for crop, row in enumerate(first) for i in row])
+    is_newline = case.kept(picture, torch.zeros(case.crops(picture), dtype=torch.bool))
+    at = (~is_newline).nonzero()[:, 0][at]
+    places, which = torch.cat([at, is_newline.nonzero()[:, 0]]).sort(stable=True)
+    newline = getattr(model.model, "image_newline", torch.zeros(32))
+    rows = torch.cat([left.flatten(0, 1), newline.expand(int(is_newline.sum()), -1)])[which].detach()
+    embed = model.get_input_embeddings()
+    embeds = torch.cat([embed(torch.tensor([5])), rows, embed(torch.tensor([6, 7]))])[None].detach()
+    expected = vlm.hand_logits(model, embeds)
+    with apply(model, reducer) as handle:
+        torch.testing.assert_close(logits(model, inputs), expected)
+        new = generate(model, inputs)
+        assert handle.stats.tokens_out == [len(places)]
+        assert handle.stats.seconds > 0
+        assert torch.equal(generate(model, inputs, num_beams=2)[:, :-NEW], new[:, :-NEW])
+    with apply(model, reducer, place="layers") as handle:
+        assert torch.equal(generate(model, inputs), new)
+    assert handle.token_map[0].n_in == vlm.N
+
+
+def test_places() -> None:
+    case = vlm.MODELS["LLaVA-OneVision, video"]
+    model = case.make()
+    with apply(model, ToMe(r=2)), pytest.raises(NotImplementedError, match="place='layers': required, tokens that are"):
+        logits(model, case.inputs([5, case.pictures[0]]))
+    with pytest.raises(NotImplementedError, match="ToMe in the layers of Qwen2VLModel's vision tower: required"):
+        apply(vlm.qwen2(), ToMe(r=2))
+    with pytest.raises(ValueError, match="place must be 'layers' or 'output', got 'behind'"):
+        apply(model, ToMe(r=2), place="behind")
+    with pytest.raises(TypeError, match="where is place='layers' or 'output'; got layer"):
+        apply(model, ToMe(r=2), layer=2)
+    with pytest.raises(TypeError, match=r"supported are timm.*LlavaForConditionalGeneration.*Qwen2_5_VLForCond"):
+        apply(nn.Linear(2, 2), ToMe(r=2))
+    two = nn.ModuleList([model, vlm.llava()])
+    with pytest.raises(ValueError, match=r"ModuleList contains several encoders, give apply one of them: 0\.model"):
+        apply(two, ToMe(r=2))

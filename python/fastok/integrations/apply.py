@@ -7,12 +7,10 @@ from torch import nn
 from ..reducers.context import Reducer
 from . import timm, transformers, vision_language
 from .handle import Handle, Work
-from .session import SCORES
+from .session import check_needs
 from .swap import Swaps
 
 _LIBRARIES = (timm, transformers)
-_SHOWN = ("hidden", "keys", "size", *SCORES)
-"""Fields of `TokenContext`, and scores, that an encoder's layers can fill in."""
 
 
 def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
@@ -20,9 +18,11 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
 
     Args:
         model: a supported encoder or vision-language model, or any module that contains exactly one. Of a
-            vision-language model's own encoder, give that (``model.model.vision_tower``) to reduce in its layers.
+            vision-language model, give the whole: it has to know that its encoder returns fewer tokens.
         reducer: for instance ``fastok.reducers.ToMe(r=16)``.
-        where: for reducers that act at a place of choice; the ones supported here take nothing.
+        where: for a vision-language model, ``place="layers"`` reduces in the layers of its vision tower (LLaVA's),
+            ``place="output"`` behind it. By default in layers if the reducer says in which it reduces (ToMe, EViT),
+            unless that is always the last.
 
     Returns:
         A `Handle`. ``with fastok.apply(model, reducer) as handle: …`` undoes it at the end, exactly, errors or not.
@@ -43,41 +43,41 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
     checkpointing (one forward per backward, or an error); so does ``torch.compile(fullgraph=True)``, where nothing is
     recorded in the handle.
 
-    **Vision-language models** (LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL) are reduced once, between
-    projector or patch merger and language model: the reducer is called for each image and video, and the prompt is
-    shortened to what it leaves. ``forward`` and ``generate`` are called as before and count the tokens of the original
-    prompt: ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels`` go in as the processor made them, with a
-    cache, too, and ``generate`` returns prompt and new tokens; only logits and the cache are shorter. Positions are
-    renumbered without gaps; in Qwen's models, tokens keep those they had (M-RoPE). Prompts of a batch that keep
-    different numbers of tokens are padded on the side where they were padded, else on the left. Scores of the vision
-    tower's attention are computed in the layers that the reducer asks for, and its attention is left as it is. Newline
-    embeddings stay, unless the reducer says otherwise (``newlines = "filled"`` or ``"none"``). Training works. Not for
-    compiled graphs.
+    **Vision-language models** (LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL) are reduced once,
+    between projector or patch merger and language model (or in the layers of their encoder): the reducer is called
+    for each image and video, and the prompt is shortened to what it leaves. ``forward`` and ``generate`` are called
+    as before and count the tokens of the original prompt: ``input_ids``, ``attention_mask``, ``position_ids`` and
+    ``labels`` go in as the processor made them, with a cache, too, and ``generate`` returns prompt and new tokens;
+    only logits and the cache are shorter. Positions are renumbered without gaps; in Qwen's models, tokens keep
+    those they had (M-RoPE). Prompts of a batch that keep different numbers of tokens are padded on the side where
+    they were padded, else on the left. Scores of the vision tower's attention are computed in the layers that the
+    reducer asks for, and its attention is left as it is. Newline embeddings stay, unless the reducer says otherwise
+    (``newlines = "filled"`` or ``"none"``). Training works. Not for compiled graphs.
     """
     needs = getattr(reducer, "needs", None)
     if needs is None or not callable(reducer) or isinstance(reducer, type):
         raise TypeError(f"reducer must be a reducer such as fastok.reducers.ToMe(r=16), got {reducer!r}")
-    if where:
-        raise TypeError(f"{type(reducer).__name__} takes no place to act at, got {', '.join(where)}")
     swaps = Swaps()
     try:
-        return Handle(_patched(model, reducer, swaps), swaps)
+        return Handle(_patched(model, reducer, swaps, where), swaps)
     except BaseException:
         swaps.restore()
         raise
 
 
-def _patched(model: nn.Module, reducer: Reducer, swaps: Swaps) -> Work:
+def _patched(model: nn.Module, reducer: Reducer, swaps: Swaps, where: dict[str, Any]) -> Work:
     cores = {name: module for name, module in model.named_modules() if vision_language.family_of(module) is not None}
     if cores:
-        return vision_language.patch(model, _only(model, cores), reducer, swaps)
+        unknown = where.keys() - {"place"}
+        if unknown:
+            raise TypeError(
+                f"for a vision-language model, where is place='layers' or 'output'; got {', '.join(unknown)}"
+            )
+        return vision_language.patch(model, _only(model, cores), reducer, swaps, where.get("place"))
     library, encoder = _find(model)
-    missing = [name for name in reducer.needs if name not in _SHOWN]
-    if missing:
-        raise NotImplementedError(
-            f"{type(reducer).__name__} in an encoder's layers: required {', '.join(reducer.needs)}; "
-            f"supported {', '.join(_SHOWN)}; missing {', '.join(missing)}"
-        )
+    if where:
+        raise TypeError(f"{type(reducer).__name__} takes no place to act at, got {', '.join(where)}")
+    check_needs(reducer, "in an encoder's layers", library.SHOWN)
     session: Work = library.patch(model, encoder, reducer, swaps)
     return session
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reducers.context import Reducer
+from ..token_map import SoftMap, TokenMap
+from .session import Session
 from .swap import Swaps
 from .tower import Tower, Watch, watched
 from .transformers import Encoder, encoder_of
@@ -26,6 +28,10 @@ from .vlm import Modality
 _IMAGE = Modality("image", "pixel_values", ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy"))
 _CROPPED = Modality("image", "pixel_values", (*_IMAGE.arguments, "batch_num_images"))
 _VIDEO = Modality("video", "pixel_values_videos", ("vision_feature_layer", "vision_feature_select_strategy"))
+
+
+def _as_they_are(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(eq=False)
@@ -43,6 +49,7 @@ class _Run:
     classes: Tensor | None
     tower: Tower
     needs: tuple[str, ...]
+    merged: tuple[TokenMap | SoftMap, Tensor] | None
 
     @property
     def side(self) -> int | None:
@@ -50,7 +57,7 @@ class _Run:
         return side if side * side == self.tokens.shape[1] else None
 
     def visual(
-        self, features: Tensor, crops: slice, shown: Callable[[Tensor], Tensor] = lambda x: x, **more: Any
+        self, features: Tensor, crops: slice, shown: Callable[[Tensor], Tensor] = _as_they_are, **more: Any
     ) -> Visual:
         """The image of these crops; ``shown`` is what is done to everything that has a value for each token."""
 
@@ -58,6 +65,13 @@ class _Run:
             return None if x is None else shown(x[crops])
 
         tower, extra = self.tower, {}
+        if self.merged is not None:
+            if shown is not _as_they_are:
+                raise NotImplementedError(
+                    "place='layers': required, tokens that are pooled or resampled after the tower; supported, images "
+                    "that are not; use place='output'"
+                )
+            more["merged"] = (_of_rows(self.merged[0], crops), self.merged[1][crops])
         if "vision" in self.needs:
             extra["vision"] = shown(self.vision[crops])
         if "vision_cls" in self.needs and self.classes is not None:
@@ -67,7 +81,7 @@ class _Run:
         if "valid" in self.needs and "valid" not in extra:
             extra["valid"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=features.device)
         if "crops" in self.needs and "crops" not in extra:
-            extra["crops"] = torch.zeros(2, dtype=torch.int64, device=features.device)
+            extra["crops"] = torch.zeros(2, dtype=torch.int64)
         side = self.side
         return Visual(
             features,
@@ -90,6 +104,7 @@ class LlavaFamily:
     modalities: ClassVar[tuple[Modality, ...]] = (_IMAGE,)
     keeps_positions: ClassVar[bool] = False
     forwards_options: ClassVar[bool] = False
+    inner: Session | None = None  # where the reducer is in the tower's layers
 
     def __init__(self, core: Any, reducer: Reducer) -> None:
         self.encoder: Encoder | None = encoder_of(core.vision_tower)
@@ -99,6 +114,7 @@ class LlavaFamily:
         class_token = special == 1 if self.encoder is None else self.encoder.class_token
         self.tower = Tower(reducer, max(len(layers), 1), special, class_token)
         self.projected: tuple[Tensor, Tensor] | None = None
+        self.merged: tuple[TokenMap | SoftMap, Tensor] | None = None
         if not self.tower.needed:
             return
         if self.encoder is None or self.encoder.special != special:
@@ -108,6 +124,11 @@ class LlavaFamily:
                 f"SiglipVisionModel with 'full'; got {type(core.vision_tower).__name__} with "
                 f"{core.config.vision_feature_select_strategy!r}"
             )
+
+    @property
+    def seconds(self) -> float:
+        """What the tower's scores, or the reductions in its layers, took."""
+        return self.tower.seconds + (0.0 if self.inner is None else self.inner.reducing)
 
     def swap(self, core: Any, swaps: Swaps) -> None:
         """Have the projector and, where needed, the tower's attention note what passes through."""
@@ -148,7 +169,17 @@ class LlavaFamily:
         classes = None
         if self.tower.class_token and self.tower.special:
             classes = output.hidden_states[_last(core, arguments)][:, 0]
-        return _Run(tokens, vision, classes, self.tower, self.needs)
+        merged, self.merged = self.merged, None
+        return _Run(tokens, vision, classes, self.tower, self.needs, merged)
+
+    def project(self, vision: Tensor, tokens: Tensor) -> Tensor:
+        """The projector's output ``tokens``; one for each that the tower was given, if it has left fewer."""
+        if self.inner is not None:
+            token_map = _behind(self.inner.composed(self.tower.feature + 1), self.tower.special)
+            self.merged = token_map, tokens
+            tokens = token_map.unmerge(tokens)
+        self.projected = vision, tokens
+        return tokens
 
 
 class LlavaNextFamily(LlavaFamily):
@@ -199,7 +230,7 @@ class LlavaNextFamily(LlavaFamily):
         packed = self._packed(core, numbers, image_size, numbers.new_full((1,), -1))[:, 0]
         extra: dict[str, Tensor] = {}
         if "crops" in self.needs:
-            extra["crops"] = torch.tensor(grid, device=features.device)
+            extra["crops"] = torch.tensor(grid)
         if len(packed) == len(features):
             return run.visual(features, crops, packed=packed, extra=extra | self._valid(packed, shape))
         return self._resampled(run, features, crops, packed, extra, arguments.get("vision_aspect_ratio"), core)
@@ -293,10 +324,24 @@ def _last(core: Any, arguments: dict[str, Any]) -> int:
     return int(layer if isinstance(layer, int) else layer[-1])
 
 
+def _behind(token_map: TokenMap | SoftMap, special: int) -> TokenMap | SoftMap:
+    """The map of the patches, without ``special`` tokens in front, which stay in front."""
+    if isinstance(token_map, SoftMap):
+        return SoftMap.from_dense(token_map.dense()[:, special:, special:])
+    assign = token_map.assign[:, special:]
+    assign = torch.where(assign < special, -1, assign - special)
+    return TokenMap.from_assign(assign, token_map.n_out - special, token_map.counts - special)
+
+
+def _of_rows(token_map: TokenMap | SoftMap, rows: slice) -> TokenMap | SoftMap:
+    if isinstance(token_map, SoftMap):
+        return SoftMap.from_dense(token_map.dense()[rows])
+    return TokenMap.from_assign(token_map.assign[rows], token_map.n_out, token_map.counts[rows])
+
+
 def _projector(base: Any) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, image_features: Tensor) -> Tensor:
-        tokens: Tensor = base.forward(self, image_features)
-        self._fastok.projected = (image_features, tokens)
+        tokens: Tensor = self._fastok.project(image_features, base.forward(self, image_features))
         return tokens
 
     return {"forward": forward}

@@ -44,6 +44,11 @@ class Qwen2VLFamily:
             if not calls(type(block.attn).forward, "ALL_ATTENTION_FUNCTIONS"):
                 raise TypeError(f"this transformers version builds {self.core} unlike 5.23, which is supported")
 
+    @property
+    def seconds(self) -> float:
+        """What the tower's scores took."""
+        return self.tower.seconds
+
     def swap(self, core: Any, swaps: Swaps) -> None:
         """Have the tower's attention note what passes through, where needed."""
         if not self.tower.needed and "vision" not in self.needs:
@@ -84,7 +89,7 @@ class Qwen2VLFamily:
             if "valid" in self.needs:
                 extra["valid"] = torch.ones(1, len(image), dtype=torch.bool, device=image.device)
             if "crops" in self.needs:
-                extra["crops"] = torch.zeros(2, dtype=torch.int64, device=image.device)
+                extra["crops"] = torch.zeros(2, dtype=torch.int64)
             found.append(
                 Visual(
                     image,

@@ -6,7 +6,7 @@ for a row or the columns, in the layers that are asked for them and in no other.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..flash import padded
 from ..ops.attention import attention_scores
-from ..ops.scores import ScoreSpec
 from ..reducers.context import Reducer
-from .session import in_autocast, in_backward
+from .session import in_autocast, in_backward, is_score, score_layers, score_spec
 from .swap import rebound
 
 
@@ -37,11 +36,6 @@ class Interface:
         return self.wrapped(name, functions.get_interface(name, default))
 
 
-def is_score(name: str) -> bool:
-    """Whether a reducer's need is a score of the vision tower: ``"cls"`` or ``"column"``, perhaps with a role."""
-    return name.split(":")[0] in ("cls", "column")
-
-
 class Tower:
     """What is to be noted of a vision tower in its next run, and what was.
 
@@ -57,9 +51,7 @@ class Tower:
     def __init__(self, reducer: Reducer, n_layers: int, special: int, class_token: bool) -> None:
         self.names = [name for name in reducer.needs if is_score(name)]
         self.notes = [name for name in reducer.needs if name in ("keys", "values")]
-        self.layers_of: dict[str, Iterable[int]] = {}
-        if self.names and hasattr(reducer, "score_layers"):
-            self.layers_of = reducer.score_layers(n_layers)
+        self.layers_of = score_layers(reducer, n_layers)
         self.n_layers = n_layers
         self.special = special
         self.class_token = class_token
@@ -76,9 +68,7 @@ class Tower:
         self.wanted: dict[int, list[str]] = {}
         for name in self.names:
             for layer in self.layers_of.get(name, (feature,)):
-                if not -self.n_layers <= layer < self.n_layers:
-                    raise ValueError(f"score_layers: {name} of layer {layer}, of which there are {self.n_layers}")
-                self.wanted.setdefault(layer % self.n_layers, []).append(name)
+                self.wanted.setdefault(layer, []).append(name)
         self.scores: dict[str, Tensor] = {}
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -116,17 +106,10 @@ class Tower:
             q, k = q.flatten(0, 1), k.flatten(0, 1)
             packing = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
         for name in names:
-            found = attention_scores(q, k, spec=self._spec(name, bool(packing)), scale=scale, **packing)
+            spec = score_spec(name, self.special, class_token=self.class_token)
+            found = attention_scores(q, k, spec=spec, scale=scale, **packing)
             self.scores[name] = self.scores[name] + found if name in self.scores else found
         self.seconds += perf_counter() - started
-
-    def _spec(self, name: str, packed: bool) -> ScoreSpec:
-        """A class token's row, or the mean over all rows, which also stands for it where there is none."""
-        logits = name == "cls:logit"
-        cols = (self.special, None) if self.special and not packed else None
-        if name.startswith("cls") and self.class_token:
-            return ScoreSpec(rows=0, cols=cols, logits=logits)
-        return ScoreSpec(cols=cols, reduce="mean", logits=logits)
 
 
 def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]], part: int) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..reducers.context import Reducer
-from .session import Layer, Session
+from .session import SHOWN as SHOWN
+from .session import Layer, Session, check_class_token
 from .swap import Methods, Swaps, calls, check_free, rebound, replaced
 from .tower import Interface
 from .transformers_attention import NAME, hides_nothing
@@ -54,7 +55,7 @@ def _with_layer(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
             attended: tuple[Tensor, Any] = own(module, query, key, value, attention_mask, **options)
             return attended
         layer, scale = attention_mask, options.get("scaling")
-        layer.observe(query, key, scale)
+        layer.observe(query, key, value, scale)
         if name in ("eager", NAME) or not layer.serves(options.get("dropout", 0.0)):
             attended = own(module, query, key, value, layer.additive(query.dtype), **options)
             return attended
@@ -217,10 +218,12 @@ def encoder_of(module: Any) -> Encoder | None:
 def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Session:
     """Put ``reducer`` into ``encoder``, and sizes into the head of an image classifier that averages its tokens."""
     family = next(family for family in _FAMILIES if _is(encoder, family, family.name))
-    if "cls" in reducer.needs and not family.class_token:
-        raise ValueError(f"{type(reducer).__name__} needs a class token, of which {family.name} has none")
+    check_class_token(reducer, family.name, family.class_token)
     layers = _layers(encoder, family)
     session = Session(reducer, len(layers), family.protect(encoder))
+    session.class_token = family.class_token
+    if "grid" in reducer.needs:
+        swaps.swap(encoder.embeddings, session, _embeddings)
     for index, block in enumerate(layers):
         attention = getattr(block, family.attention)
         layer = Layer(session, index, attention.head_dim)
@@ -255,6 +258,16 @@ def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
             f"this transformers version builds {family.name} unlike 5.23, which is supported: {error}"
         ) from error
     return list(layers)
+
+
+def _embeddings(base: Any) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        size = self.config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self._fastok.grid = (1, pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
+        return base.forward(self, pixel_values, *args, **kwargs)
+
+    return {"forward": forward}
 
 
 class _FinalTokens:

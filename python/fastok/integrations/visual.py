@@ -25,6 +25,7 @@ class Visual:
             if there is one crop and nothing but its tokens.
         ordered: the number of leading crops that stay together when packed, so that their tokens can be in any order.
         seconds: its share of what the vision tower's scores took.
+        merged: where the tower itself has reduced, the map of the tokens, and ``[B,M,C]``, what it left.
     """
 
     features: Tensor
@@ -37,13 +38,13 @@ class Visual:
     packed: Tensor | None = None
     ordered: int = 1
     seconds: float = 0.0
+    merged: tuple[TokenMap | SoftMap, Tensor] | None = None
 
     def context(self, text: Tensor | None, whole: bool) -> TokenContext:
         """What a reducer is shown: a row for each crop, or (``whole``) one for all of them."""
-        shape = self.hidden.shape[:2]
 
         def shown(x: Tensor) -> Tensor:
-            return x.flatten(0, 1)[None] if whole and x.shape[:2] == shape else x
+            return x.flatten(0, 1)[None] if whole else x
 
         return TokenContext(
             shown(self.hidden),
@@ -52,7 +53,7 @@ class Visual:
             scores={name: shown(scores) for name, scores in self.scores.items()},
             grid=None if whole else self.grid,
             text=text,
-            extra={name: shown(x) for name, x in self.extra.items()},
+            extra={name: shown(x) if name in ("vision", "valid") else x for name, x in self.extra.items()},
         )
 
 
@@ -74,18 +75,41 @@ class Reduced:
 
 
 def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
-    """Apply ``reducer`` to one image, and lay out what it returns.
+    """Apply ``reducer`` to one image, unless the tower has reduced it, and lay out what is left.
 
     A reducer that has ``whole_image = True`` is shown all crops as one row. What has been merged stands where its first
     member stood that is in the prompt at all (for a `SoftMap`: the one with the largest weight); in crops that stay
-    together, in the order of the reducer's output. Newline embeddings behind the rows of a stitched image all stay;
-    with the reducer's attribute ``newlines = "filled"``, those of rows in which something is left; with ``"none"``,
-    none.
+    together, in the order of the reducer's output (in raster order if the tower has reduced). Newline embeddings behind
+    the rows of a stitched image all stay; with the reducer's attribute ``newlines = "filled"``, those of rows in which
+    something is left; with ``"none"``, none.
     """
     started = perf_counter()
-    name = type(reducer).__name__
     whole: bool = getattr(reducer, "whole_image", False)
-    ctx = visual.context(text, whole)
+    token_map, merged = _merged(visual, reducer, text, whole) if visual.merged is None else visual.merged
+    batch, n = token_map.batch_size, token_map.n_in
+    total = len(visual.features)
+    place = _places(visual, total).view(batch, n)
+    at = _places_of_slots(token_map, place, total)
+    key = at
+    if visual.merged is None and (visual.packed is None or not whole):
+        crop = torch.arange(batch, device=at.device)[:, None]
+        slot = torch.arange(token_map.n_out, device=at.device)
+        key = torch.where((at < total) & (crop < visual.ordered), crop * n + slot, at)
+    at, key = at.flatten(), key.flatten()
+    left = (at < total).nonzero()[:, 0]
+    features, source, key = merged.flatten(0, 1)[left], at[left], key[left]
+    order = key.sort(stable=True).indices
+    if visual.packed is not None:
+        newlines = _newlines(visual, source, getattr(reducer, "newlines", "all"))
+        features = torch.cat([features, visual.features[newlines].to(features)])
+        source, key = torch.cat([source, newlines]), torch.cat([key, newlines])
+        order = key.sort(stable=True).indices
+    return Reduced(features[order], source[order], token_map, perf_counter() - started)
+
+
+def _merged(visual: Visual, reducer: Reducer, text: Tensor | None, whole: bool) -> tuple[TokenMap | SoftMap, Tensor]:
+    """What the reducer returns, and the tokens merged by it."""
+    name, ctx = type(reducer).__name__, visual.context(text, whole)
     token_map = reducer(ctx)
     if not isinstance(token_map, (TokenMap, SoftMap)):
         raise TypeError(f"{name} must return a TokenMap or a SoftMap, got {type(token_map).__name__}")
@@ -95,25 +119,7 @@ def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
             f"{name} must return a map of {batch} samples from {n} tokens to no more, got {token_map.batch_size} "
             f"samples from {token_map.n_in} to {token_map.n_out}"
         )
-    merged, _ = token_map.merge(ctx.hidden)
-    total = len(visual.features)
-    place = _places(visual, total).view(batch, n)
-    at = _places_of_slots(token_map, place, total)
-    key = at
-    if visual.packed is None or not whole:
-        crop = torch.arange(batch, device=at.device)[:, None]
-        slot = torch.arange(token_map.n_out, device=at.device)
-        key = torch.where((at < total) & (crop < visual.ordered), crop * n + slot, at)
-    at, key = at.flatten(), key.flatten()
-    left = (at < total).nonzero()[:, 0]
-    features, source, key = merged.flatten(0, 1)[left], at[left], key[left]
-    if visual.packed is not None:
-        newlines = _newlines(visual, source, getattr(reducer, "newlines", "all"))
-        features = torch.cat([features, visual.features[newlines].to(features)])
-        source, key = torch.cat([source, newlines]), torch.cat([key, newlines])
-        order = key.sort(stable=True).indices
-        features, source = features[order], source[order]
-    return Reduced(features, source, token_map, perf_counter() - started)
+    return token_map, token_map.merge(ctx.hidden)[0]
 
 
 def _places(visual: Visual, total: int) -> Tensor:

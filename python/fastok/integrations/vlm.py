@@ -19,7 +19,6 @@ from ..token_map import SoftMap, TokenMap
 from .prompt import History, Layout, Span, rearrange
 from .session import Stats
 from .swap import Methods
-from .tower import Tower
 from .visual import Reduced, Visual, reduce
 
 SHOWN = ("hidden", "grid", "text", "keys", "values", "vision", "vision_cls", "crops", "valid", "cls", "column")
@@ -59,6 +58,10 @@ class Family(Protocol):
     keeps_positions: bool
     forwards_options: bool
 
+    @property
+    def seconds(self) -> float:
+        """What scores, or reductions within the tower, took in its last run."""
+
     def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
         """The vision tower is about to run."""
 
@@ -69,10 +72,9 @@ class Family(Protocol):
 class PromptSession:
     """One reducer at work between the vision tower and the language model of one model. Remembers the last prompt."""
 
-    def __init__(self, reducer: Reducer, family: Family, tower: Tower) -> None:
+    def __init__(self, reducer: Reducer, family: Family) -> None:
         self.reducer = reducer
         self.family = family
-        self.tower = tower
         self.layout: Layout | None = None
         self.reduced: list[Reduced] = []
         self.tokens_in: list[int] = []
@@ -100,7 +102,7 @@ class PromptSession:
         output = own(core, **arguments, return_dict=True)
         visuals = self.family.visuals(core, modality, arguments, output)
         for visual in visuals:
-            visual.seconds = self.tower.seconds / len(visuals)
+            visual.seconds = self.family.seconds / len(visuals)
         features = output.pooler_output
         if isinstance(features, Tensor):
             features._fastok = visuals  # type: ignore[attr-defined]
