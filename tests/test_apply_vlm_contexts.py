@@ -312,10 +312,9 @@ def test_qwen_contexts_are_means_over_merged_patches(case: Case, monkeypatch: py
 
 
 def test_a_model_without_a_class_token_has_no_features_of_it() -> None:
-    with pytest.raises(
-        NotImplementedError, match="Every in Qwen2VLModel: required, vision_cls; missing, a class token"
-    ):
-        apply(vlm.qwen2(), Every(2, ("vision_cls",)))
+    for make in (vlm.qwen2, vlm.onevision):
+        with pytest.raises(NotImplementedError, match="Every: required, vision_cls; missing, a class token"):
+            apply(make(), Every(2, ("vision_cls",)))
 
 
 @pytest.mark.parametrize("case", QWEN.values(), ids=QWEN)

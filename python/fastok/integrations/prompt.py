@@ -186,6 +186,11 @@ class History:
     mask: Tensor | None
     removed: Tensor
 
+    @classmethod
+    def none(cls, batch: int) -> "History":
+        """Of a cache of prompts as they were."""
+        return cls(0, 0, None, torch.zeros(batch, dtype=torch.int64))
+
     def seen(self, cached: int) -> int:
         """The number of original columns that ``cached`` places stand for."""
         if cached < self.places:

@@ -35,10 +35,6 @@ class Qwen2VLFamily:
         self.needs = reducer.needs
         self.tower = Tower(reducer, len(core.visual.blocks), 0, class_token=False)
         self.window_index: Tensor | None = None
-        if "vision_cls" in self.needs:
-            raise NotImplementedError(
-                f"{type(reducer).__name__} in {self.core}: required, vision_cls; missing, a class token"
-            )
         for block in core.visual.blocks:
             check_free(block.attn)
             if not calls(type(block.attn).forward, "ALL_ATTENTION_FUNCTIONS"):

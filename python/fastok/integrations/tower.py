@@ -49,6 +49,10 @@ class Tower:
     """
 
     def __init__(self, reducer: Reducer, n_layers: int, special: int, class_token: bool) -> None:
+        if "vision_cls" in reducer.needs and not class_token:
+            raise NotImplementedError(
+                f"{type(reducer).__name__}: required, vision_cls; missing, a class token in the vision tower"
+            )
         self.names = [name for name in reducer.needs if is_score(name)]
         self.notes = [name for name in reducer.needs if name in ("keys", "values")]
         self.layers_of = score_layers(reducer, n_layers)

@@ -120,51 +120,38 @@ class PromptSession:
         ids, x = given.get("input_ids"), given.get("inputs_embeds")
         if (not features and history is None) or (ids is None and x is None):
             return own(core, **given, **options)
-        self._check(given, options)
         batch, width = (ids if x is None else x).shape[:2]  # type: ignore[union-attr]
         cached = 0 if cache is None else int(cache.get_seq_length())
-        history = History(0, 0, None, torch.zeros(batch, dtype=torch.int64)) if history is None else history
-        history = history.rows(batch)
-        seen = cached if history.places == 0 else history.seen(cached)
+        history = History.none(batch) if history is None else history.rows(batch)
+        seen = history.seen(cached)
+        _check(given, options, batch, seen, width)
         mask = given.get("attention_mask")
-        if mask is not None and mask.shape[1] != seen + width:
-            raise ValueError(
-                f"attention_mask must be of the tokens of the prompt as it was before images were reduced, "
-                f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}"
-            )
-        now = None if mask is None else mask[:, seen:]
         past = history.past_mask(mask, cached, batch) if cached else None
-        columns = seen + width
-        spans: list[Span] = []
-        reduced: list[Reduced] = []
+        now = None if mask is None else mask[:, seen:]
+        placed: list[_Placed] = []
         if features:
             x = core.get_input_embeddings()(ids) if x is None else x
-            spans, reduced = self._spans(core, features, ids, x, now)
+            placed = self._placed(core, features, ids, x, now)
         positions = self._positions(core, given, seen, width)
-        if features:
+        if placed:
             assert x is not None
+            spans = [image.span for image in placed]
             self.layout = layout = rearrange(width, batch, spans, now, x.device)
             given |= {"input_ids": None, "inputs_embeds": layout.embeddings(x, spans), "mm_encoder_outputs": None}
             given |= {modality.pixels: None for modality in self.family.modalities}
-            now, width = layout.mask(now), layout.column.shape[1]
+            now = layout.mask(now)
             positions = self._selected(positions, batch)
-        if past is not None or now is not None:
-            like = now if now is not None else past
-            assert like is not None
-            past = like.new_ones(batch, cached) if past is None else past
-            now = torch.cat([past, like.new_ones(batch, width) if now is None else now.to(past)], 1)
-        if positions is not None and not self.family.keeps_positions:
-            removed = history.removed.to(positions.device)[:, None]
-            positions = (positions - removed).clamp(min=0) if cached else positions
-        given |= {"attention_mask": now, "position_ids": positions}
+        if positions is not None and cached and not self.family.keeps_positions:
+            positions = (positions - history.removed.to(positions.device)[:, None]).clamp(min=0)
+        whole = _joined(past, now, batch, cached, width if self.layout is None else self.layout.column.shape[1])
+        given |= {"attention_mask": whole, "position_ids": positions}
         wanted = options.pop("return_dict", None)
         output = own(core, **given, **options, return_dict=True)
-        if reduced:
-            self._remember(features, reduced)
-            self._note(output, history, columns, cached, now)
-            rest = iter(reduced)
-            for name, images in features.items():
-                left = torch.cat([next(rest).features for _ in images])
+        if placed:
+            self._remember(placed)
+            self._note(output, history, seen + width, cached, whole)
+            for name in features:
+                left = torch.cat([image.reduced.features for image in placed if image.modality == name])
                 if hasattr(output, f"{name}_hidden_states"):
                     setattr(output, f"{name}_hidden_states", left.to(x))
         return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
@@ -185,18 +172,6 @@ class PromptSession:
             if output is not None:
                 found[modality.name] = _with_visuals(output.pooler_output)
         return found
-
-    def _check(self, given: dict[str, Any], options: dict[str, Any]) -> None:
-        mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise NotImplementedError(f"attention_mask: required, {what}; supported, [B,S] with 0 for padding")
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-            if options.get(name) is not None:
-                raise NotImplementedError(
-                    f"{name}: required, packed prompts whose lengths were counted before images were reduced; "
-                    "supported, one prompt per row"
-                )
 
     def _positions(self, core: Any, given: dict[str, Any], seen: int, width: int) -> Tensor | None:
         """Position ids ``[…,B,S]`` of the original prompt; None: the language model is to number tokens itself."""
@@ -225,10 +200,10 @@ class PromptSession:
             return torch.cat([layout.compact(positions[0])[None], layout.gather(positions[1:], 0)])
         return layout.gather(positions, 0)
 
-    def _spans(
+    def _placed(
         self, core: Any, features: dict[str, list[Tensor]], ids: Tensor | None, x: Tensor, mask: Tensor | None
-    ) -> tuple[list[Span], list[Reduced]]:
-        """Where images are in the prompts, with what is left of them; and that in the order of the images."""
+    ) -> list["_Placed"]:
+        """What is left of each image, in the order in which they are in the prompts."""
         places = {}
         for modality in self.family.modalities:
             token = getattr(core.config, f"{modality.name}_token_id")
@@ -240,7 +215,7 @@ class PromptSession:
         is_text = ~torch.stack(list(places.values())).any(0)
         is_text = is_text if mask is None else is_text & mask.bool()
         wants_text = "text" in self.reducer.needs
-        spans, results, known = [], [], {}
+        placed, known = [], {}
         for name, images in features.items():
             for image, (row, start) in zip(images, _starts(name, places[name], images), strict=True):
                 words: Any = None
@@ -249,20 +224,20 @@ class PromptSession:
                 if (id(image), words) not in known:  # beams share an image
                     text = x[row][is_text[row]][None] if wants_text else None
                     known[id(image), words] = reduce(image._fastok, self.reducer, text)  # type: ignore[attr-defined]
-                results.append(known[id(image), words])
-                spans.append(Span(row, start, len(image), results[-1].features, results[-1].source))
-        return sorted(spans, key=lambda span: (span.row, span.start)), results
+                reduced = known[id(image), words]
+                span = Span(row, start, len(image), reduced.features, reduced.source)
+                placed.append(_Placed(name, image, reduced, span))
+        return sorted(placed, key=lambda image: (image.span.row, image.span.start))
 
-    def _remember(self, features: dict[str, list[Tensor]], reduced: list[Reduced]) -> None:
+    def _remember(self, placed: list["_Placed"]) -> None:
         layout = self.layout
         assert layout is not None
-        self.reduced = reduced
-        images = [image for group in features.values() for image in group]
-        self.tokens_in = [len(image) for image in images]
+        self.reduced = [image.reduced for image in placed]
+        self.tokens_in = [image.span.length for image in placed]
         removed = layout.removed.tolist()
         self.prompts = [(after + gone, after) for after, gone in zip(layout.lengths, removed, strict=True)]
-        took = {id(image): image.seconds for image in reduced}
-        took |= {id(image): image._fastok.seconds for image in images}  # type: ignore[attr-defined]
+        took = {id(image.reduced): image.reduced.seconds for image in placed}
+        took |= {id(image.features): image.features._fastok.seconds for image in placed}  # type: ignore[attr-defined]
         self.seconds = sum(took.values())
 
     def _note(self, output: Any, history: History, columns: int, cached: int, mask: Tensor | None) -> None:
@@ -274,6 +249,16 @@ class PromptSession:
             cache._fastok = History(columns, cached + layout.column.shape[1], mask, removed)
 
 
+@dataclass(eq=False)
+class _Placed:
+    """One image in a prompt: its features before, and what is left of them."""
+
+    modality: str
+    features: Tensor
+    reduced: Reduced
+    span: Span
+
+
 class OriginalLength:
     """Stands for a cache where transformers asks it only for its length, and means that of the original prompt."""
 
@@ -283,6 +268,33 @@ class OriginalLength:
     def get_seq_length(self) -> int:
         """The length."""
         return self.length
+
+
+def _check(given: dict[str, Any], options: dict[str, Any], batch: int, seen: int, width: int) -> None:
+    mask = given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(f"attention_mask: required, {what}; supported, [B,S] with 0 for padding")
+    if mask is not None and mask.shape[1] != seen + width:
+        raise ValueError(
+            f"attention_mask must be of the tokens of the prompt as it was before images were reduced, "
+            f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}"
+        )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: required, packed prompts whose lengths were counted before images were reduced; supported, "
+                "one prompt per row"
+            )
+
+
+def _joined(past: Tensor | None, now: Tensor | None, batch: int, cached: int, width: int) -> Tensor | None:
+    """The mask of what is in the cache and of what is new, ``[B,cached + width]``; None if all is to be seen."""
+    like = past if now is None else now
+    if like is None:
+        return None
+    past = like.new_ones(batch, cached) if past is None else past.to(like)
+    return torch.cat([past, like.new_ones(batch, width) if now is None else now], 1)
 
 
 def _with_visuals(features: Any) -> list[Tensor]:
