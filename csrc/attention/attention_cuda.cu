@@ -19,10 +19,11 @@ TokenHeads heads_of(const Tensor& x) {
   return {x.const_data_ptr(), x.dim() == 4 ? x.stride(0) : 0, stride_from_end(x, 3), stride_from_end(x, 2)};
 }
 
-// Fit for a kernel; a copy where rows do not begin at multiples of 16 bytes.
+// Fit for a kernel; a copy where rows do not begin at multiples of 16 bytes, or all tokens are the same one.
 Tensor aligned_rows(const Tensor& x, Dtype dtype) {
   const Tensor rows = with_dense_rows(x);
-  if (rows_aligned(heads_of(rows), element_size(dtype))) return rows;
+  const bool one_token = stride_from_end(rows, 3) == 0 && size_from_end(rows, 3) > 1;
+  if (!one_token && rows_aligned(heads_of(rows), element_size(dtype))) return rows;
   const Tensor packed = torch::stable::contiguous(rows);
   return rows_aligned(heads_of(packed), element_size(dtype)) ? packed : torch::stable::clone(packed);
 }
@@ -138,7 +139,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
   p.lse_head_stride = n_q, p.lse_batch_stride = n_q * heads, p.lse_rows = problem.batch() * p.lse_batch_stride;
   if (p.lse_rows == 0) return {out, lse};
 
-  const AttentionPlan plan = plan_for(p, problem.dtype, max_seqlen_q, max_seqlen_k);
+  const AttentionPlan plan = plan_for(p, problem.dtype, max_seqlen_q, max_seqlen_k, capability_of(q));
   Tensor split_out, split_lse;
   if (plan.splits > 1) {
     split_out = floats(q, plan.splits * p.lse_rows * v_width), split_lse = floats(q, plan.splits * p.lse_rows);
@@ -206,7 +207,7 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
   Tensor row_lse, split_lse, pieces;
   if (!logits && (!lse || over_cols)) {
     AttentionParams pass = lse_pass(p, over_cols);
-    const AttentionPlan plan = plan_for(pass, problem.dtype, max_seqlen_q, max_seqlen_k);
+    const AttentionPlan plan = plan_for(pass, problem.dtype, max_seqlen_q, max_seqlen_k, capability_of(q));
     row_lse = floats(q, pass.lse_rows);
     pass.lse = data<float>(row_lse);
     if (plan.splits > 1) {
@@ -223,7 +224,7 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
     }
     p.lse = numbers_of(lse, packed, "lse", q);
   }
-  const ScorePlan plan = plan_for(p, problem.dtype);
+  const ScorePlan plan = plan_for(p, problem.dtype, capability_of(q));
   if (plan.pieces > 1) pieces = floats(q, pieces_size(p, plan));
   run_scores(launch, problem.dtype, plan, plan.pieces > 1 ? data<float>(pieces) : nullptr, p);
   return out;

@@ -8,7 +8,7 @@
 namespace fastok::cuda {
 
 // A CUtensorMap as it goes to a kernel: a parameter of its own or part of one, never copied on the device.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   unsigned char bytes[128];
 };
 

@@ -9,12 +9,6 @@
 
 namespace fastok::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const cuda::TensorMap& map) {
-#if !defined(FASTOK_HOST)
-  cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
-#endif
-}
-
 // Starts copying the tile that begins at these coordinates to a multiple of 1024 bytes. It counts on the barrier with
 // all its bytes, also those outside of the array, which become zeros.
 __device__ __forceinline__ void cp_async_bulk_tensor_4d(void* tile, const cuda::TensorMap& map, Mbarrier& barrier,

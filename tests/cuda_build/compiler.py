@@ -40,7 +40,7 @@ def build_library(nvcc: Path) -> Path:
     folder = ROOT / "build" / "cuda" / ("pypi" if nvcc == FROM_PYPI else "system") / nvcc_version(nvcc)
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        "-DFASTOK_CUDA=ON", "-DFASTOK_WERROR=ON", f"-DFASTOK_CUDA_ARCHS={';'.join(ARCHS)}",
+        "-DFASTOK_CUDA=ON", "-DFASTOK_WERROR=ON", "-DFASTOK_SM90=ON", f"-DFASTOK_CUDA_ARCHS={';'.join(ARCHS)}",
         f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={';'.join(SILENTLY)}",
         f"-DFASTOK_TORCH_DIR={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip

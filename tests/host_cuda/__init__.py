@@ -1,7 +1,7 @@
 """The CUDA kernels run on the CPU by the SIMT machine of simt.h, with the op-level signatures of fastok.reference.
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
-blocks and threads run. What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
+blocks and threads run, ``capability`` (80, 90) is that of the device played. What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 SOURCE = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
+capability = 80
 
 
 def load() -> ModuleType:
@@ -201,7 +202,7 @@ def attention(
     inputs |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     call(
         "attention", inputs, {"out": out, "lse": lse}, dtype=_name(q), scale=scale, left=left, right=right,
-        softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, capability=capability,
     )  # fmt: skip
     return out, lse
 
@@ -224,7 +225,7 @@ def attention_scores(
         "attention_scores", inputs, {"scores": out}, dtype=_name(q), scale=scale, left=left, right=right,
         softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, row_begin=row_begin, row_end=row_end,
         n_rows=min(n_rows, q.shape[-3]) if rows is None and reduce != "none" else n_rows, col_begin=col_begin,
-        col_end=col_end, over_cols=over_cols, reduce=reduce, head_group=head_group, head_max=head_max, logits=logits,
+        col_end=col_end, over_cols=over_cols, reduce=reduce, head_group=head_group, head_max=head_max, logits=logits, capability=capability,
     )  # fmt: skip
     return out
 

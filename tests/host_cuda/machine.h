@@ -5,6 +5,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <map>
 #include <memory>
 #include <random>
 #include <span>
@@ -25,6 +26,17 @@ constexpr int kNamedBarriers = 16;
 // What a detector found. Places in the code stand as <+0x1234>, for Python to look up.
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+// A wgmma that nobody has waited for yet: what multiply_async of hopper.h was given.
+struct AsyncProduct {
+  bool f16, add;
+  float* d;
+  int columns;
+  const uint32_t* a;
+  uint64_t a_rows, b;
+  int group;  // -1: not committed yet
+  Pc pc;
 };
 
 // Ends in a page that may not be touched: a thread that needs more does not go on in another's memory.
@@ -63,6 +75,8 @@ struct Fiber {
   SharedLayout shared;
   std::vector<AsyncCopy> copies;
   int copy_groups = 0;
+  std::vector<AsyncProduct> products;
+  int product_groups = 0;
 };
 
 // The lanes of one warp in one collective.
@@ -76,7 +90,8 @@ struct Meeting {
 
 struct Warp {
   unsigned exited = 0;
-  Clock last_sync = 0;  // of all lanes
+  int64_t products = 0;  // that its lanes have started
+  Clock last_sync = 0;   // of all lanes
   std::vector<Meeting> meetings;
 };
 
@@ -86,6 +101,16 @@ struct Barrier {
   int expected = 0, arrived = 0, positive = 0;
   Knowledge seen;  // by all who came, where not all of the block do
   std::vector<int> members, waiting;
+};
+
+// One in shared memory (hopper.h). Counts what the phase still lacks.
+struct Mbarrier {
+  int expected = 0, pending = 0;
+  int64_t bytes = 0;
+  int phases = 0;   // that have ended
+  Knowledge seen;   // by all who came in this one
+  Known completed;  // and in those before
+  std::vector<int> waiting;
 };
 
 class Machine {
@@ -113,6 +138,11 @@ class Machine {
   int synchronise(const char* name, int id, int count, bool predicate, Site site, bool wait = true);
   // Until all lanes of `mask` that have not exited are here; then act(meeting), once, with what each lane has `given`.
   void meet(const char* name, unsigned mask, void* given, void (*act)(const Meeting&), Site site);
+  // The current fiber's part in a phase is done: what it did so far comes before what follows a wait for the phase.
+  void arrive(Mbarrier& barrier);
+  // Until a phase of this parity has ended.
+  void wait(Mbarrier& barrier, int parity);
+  Mbarrier& mbarrier(const void* place) { return mbarriers_[place]; }
   void order_warp(int warp, unsigned mask);
   void fence();
   void yield();
@@ -158,6 +188,7 @@ class Machine {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
+  std::map<const void*, Mbarrier> mbarriers_;
   std::vector<int> runnable_;
   int exited_ = 0, epoch_ = 0;
   Site last_barrier_;

@@ -15,6 +15,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kRedZone = 64, kMostArrays = 64;
+// Of shared memory, and what the red zones before arrays so aligned take besides.
+constexpr size_t kMostAlignment = 1024, kMostAligned = 4;
 constexpr uint8_t kInFlight = 0xff;
 
 // Where this module lies: its constants may be read, and its addresses count from its beginning.
@@ -123,10 +125,11 @@ void Memory::end_call() {
 
 void Memory::begin_block(size_t shared_bytes) {
   released_in_block_.clear();
-  const size_t room = shared_bytes + kMostArrays * (kRedZone + 16);
+  const size_t room = shared_bytes + kMostArrays * (kRedZone + 16) + kMostAligned * kMostAlignment;
   if (room > arena_room_) {
     arena_room_ = room;
-    arena_.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (room + 127) / 128 * 128)));
+    arena_.reset(static_cast<unsigned char*>(
+        std::aligned_alloc(kMostAlignment, (room + kMostAlignment - 1) / kMostAlignment * kMostAlignment)));
     cells_.reset(static_cast<Cell*>(std::aligned_alloc(64, (room / kWordBytes + 2) * sizeof(Cell))));
     std::memset(static_cast<void*>(cells_.get()), 0, (room / kWordBytes + 2) * sizeof(Cell));
     state_.resize(room);
@@ -157,7 +160,7 @@ void Memory::start_sharing() {
   layout.arrays.clear();
 }
 
-unsigned char* Memory::share(size_t bytes, const char* name) {
+unsigned char* Memory::share(size_t bytes, const char* name, size_t alignment) {
   SharedLayout& layout = current->shared;
   const size_t rounded = (bytes + 15) / 16 * 16;
   layout.used += rounded;
@@ -169,6 +172,7 @@ unsigned char* Memory::share(size_t bytes, const char* name) {
   if (!layout.arrays.empty()) {
     const SharedArray& last = layout.arrays.back();
     begin = last.begin + (last.bytes + 15) / 16 * 16 + kRedZone;
+    begin = (begin + alignment - 1) / alignment * alignment;
   }
   layout.arrays.push_back({name, begin, bytes});
   return arena_.get() + begin;

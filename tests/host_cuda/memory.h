@@ -100,7 +100,7 @@ class Memory {
   // ---- the kernel's side
   unsigned char* shared() { return arena_.get(); }
   void start_sharing();
-  unsigned char* share(size_t bytes, const char* name);
+  unsigned char* share(size_t bytes, const char* name, size_t alignment);
 
   void touch(const void* p, size_t size, Access access, Pc pc);
   void require_aligned(const void* p, size_t alignment, const char* what, Pc pc);

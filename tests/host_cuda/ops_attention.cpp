@@ -1,6 +1,21 @@
 // attention and attention_scores, from named arrays to the launches of csrc/attention.
 #include "attention/attention_launch.h"
+#include "attention/attention_sm90_kernel.cuh"
+#include "attention/scores_sm90_kernel.cuh"
 #include "call.h"
+
+namespace fastok::cuda::sm90 {
+
+template <class T, int kWidth>
+ForwardKernel forward_kernel_of() {
+  return attention_sm90_kernel<T, kWidth>;
+}
+template <class T, int kWidth>
+ScoreSumKernel score_sum_kernel_of() {
+  return scores_sm90_kernel<T, kWidth>;
+}
+
+}  // namespace fastok::cuda::sm90
 
 namespace simt {
 
@@ -49,6 +64,14 @@ Sequences sequences(const Call& call) {
   return s;
 }
 
+int capability(const Call& call) { return int(call.integer("capability")); }
+// Only Hopper's kernels may take more shared memory than every device grants.
+Launcher launcher(const Call& call, bool sm90) {
+  Launcher launch = call.launcher();
+  if (sm90) launch.granted_bytes = sm90::kMostSharedBytes;
+  return launch;
+}
+
 AttentionParams problem(const Call& call, bool raw) {
   const Tensor& q = call.array("q");
   AttentionParams p{};
@@ -72,13 +95,14 @@ void attention(const Call& call) {
   const std::vector<int64_t>& rows = call.array("lse").shape;
   p.lse_head_stride = rows.back(), p.lse_batch_stride = p.lse_head_stride * p.heads;
   p.lse_rows = p.lse_batch_stride * (p.sequences.packed() ? 1 : p.sequences.count);
-  const AttentionPlan plan = plan_for(p, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"));
+  const AttentionPlan plan =
+      plan_for(p, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"), capability(call));
   Workspace workspace;
   if (plan.splits > 1) {
     p.split_out = workspace.take("split_out", plan.splits * p.lse_rows * p.v_width);
     p.split_lse = workspace.take("split_lse", plan.splits * p.lse_rows);
   }
-  run_attention(call.launcher(), call.dtype(), plan, p);
+  run_attention(launcher(call, plan.sm90), call.dtype(), plan, p);
 }
 
 void attention_scores(const Call& call) {
@@ -99,18 +123,19 @@ void attention_scores(const Call& call) {
   p.n_rows = int(call.integer("n_rows"));
 
   Workspace workspace;
-  Launcher launch = call.launcher();
+  const ScorePlan plan = plan_for(p, call.dtype(), capability(call));
+  Launcher launch = launcher(call, plan.sm90);
   if (!p.logits && (!p.lse.data || call.integer("over_cols") != 0)) {
     AttentionParams pass = lse_pass(p, call.integer("over_cols") != 0);
-    const AttentionPlan plan = plan_for(pass, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"));
+    const AttentionPlan lse_plan =
+        plan_for(pass, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"), capability(call));
     if (pass.lse_rows > 0) {
       pass.lse = workspace.take("row_lse", pass.lse_rows);
-      if (plan.splits > 1) pass.split_lse = workspace.take("split_lse", plan.splits * pass.lse_rows);
-      run_attention(launch, call.dtype(), plan, pass);
+      if (lse_plan.splits > 1) pass.split_lse = workspace.take("split_lse", lse_plan.splits * pass.lse_rows);
+      run_attention(launch, call.dtype(), lse_plan, pass);
     }
     use_lse(p, pass);
   }
-  const ScorePlan plan = plan_for(p, call.dtype());
   const int64_t pieces = pieces_size(p, plan);
   run_scores(launch, call.dtype(), plan, pieces > 0 ? workspace.take("pieces", pieces) : nullptr, p);
 }
