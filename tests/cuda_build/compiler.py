@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 ARCHS = ("80", "90a", "100")
 FROM_PYPI = Path(sys.prefix) / "cuda" / "nvidia" / "cu13" / "bin" / "nvcc"  # where the Makefile puts it
+CUTLASS = ROOT / ".venv" / "cutlass" / "cutlass_library" / "source" / "include"  # there too
 # Fails where the compiler prints anything. A file that compiled with a remark is then compiled, and reported, again at
 # the next build; warnings as errors would not do, as the assembler's remarks on lost performance are no warnings.
 SILENTLY = ("sh", str(Path(__file__).parent / "silently.sh"))

@@ -42,7 +42,7 @@ std::string lanes_text(unsigned mask) {
 
 void Machine::begin_call(uint64_t seed) {
   call_seed_ = seed;
-  launches_ = 0;
+  launches_.clear();
   constexpr Clock kLate = 1u << 31;
   const bool rewind = latest_ > kLate;
   if (rewind) latest_ = 0;
@@ -68,7 +68,7 @@ void Machine::launch(const Launch& launch) {
   std::iota(block_order_.begin(), block_order_.end(), size_t(0));
   std::shuffle(block_order_.begin(), block_order_.end(), random_);
   for (const size_t i : block_order_) run_block(unflatten(i, launch.grid));
-  ++launches_;
+  launches_.push_back(threads());
 }
 
 void Machine::run_block(dim3 index) {
@@ -405,8 +405,8 @@ std::string Machine::deadlock() const {
 std::string Machine::complaint(const std::string& what) const {
   return what + "\n  kernel    <" + "@" + std::to_string(pc_of(launch_->kernel) + 1) + ">, grid " +
          simt::describe(launch_->grid) + ", block " + simt::describe(launch_->block) +
-         "\n  replay    host_cuda.seed = " + std::to_string(call_seed_) + ", launch " + std::to_string(launches_) +
-         " of the call";
+         "\n  replay    host_cuda.seed = " + std::to_string(call_seed_) + ", launch " +
+         std::to_string(launches_.size()) + " of the call";
 }
 
 // ---- what simt.h promises -------------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ class Machine {
 
   Memory& memory() { return memory_; }
   const Launch& launched() const { return *launch_; }
+  // Of each launch of the call: threads of a block.
+  const std::vector<int>& launches() const { return launches_; }
   const dim3& block_index() const { return block_index_; }
   int threads() const { return int(launch_->block.x * launch_->block.y * launch_->block.z); }
   Fiber& fiber(int warp, int lane) { return fibers_[size_t(warp * kWarpSize + lane)]; }
@@ -182,7 +184,7 @@ class Machine {
   Memory memory_;
   std::mt19937_64 random_;
   uint64_t call_seed_ = 0;
-  int launches_ = 0;
+  std::vector<int> launches_;
   const Launch* launch_ = nullptr;
   dim3 block_index_;
   std::vector<Fiber> fibers_;

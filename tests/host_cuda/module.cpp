@@ -52,6 +52,7 @@ void simt::add_output(const char* name, void* data, int64_t count, size_t elemen
 PYBIND11_MODULE(_host_cuda, m) {
   py::register_exception<simt::Failure>(m, "Failure");
   m.def("call", &call);
+  m.def("launches", [] { return simt::Machine::get().launches(); });
   m.def("report_races", [](bool report) { simt::Machine::get().memory().report_races = report; });
 
   m.def("half_to_float", [](uint16_t x) { return __half2float({x}); });

@@ -1,21 +1,6 @@
 // attention and attention_scores, from named arrays to the launches of csrc/attention.
 #include "attention/attention_launch.h"
-#include "attention/attention_sm90_kernel.cuh"
-#include "attention/scores_sm90_kernel.cuh"
 #include "call.h"
-
-namespace fastok::cuda::sm90 {
-
-template <class T, int kWidth>
-ForwardKernel forward_kernel_of() {
-  return attention_sm90_kernel<T, kWidth>;
-}
-template <class T, int kWidth>
-ScoreSumKernel score_sum_kernel_of() {
-  return scores_sm90_kernel<T, kWidth>;
-}
-
-}  // namespace fastok::cuda::sm90
 
 namespace simt {
 

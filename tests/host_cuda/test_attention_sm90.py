@@ -1,6 +1,6 @@
 """The Hopper kernels of attention on the host SIMT machine, whose TMA, mbarriers and wgmma test_machine.py tests.
 
-Shapes are such that the planner chooses these kernels (test_attention_path.py tells which it does); every test says so.
+Every test sees to it that these kernels serve: they are the only ones with blocks of more than four warps.
 """
 
 import math
@@ -19,8 +19,15 @@ over_widths = pytest.mark.parametrize("width", [64, 128])
 
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch):
-    """Plays a Hopper, and fails where another kernel served: those cannot have had so much shared memory."""
+    """Plays a Hopper, and fails where another kernel served."""
     monkeypatch.setattr(host, "capability", 90)
+    call = host.call
+
+    def checked(op, *args, **options):
+        call(op, *args, **options)
+        assert max(host.native.launches()) >= 384, f"another kernel served {op}"
+
+    monkeypatch.setattr(host, "call", checked)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
