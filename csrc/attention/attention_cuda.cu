@@ -233,6 +233,9 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
 }  // namespace
 }  // namespace fastok::cuda
 
+// For `fastok info`.
+extern "C" __attribute__((visibility("default"))) bool fastok_has_sm90() { return fastok::cuda::kHasSm90; }
+
 STABLE_TORCH_LIBRARY_IMPL(fastok, CUDA, m) {
   m.impl("attention", TORCH_BOX(&fastok::cuda::attention));
   m.impl("attention_scores", TORCH_BOX(&fastok::cuda::attention_scores));

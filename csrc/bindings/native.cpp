@@ -1,11 +1,12 @@
-// fastok._native: build information and control of the instruction set, for `fastok info` and for tests.
-// Nothing needs it at run time.
+// fastok._native: build information, control of the instruction set and the CUDA planners, for `fastok info` and for
+// tests. Nothing needs it at run time.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
 
+#include "attention/attention_sm90.h"
 #include "cpu/dispatch.h"
 
 namespace {
@@ -37,6 +38,22 @@ void set_isa(const std::string& wanted) {
   throw pybind11::value_error("isa must be one that this machine has (see available_isas()), got '" + wanted + "'");
 }
 
+namespace sm90 = fastok::cuda::sm90;
+
+std::string attention_kernel(int capability, int64_t n_q, int64_t n_k, int64_t width, int64_t v_width,
+                             size_t element_size, double scale, double softcap) {
+  return sm90::serves_forward({capability, n_q, n_k, width, v_width, element_size, scale, softcap}) ? "sm90" : "mma";
+}
+
+std::string scores_kernel(int capability, int64_t n_rows, int64_t n_k, int64_t width, size_t element_size, double scale,
+                          double softcap, const std::string& reduce, bool logits, bool listed, bool by_row) {
+  const auto rows = reduce == "sum"   ? fastok::cuda::ScoreReduce::sum
+                    : reduce == "max" ? fastok::cuda::ScoreReduce::max
+                                      : fastok::cuda::ScoreReduce::none;
+  const sm90::Problem problem{capability, n_rows, n_k, width, 0, element_size, scale, softcap};
+  return sm90::serves_scores(problem, rows, logits, listed, by_row) ? "sm90" : "mma";
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -44,6 +61,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_isas", &available_isas, "Instruction sets this machine has kernels for, slowest first.");
   m.def("active_isa", &active_isa, "The instruction set in use.");
   m.def("set_isa", &set_isa, pybind11::arg("isa"), "Use another instruction set from available_isas().");
+  using pybind11::arg;
+  m.def("attention_kernel", &attention_kernel, arg("capability"), arg("n_q"), arg("n_k"), arg("width"), arg("v_width"),
+        arg("element_size"), arg("scale"), arg("softcap"),
+        "Which kernels of libfastok_cuda serve attention: 'sm90' or 'mma'. Lengths are a sequence's, -1: not known.");
+  m.def("scores_kernel", &scores_kernel, arg("capability"), arg("n_rows"), arg("n_k"), arg("width"),
+        arg("element_size"), arg("scale"), arg("softcap"), arg("reduce"), arg("logits"), arg("listed"), arg("by_row"),
+        "The same for attention_scores. by_row: heads are reduced within each row, before rows are.");
   m.attr("compiler") = std::string(FASTOK_COMPILER);
   m.attr("torch_built_against") = std::string(FASTOK_TORCH_VERSION);
 }

@@ -1,7 +1,8 @@
 """The CUDA kernels run on the CPU by the SIMT machine of simt.h, with the op-level signatures of fastok.reference.
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
-blocks and threads run, ``capability`` (80, 90) is that of the device played. What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
+blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels.
+What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
 import importlib.util
@@ -91,9 +92,13 @@ def sample(
     shared_bytes: int = 0,
     zeroed: int = 0,
 ) -> Tensor:
-    """Run a kernel of planted.cuh or features.cuh, after zeroing the first bytes of ``out``. Returns ``out``."""
+    """Run a kernel of samples.cpp, after zeroing the first bytes of ``out``. Returns ``out``.
+
+    Of an fp16 matrix ``x`` it can have tiles copied.
+    """
     dimensions = {f"{name}_{'xyz'[i]}": size[i] for name, size in (("grid", grid), ("block", block)) for i in range(3)}
     options = dimensions | {"n": out.numel() if n is None else n, "shared_bytes": shared_bytes, "zeroed": zeroed}
+    options["tiled"] = x.dtype == torch.float16 and x.dim() == 2
     call("sample", {"in": x}, {"out": out}, kernel=kernel, **options)
     return out
 
@@ -225,7 +230,8 @@ def attention_scores(
         "attention_scores", inputs, {"scores": out}, dtype=_name(q), scale=scale, left=left, right=right,
         softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, row_begin=row_begin, row_end=row_end,
         n_rows=min(n_rows, q.shape[-3]) if rows is None and reduce != "none" else n_rows, col_begin=col_begin,
-        col_end=col_end, over_cols=over_cols, reduce=reduce, head_group=head_group, head_max=head_max, logits=logits, capability=capability,
+        col_end=col_end, over_cols=over_cols, reduce=reduce, head_group=head_group, head_max=head_max, logits=logits,
+        capability=capability,
     )  # fmt: skip
     return out
 

@@ -38,7 +38,9 @@ Mbarrier& at(void* barrier, Access access, Pc pc) {
 
 void mbarrier_init(void* barrier, int arrivals) {
   Mbarrier& mine = at(barrier, Access::write, pc_of(__builtin_return_address(0)));
+  const int warp = mine.warp;
   mine = {};
+  mine.warp = warp;
   mine.expected = mine.pending = arrivals;
 }
 
@@ -100,6 +102,7 @@ void copy_tile(void* tile, const unsigned char* map, void* barrier, const int (&
   };
   const uint32_t base = shared_offset(to);
   uint32_t row = 0;
+  machine.begin_copy(mine);
   for (uint32_t i3 = 0; i3 < array.tile[3]; ++i3) {
     for (uint32_t i2 = 0; i2 < array.tile[2]; ++i2) {
       for (uint32_t i1 = 0; i1 < array.tile[1]; ++i1, ++row) {
@@ -122,8 +125,7 @@ void copy_tile(void* tile, const unsigned char* map, void* barrier, const int (&
       }
     }
   }
-  mine.bytes -= int64_t(row) * kSwizzleRow;
-  machine.arrive(mine);
+  machine.end_copy(mine, int64_t(row) * kSwizzleRow);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------

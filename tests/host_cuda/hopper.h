@@ -15,7 +15,8 @@ void mbarrier_wait(void* barrier, int parity);
 
 // The driver's cuTensorMapEncodeTiled: complains of what that refuses.
 fastok::cuda::TensorMap encode_tensor_map(const fastok::cuda::TiledArray& array);
-// `map`: the bytes of a tensor map. The copy is the calling thread's, and done at once.
+// `map`: the bytes of a tensor map. The copy is done at once, but comes before those only who wait for the barrier: not
+// before what the calling thread does next.
 void copy_tile(void* tile, const unsigned char* map, void* barrier, const int (&at)[4]);
 
 // Where in the block's shared memory `p` lies.

@@ -93,8 +93,9 @@ void Machine::run_block(dim3 index) {
     resume();
     current = nullptr;
   }
-  for (size_t i = 0; i < warps_.size(); ++i) {
-    if (warps_[i].products != (i / 4 * 4 + 3 < warps_.size() ? warps_[i / 4 * 4].products : 0))
+  const size_t n_warps = size_t(threads() / kWarpSize);
+  for (size_t i = 0; i < n_warps; ++i) {
+    if (warps_[i].products != (i / 4 * 4 + 3 < n_warps ? warps_[i / 4 * 4].products : 0))
       throw Failure(complaint("wgmma by some warps of warpgroup " + std::to_string(i / 4) + " only"));
   }
 }
@@ -238,9 +239,42 @@ void Machine::complete(Barrier& barrier) {
   barrier.waiting.clear();
 }
 
+Mbarrier& Machine::mbarrier(const void* place) {
+  Mbarrier& found = mbarriers_[place];
+  if (found.warp == 0) {
+    found.warp = int(warps_.size());
+    warps_.emplace_back();
+  }
+  return found;
+}
+
 void Machine::arrive(Mbarrier& barrier) {
   barrier.seen.add(own_knowledge(*current));
   current->clock = ++latest_;
+  complete_if_due(barrier);
+}
+
+void Machine::begin_copy(const Mbarrier& barrier) {
+  copies_for_ = current;
+  if (!copier_.stack) copier_.stack = std::make_unique<Stack>();
+  copier_.number = current->number, copier_.index = current->index, copier_.warp = barrier.warp;
+  copier_.shared = current->shared;
+  copier_.known = std::make_shared<Knowledge>(own_knowledge(*current));
+  current->clock = ++latest_;
+  copier_.clock = ++latest_;
+  current = &copier_;
+}
+
+void Machine::end_copy(Mbarrier& barrier, int64_t bytes) {
+  Row row{};
+  row[0] = copier_.clock;
+  barrier.seen.add(Knowledge(uint32_t(block_begins_.size() - 1), base_, barrier.warp, row));
+  current = copies_for_;
+  barrier.bytes -= bytes;
+  complete_if_due(barrier);
+}
+
+void Machine::complete_if_due(Mbarrier& barrier) {
   if (barrier.pending > 0 || barrier.bytes != 0) return;
   ++barrier.phases;
   barrier.pending = barrier.expected;

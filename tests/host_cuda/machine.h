@@ -110,6 +110,7 @@ struct Mbarrier {
   int phases = 0;   // that have ended
   Knowledge seen;   // by all who came in this one
   Known completed;  // and in those before
+  int warp = 0;     // as which its copies count: only who waits for the barrier comes after them
   std::vector<int> waiting;
 };
 
@@ -144,7 +145,10 @@ class Machine {
   void arrive(Mbarrier& barrier);
   // Until a phase of this parity has ended.
   void wait(Mbarrier& barrier, int parity);
-  Mbarrier& mbarrier(const void* place) { return mbarriers_[place]; }
+  Mbarrier& mbarrier(const void* place);
+  // What happens in between is a copy's doing, begun by the current fiber.
+  void begin_copy(const Mbarrier& barrier);
+  void end_copy(Mbarrier& barrier, int64_t bytes);
   void order_warp(int warp, unsigned mask);
   void fence();
   void yield();
@@ -175,6 +179,7 @@ class Machine {
   void give_way();
   void complete(const Meeting& meeting);
   void complete(Barrier& barrier);
+  void complete_if_due(Mbarrier& barrier);
   Knowledge own_knowledge(const Fiber& fiber) const;
   void share_knowledge(std::span<const int> fibers);
   size_t block_of(Clock clock) const;  // counting in the order in which they ran
@@ -191,6 +196,8 @@ class Machine {
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
   std::map<const void*, Mbarrier> mbarriers_;
+  Fiber copier_;
+  Fiber* copies_for_ = nullptr;
   std::vector<int> runnable_;
   int exited_ = 0, epoch_ = 0;
   Site last_barrier_;

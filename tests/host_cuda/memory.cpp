@@ -382,9 +382,11 @@ void Memory::fail_race(const Stamp& other, int lane, bool shared, const void* p,
   Machine& machine = Machine::get();
   const bool of_block = other.clock >= machine.base();
   const std::string earlier = name_of(other.access);
+  const bool copy = of_block && other.warp >= machine.threads() / kWarpSize;
   const std::string thread =
-      of_block ? machine.describe(machine.fiber(other.warp, lane))
-               : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
+      copy       ? std::string("a bulk copy that was not waited for")
+      : of_block ? machine.describe(machine.fiber(other.warp, lane))
+                 : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
   fail(of_block ? (shared ? "data race in shared memory" : "data race in global memory") : "data race between blocks",
        p, kWordBytes, access, pc,
        "\n  " + earlier + std::string(10 - earlier.size(), ' ') + "before that by " + thread + "\n            at " +

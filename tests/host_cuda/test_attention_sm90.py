@@ -54,7 +54,9 @@ def test_windows(width, left, right):
     check_attention(*inputs(torch.bfloat16, 260, 300, width=width), *masking(width, left=left, right=right))
 
 
-@pytest.mark.parametrize(("width", "v_width"), [(40, 40), (64, 48), (56, 64), (104, 104), (128, 112), (112, 8), (8, 128)])
+@pytest.mark.parametrize(
+    ("width", "v_width"), [(40, 40), (64, 48), (56, 64), (104, 104), (128, 112), (112, 8), (8, 128)]
+)
 def test_rows_padded_by_the_copy(width, v_width):
     check_attention(*inputs(torch.float16, 70, 140, width=width, v_width=v_width), *masking(width))
 
