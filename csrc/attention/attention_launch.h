@@ -125,7 +125,12 @@ inline void use_lse(ScoreParams& p, const AttentionParams& pass) {
 inline ScorePlan plan_for(const ScoreParams& p, Dtype dtype, int capability) {
   ScorePlan plan = plan_scores(p.n_rows, p.n_cols, p.heads, p.group, p.head_group, p.reduce, p.head_max, p.width,
                                element_size(dtype), p.sequences.packed());
-  plan.sm90 = kHasSm90 && sm90::serves_scores({capability, p.n_rows, p.sequences.n_k, p.width, 0, element_size(dtype),
+  // Of packed sequences the most rows that one could have, whatever the others are.
+  const int begin = p.rows.begin, end = p.rows.end;
+  const int64_t n_rows = !p.sequences.packed() || (begin < 0) == (end < 0) ? int64_t(end) - begin
+                         : begin < 0                                       ? -int64_t(begin)
+                                                                           : -1;
+  plan.sm90 = kHasSm90 && sm90::serves_scores({capability, n_rows, p.sequences.n_k, p.width, 0, element_size(dtype),
                                                p.rule.scale, p.rule.cap},
                                               p.reduce, p.logits, p.rows.index != nullptr, plan.by_row);
   return plan;
