@@ -22,8 +22,10 @@ __device__ __forceinline__ void pack_powers(const float (&x)[kTile / 8][4], uint
 
 // out += powers times a tile of values.
 template <class T, int kWidth>
-__device__ __forceinline__ void multiply_values(const uint32_t (&powers)[kTile / 16][4], const unsigned char* values,
+__device__ __forceinline__ void multiply_values(uint32_t (&powers)[kTile / 16][4], const unsigned char* values,
                                                 float (&out)[kWidth / 8][4]) {
+  ptx::keep_in_place(powers);
+  ptx::keep_in_place(out);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step)
@@ -60,12 +62,14 @@ __global__ void __launch_bounds__(threads(groups(kWidth)), 1)
   const int begin = p.window.low(first_row + offset) / kTile * kTile;
   const int end = p.window.high(last_row + offset, sequence.n_k);
   const int n_tiles = end > begin ? (end - begin + kTile - 1) / kTile : 0;
+  // Warpgroups that have any rows; the others take no part.
+  const int active = min((sequence.n_q - first_row + kGroupRows - 1) / kGroupRows, kGroups);
 
   const bool has_bias = p.bias.data != nullptr;
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(queries, 1);
-    keys.initialise(has_bias ? 1 + kWarpSize : 1, 4 * kGroups);
-    values.initialise(1, 4 * kGroups);
+    keys.initialise(has_bias ? 1 + kWarpSize : 1, 4 * active);
+    values.initialise(1, 4 * active);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -74,8 +78,8 @@ __global__ void __launch_bounds__(threads(groups(kWidth)), 1)
     ptx::setmaxnreg_dec<copy_registers(kGroups)>();
     const int kv_head = head / p.group;
     if (threadIdx.x == 0 && n_tiles > 0) {
-      ptx::mbarrier_arrive_expect_tx(queries, kGroups * kQueryBytes);
-      for (int i = 0; i < kGroups; ++i)
+      ptx::mbarrier_arrive_expect_tx(queries, active * kQueryBytes);
+      for (int i = 0; i < active; ++i)
         send_tokens<kWidth>(query_tiles + i * kQueryBytes, kGroupRows, params.q, queries,
                             sequence.q_begin + first_row + i * kGroupRows, head, sequence.batch);
       for (int i = 0; i < n_tiles; ++i) {
@@ -103,9 +107,11 @@ __global__ void __launch_bounds__(threads(groups(kWidth)), 1)
     }
     return;
   }
+  const int group = int(threadIdx.x) / kGroupThreads - 1;
+  if (group >= active) return;
   ptx::setmaxnreg_inc<compute_registers(kGroups)>();
 
-  const int group = int(threadIdx.x) / kGroupThreads - 1, warp_row = warp_index() % 4 * 16;
+  const int warp_row = warp_index() % 4 * 16;
   const int group_position = first_row + group * kGroupRows + offset;
   unsigned char* const my_queries = query_tiles + group * kQueryBytes;
   // Keys that all of the group's rows see, and those that each of the lane's two does.
@@ -166,21 +172,27 @@ __global__ void __launch_bounds__(threads(groups(kWidth)), 1)
     keys.wait_full(0);
     start_logits(0);
     ptx::wgmma_wait_group<0>();
+    ptx::keep_in_place(x[0]);
     finish_logits(0);
     pack_powers<T>(x[0], powers);
     // Turns go round: the last group gives the first one its first.
     constexpr int kBoth = 2 * kGroupThreads;
-    if (group == kGroups - 1 && n_tiles > 1) ptx::bar_arrive(kTurnBarrier, kBoth);
+    const bool turns = active > 1;
+    if (turns && group == active - 1 && n_tiles > 1) ptx::bar_arrive(kTurnBarrier, kBoth);
     for (int i = 1; i < n_tiles; ++i) {
       keys.wait_full(i);
-      ptx::bar_sync(kTurnBarrier + group, kBoth);
+      if (turns) ptx::bar_sync(kTurnBarrier + group, kBoth);
       start_logits(i);
       values.wait_full(i - 1);
       start_values(i - 1);
-      if (group < kGroups - 1 || i + 1 < n_tiles) ptx::bar_arrive(kTurnBarrier + (group + 1) % kGroups, kBoth);
+      if (turns && (group < active - 1 || i + 1 < n_tiles))
+        ptx::bar_arrive(kTurnBarrier + (group + 1 < active ? group + 1 : 0), kBoth);
       ptx::wgmma_wait_group<1>();
+      ptx::keep_in_place(x[0]);
       finish_logits(i);
       ptx::wgmma_wait_group<0>();
+      ptx::keep_in_place(out);
+      ptx::keep_in_place(powers);
       values.release(i - 1);
 #pragma unroll
       for (int e = 0; e < kWidth / 2; ++e) out[e / 4][e % 4] *= shrink[0][e % 4 / 2];
@@ -194,14 +206,15 @@ __global__ void __launch_bounds__(threads(groups(kWidth)), 1)
       for (int chunk = 0; chunk < kWidth / kChunk; ++chunk) {
         unsigned char* const rows = last_values + chunk * kTile * ptx::kSwizzleRow;
         for (int i = rest * ptx::kSwizzleRow + (int(threadIdx.x) - kGroupThreads) * 16; i < kTile * ptx::kSwizzleRow;
-             i += kGroups * kGroupThreads * 16)
+             i += active * kGroupThreads * 16)
           *reinterpret_cast<Pack<uint32_t, 4>*>(rows + i) = {};
       }
       ptx::fence_proxy_async();
-      ptx::bar_sync(kTailBarrier, kGroups * kGroupThreads);
+      ptx::bar_sync(kTailBarrier, active * kGroupThreads);
     }
     start_values(n_tiles - 1);
     ptx::wgmma_wait_group<0>();
+    ptx::keep_in_place(out);
   }
   softmax.agree();
 

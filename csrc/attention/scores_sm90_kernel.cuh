@@ -37,10 +37,12 @@ __global__ void __launch_bounds__(threads(kScoreGroups), 1)
   row_begin = int(max(int64_t(row_begin), int64_t(key_begin) - p.window.right - offset));
   row_end = int(min(int64_t(row_end), int64_t(key_end) - 1 + p.window.left - offset + 1));
   const int n_tiles = row_end > row_begin ? (row_end - row_begin + kTile - 1) / kTile : 0;
+  // Warpgroups that have any keys; the other takes no part.
+  const int active = (key_end - key_begin + kGroupRows - 1) / kGroupRows;
 
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(keys, 1);
-    queries.initialise(1 + kWarpSize, 4 * kScoreGroups);
+    queries.initialise(1 + kWarpSize, 4 * active);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -75,9 +77,10 @@ __global__ void __launch_bounds__(threads(kScoreGroups), 1)
     }
     return;
   }
+  const int group = int(threadIdx.x) / kGroupThreads - 1;
+  if (group >= active) return;
   ptx::setmaxnreg_inc<compute_registers(kScoreGroups)>();
 
-  const int group = int(threadIdx.x) / kGroupThreads - 1;
   const unsigned char* const my_keys = key_tile + group * kGroupRows * ptx::kSwizzleRow;
   // Of the lane's two keys: where it is, which rows see it, its bias, and the sum of its column.
   int key[2], from[2], to[2];

@@ -50,6 +50,7 @@ struct Ring {
 template <class T, int kWidth>
 __device__ __forceinline__ void multiply_tiles(const unsigned char* a, int a_rows, const unsigned char* b, int b_rows,
                                                float (&acc)[kTile / 8][4]) {
+  ptx::keep_in_place(acc);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kWidth / 16; ++step) {

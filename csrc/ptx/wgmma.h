@@ -46,6 +46,22 @@ __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
+// No use of these registers is moved from one side of this to the other: the compiler does not know that products write
+// and read them until they have been waited for.
+template <class T, int kCount>
+__device__ __forceinline__ void keep_in_place([[maybe_unused]] T (&registers)[kCount][4]) {
+#if !defined(FASTOK_HOST)
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      asm volatile("" : "+f"(registers[i / 4][i % 4])::"memory");
+    } else {
+      asm volatile("" : "+r"(registers[i / 4][i % 4])::"memory");
+    }
+  }
+#endif
+}
+
 // Products since the last group are a group.
 __device__ __forceinline__ void wgmma_commit_group() {
 #if defined(FASTOK_HOST)
