@@ -96,7 +96,7 @@ void Machine::run_block(dim3 index) {
   const size_t n_warps = size_t(threads() / kWarpSize);
   for (size_t i = 0; i < n_warps; ++i) {
     if (warps_[i].products != (i / 4 * 4 + 3 < n_warps ? warps_[i / 4 * 4].products : 0))
-      throw Failure(complaint("wgmma by some warps of warpgroup " + std::to_string(i / 4) + " only"));
+      throw Failure(complaint(std::string("wgmma by some warps of warpgroup ") + std::to_string(i / 4) + " only"));
   }
 }
 
