@@ -76,6 +76,12 @@ struct AttentionKernels {
   // The engines' `scores`, for few rows: from keys that are not packed.
   void (*few_scores)(const AttentionHead&, int64_t key_begin, int64_t key_end, const RowList&, const float* lse,
                      float* out, int64_t pitch);
+  // Attention of few rows: all rows of query heads that share a KV head, up to `decode_rows` together, over the keys
+  // [key_begin, key_end), which are read once, where they lie. out[head][row][v width] and lse[head][row] are fp32.
+  void (*decode)(const AttentionHead* heads, int64_t n_heads, int64_t key_begin, int64_t key_end, float* out,
+                 float* lse, void* scratch);
+  int64_t decode_rows;
+  size_t decode_scratch_bytes;
   AttentionEngine fp32;
   const AttentionEngine* bf16;  // for bf16 input; nullptr without bf16 instructions
   // Adds (or takes the maximum of) a block's rows to total[key], in ascending order. Whole vectors: blocks and totals

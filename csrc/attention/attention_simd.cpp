@@ -3,126 +3,12 @@
 #include "attention/amx_simd.h"
 #include "attention/attention.h"
 #include "attention/bf16_simd.h"
-#include "attention/exp_simd.h"
+#include "attention/decode_simd.h"
 #include "attention/fp32_simd.h"
+#include "attention/softmax_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
-
-// ---- the softmax on a block of scores -------------------------------------------------------------------------------
-
-// Whether finish_logits has more to do than to mask.
-template <class E>
-inline __attribute__((always_inline)) bool touches(const AttentionHead& head) {
-  return head.softcap > 0 || head.bias || !(E::kScaledRows || head.scale > 0);
-}
-
-// The factor that finish_logits leaves to whoever takes the exponential.
-template <class E>
-inline __attribute__((always_inline)) float factor_left(const AttentionHead& head) {
-  return E::kScaledRows || touches<E>(head) ? 1.0f : head.scale;
-}
-
-// Logits of one row in place: scale (unless it is in the rows already, or left), softcap, bias, and -inf for the keys
-// that the row does not see. x[0] is key `begin` of `n`, in whole vectors.
-template <class E>
-inline __attribute__((always_inline)) void finish_logits(const AttentionHead& head, int64_t row, int64_t begin,
-                                                         int64_t end, int64_t n, float* x) {
-  if (touches<E>(head)) {
-    const float factor = E::kScaledRows ? 1.0f : head.scale;
-    const vf inner = splat(head.softcap > 0 ? factor / head.softcap : factor), cap = splat(head.softcap);
-    for (int64_t j = 0; j < n; j += kLanes) {
-      vf logits = load(x + j) * inner;
-      if (head.softcap > 0) logits = tanh_of(logits) * cap;
-      store(x + j, logits);
-    }
-    for (int64_t j = 0; head.bias && j < end - begin; ++j) x[j] += head.bias[begin + j];
-  }
-  const int64_t first = head.first_key(row) - begin,
-                last = (head.last_key(row) < end ? head.last_key(row) : end) - begin;
-  for (int64_t j = 0; j < first && j < n; ++j) x[j] = -kInfinity;
-  for (int64_t j = last > 0 ? last : 0; j < n; ++j) x[j] = -kInfinity;
-}
-
-// The largest of an even number of vectors, by lane.
-inline __attribute__((always_inline)) vf peak_of(const float* x, int64_t n) {
-  vf peak[2] = {splat(-kInfinity), splat(-kInfinity)};
-  for (int64_t j = 0; j < n; j += 2 * kLanes) {
-    peak[0] = maximum(load(x + j), peak[0]);
-    peak[1] = maximum(load(x + j + kLanes), peak[1]);
-  }
-  return maximum(peak[0], peak[1]);
-}
-
-// The largest number of each row.
-inline void peaks_of(const float* x, int64_t pitch, int64_t rows, int64_t n, float* out) {
-  int64_t i = 0;
-#if defined(__AVX512F__)
-  for (; i + 16 <= rows; i += 16) {
-    vf peak[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) peak[r] = peak_of(x + (i + r) * pitch, n);
-    store(out + i, horizontal_max(peak));
-  }
-#endif
-  for (; i < rows; ++i) out[i] = horizontal_max(peak_of(x + i * pitch, n));
-}
-
-inline void store_weights(float* p, vf x, vf y) {
-  store(p, x);
-  store(p + kLanes, y);
-}
-#if defined(__AVX512BF16__)
-// The machine's own rounding makes subnormal numbers 0, which weights may be.
-inline void store_weights(bf16* p, vf x, vf y) {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
-  std::memcpy(p, &rounded, sizeof rounded);
-}
-#endif
-
-// exp(x * factor - shift) of an even number of vectors, stored as weights. Returns the sums by lane.
-template <class Weight>
-inline __attribute__((always_inline)) vf exponentials(const float* x, int64_t n, float factor, float shift,
-                                                      Weight* weights) {
-  const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
-  vf sum[2] = {splat(0.0f), splat(0.0f)};
-  for (int64_t j = 0; j < n; j += 2 * kLanes) {
-    const vf a = exp2_of(fma(load(x + j), f, s)), b = exp2_of(fma(load(x + j + kLanes), f, s));
-    store_weights(weights + j, a, b);
-    sum[0] = sum[0] + a;
-    sum[1] = sum[1] + b;
-  }
-  return sum[0] + sum[1];
-}
-
-// The running softmax of a block's rows: all peaks first, so that no row waits for another one's.
-template <int kRows>
-struct Running {
-  static constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
-  float peak[kPadded], here[kPadded], shift[kPadded], shrink[kPadded];
-  float total[kRows][kLanes];
-
-  Running() {
-    for (int i = 0; i < kPadded; ++i) peak[i] = here[i] = -kInfinity;
-    std::memset(total, 0, sizeof total);
-  }
-  // From `here`, the peaks of another block of keys, still to be scaled. Returns whether any row's earlier weights must
-  // shrink.
-  bool advance(int64_t rows, float scale) {
-    bool shrinks = false;
-    for (int64_t i = 0; i < rows; i += kLanes) {
-      const vf before = load(peak + i), after = maximum(load(here + i) * splat(scale), before);
-      // A row that has seen nothing yet: its NaN, if any, must show.
-      const vf by = select(greater(after, splat(-kInfinity)), after, splat(0.0f));
-      const vf factor = exp2_of((before - by) * splat(kLog2E));
-      shrinks |= any(either(greater(splat(1.0f), factor), unordered(factor)));
-      store(shift + i, by);
-      store(shrink + i, factor);
-      store(peak + i, after);
-    }
-    return shrinks;
-  }
-};
 
 template <class E>
 struct Scratch {
@@ -143,36 +29,6 @@ struct Scratch {
     out = reinterpret_cast<float*>(at);
   }
 };
-
-#if defined(FASTOK_AMX)
-struct Tiles {
-  Tiles() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-#else
-struct Tiles {};
-#endif
-
-template <class T>
-void write_row(const float* x, float factor, int64_t width, T* out) {
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(out + c, load(x + c) * splat(factor));
-  for (; c < width; ++c) narrow(x[c] * factor, out[c]);
-}
-
-void write_row(const float* x, float factor, int64_t width, Dtype dtype, void* out, int64_t at) {
-  switch (dtype) {
-    case Dtype::f16:
-      return write_row(x, factor, width, static_cast<f16*>(out) + at);
-    case Dtype::bf16:
-      return write_row(x, factor, width, static_cast<bf16*>(out) + at);
-    default:
-      return write_row(x, factor, width, static_cast<float*>(out) + at);
-  }
-}
 
 template <class E>
 void forward(const AttentionHead& head, const void* keys, const void* values, int64_t key_begin, int64_t key_end,
@@ -359,7 +215,7 @@ constexpr AttentionEngine kBf16 = engine_of<Bf16Vectors>();
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {few_scores, kFp32,
+const AttentionKernels attention_kernels = {few_scores, decode,      Decode::kRows, Decode::scratch_bytes(), kFp32,
 #if defined(__AVX512BF16__)
                                             &kBf16,
 #else
