@@ -28,7 +28,36 @@ def cases(device: torch.device) -> list[Case]:
     for dtype in dtypes:
         for shape in SHAPES:
             found += cases_of(shape, dtype, device)
-    return found
+    return found + decoding(device)
+
+
+def decoding(device: torch.device) -> list[Case]:
+    """One query of 32 heads against 8 KV heads: bound by reading the keys and values."""
+    heads, groups, width, n, dtype = 32, 8, 128, 32768, torch.bfloat16
+
+    def over(function: Callable[..., Any]) -> Build:
+        def build() -> Callable[[], Any]:
+            q = torch.randn(1, 1, heads, width, device=device).to(dtype)
+            k, v = torch.randn(2, 1, n, groups, width, device=device).to(dtype)
+            return lambda: function(q, k, v)
+
+        return build
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True
+        )
+
+    def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        logits = q.view(1, groups, heads // groups, width) @ k.permute(0, 2, 3, 1) * width**-0.5
+        return (logits.softmax(-1) @ v.transpose(1, 2)).view(1, 1, heads, width)
+
+    moved = 2.0 * n * groups * width * dtype.itemsize
+    where = f"(1,1,{heads}/{groups},{width}), T {n}, {str(dtype).removeprefix('torch.')}"
+    return [
+        Case(f"decoding {where}", over(fastok.attention), over(rival), name, bytes_moved=moved, dtype=dtype)
+        for name, rival in (("SDPA", sdpa), ("grouped matmul", grouped))
+    ]
 
 
 def cases_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Case]:
