@@ -123,10 +123,10 @@ def test_same_bits_as_the_specification(backend: Backend, metric: str, objective
         x = make().to(dtype)
         n = x.shape[1]
         for start in STARTS:
+            if n == 0 and start == "given":
+                continue
             for k in sorted({min(1, n), n // 3, n}):
                 args = arguments(x, k, metric, objective, start)
-                if n == 0 and start == "given":
-                    continue
                 assert_same_picks(backend.k_center(*args), reference.k_center_picks(*args), f"{name}, {start}, k={k}")
 
 
