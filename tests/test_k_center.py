@@ -280,6 +280,26 @@ def test_batch_invariant_whatever_the_threads(backend: Backend) -> None:
         torch.set_num_threads(before)
 
 
+def test_planner() -> None:
+    native = pytest.importorskip("fastok._native")
+    plan = native.plan_k_center
+    # All products where the isolated start needs them anyway and they fit; else by batches of candidates.
+    assert plan(576, 1024, 58) == ("gram", 576, True)
+    assert plan(2880, 4096, 288) == ("gram", 2880, True)
+    assert plan(16384, 3584, 1024) == ("batches", 64, True)
+    assert plan(65536, 1152, 4096) == ("batches", 64, True)
+    assert plan(576, 1024, 58, start="first") == ("batches", 64, False)
+    assert plan(576, 1024, 200, start="first") == ("gram", 576, False)
+    assert plan(576, 1024, 4, start="first") == ("exact", 64, False)
+    # As the caller says.
+    assert plan(576, 1024, 58, candidates_scored=1) == ("exact", 64, True)
+    assert plan(576, 1024, 58, candidates_scored=7) == ("batches", 7, True)
+    assert plan(5, 1024, 3, candidates_scored=7) == ("batches", 5, True)
+    # What is not screened.
+    assert plan(576, 1024, 58, objective="max_sum") == ("exact", 64, True)
+    assert plan(576, 1024, 58, metric="euclidean") == ("exact", 64, False)
+
+
 def test_permuted_tokens_give_permuted_picks() -> None:
     x = torch.randn(1, 200, 64)
     order = torch.randperm(200)
