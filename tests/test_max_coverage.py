@@ -1,12 +1,14 @@
 """max_coverage against a plain oracle and the specification, on every backend."""
 
+import importlib
+import importlib.util
 import math
 
 import fastok
 import pytest
 import torch
 from fastok import reference
-from fastok.reference.max_coverage import similarities
+from fastok.reference.max_coverage import coverage_exponent, similarities
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from fastok.testing.examples.registry import odd_view, signs
 from hypothesis import given
@@ -220,6 +222,33 @@ def test_batch_invariant_whatever_the_threads(backend: Backend) -> None:
                 assert_same_picks(alone, tuple(part[b : b + 1] for part in whole))
     finally:
         torch.set_num_threads(before)
+
+
+def test_planners() -> None:
+    native = pytest.importorskip("fastok._native")
+    assert native.plan_kept_columns(576, 576) == 576
+    assert native.plan_kept_columns(8192, 8192) == 8192
+    assert native.plan_kept_columns(16384, 16384) == 4096
+    assert native.plan_kept_columns(1 << 30, 100) == 64
+    assert native.plan_kept_columns(0, 100) == 100
+    # As the specification has it.
+    for rows in (0, 1, 2, 3, 4, 5, 1023, 1024, 1025):
+        for value in (0.0, 1e-30, 0.7, 1.0, 3e38):
+            similarity = torch.full((1, rows, 1), value)
+            peak_exponent = int(torch.frexp(torch.tensor(value if rows else 0.0)).exponent)
+            assert native.coverage_exponent(rows, peak_exponent) == int(coverage_exponent(similarity)), (rows, value)
+
+
+def test_more_similarities_than_are_kept() -> None:
+    # Rows given many times over: the same picks, and as many times the gain.
+    y, x = torch.randn(1, 512, 3), torch.randn(1, 70, 3)
+    times = 2048
+    if importlib.util.find_spec("fastok._native") is not None:
+        assert importlib.import_module("fastok._native").plan_kept_columns(512 * times, 70) < 70
+    index, gain = fastok.max_coverage((y.repeat(1, times, 1), x), 12)
+    once_index, once_gain = fastok.max_coverage((y, x), 12)
+    assert_same(index, once_index)
+    torch.testing.assert_close(gain, times * once_gain, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

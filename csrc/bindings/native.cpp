@@ -8,6 +8,8 @@
 
 #include "attention/attention_sm90.h"
 #include "cpu/dispatch.h"
+#include "k_center/k_center.h"
+#include "max_coverage/max_coverage.h"
 
 namespace {
 
@@ -54,6 +56,15 @@ std::string scores_kernel(int capability, int64_t n_rows, int64_t n_k, int64_t w
   return sm90::serves_scores(problem, rows, logits, listed, by_row) ? "sm90" : "mma";
 }
 
+std::tuple<std::string, int64_t, bool> plan_k_center(int64_t n, int64_t width, int64_t k, const std::string& metric,
+                                                     const std::string& objective, const std::string& start,
+                                                     int64_t candidates_scored) {
+  const fastok::CenterChoice choice = fastok::plan_k_center(
+      {n, width, k, metric == "cosine", objective == "max_sum", start == "isolated", candidates_scored});
+  constexpr const char* kNames[] = {"exact", "gram", "batches"};
+  return {kNames[static_cast<int>(choice.plan)], choice.batch, choice.screened_start};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -68,6 +79,14 @@ PYBIND11_MODULE(_native, m) {
   m.def("scores_kernel", &scores_kernel, arg("capability"), arg("n_rows"), arg("n_k"), arg("width"),
         arg("element_size"), arg("scale"), arg("softcap"), arg("reduce"), arg("logits"), arg("listed"), arg("by_row"),
         "The same for attention_scores. by_row: heads are reduced within each row, before rows are.");
+  m.def("plan_k_center", &plan_k_center, pybind11::arg("n"), pybind11::arg("width"), pybind11::arg("k"),
+        pybind11::arg("metric") = "cosine", pybind11::arg("objective") = "max_min", pybind11::arg("start") = "isolated",
+        pybind11::arg("candidates_scored") = 0,
+        "How k_center finds picks on the CPU: the plan, candidates scored at once, whether the start is screened.");
+  m.def("plan_kept_columns", &fastok::plan_kept_columns, pybind11::arg("rows"), pybind11::arg("n"),
+        "How many columns of a pair's similarities max_coverage keeps.");
+  m.def("coverage_exponent", &fastok::coverage_exponent, pybind11::arg("rows"), pybind11::arg("peak_exponent"),
+        "max_coverage counts similarities in units of 2 to minus this.");
   m.attr("compiler") = std::string(FASTOK_COMPILER);
   m.attr("torch_built_against") = std::string(FASTOK_TORCH_VERSION);
 }

@@ -43,7 +43,8 @@ def max_coverage_matrix(similarity: Tensor, k: int, modular: Tensor | None) -> t
         gained = torch.where(counted <= covered[..., None], 0, counted - covered[..., None]).sum(1)
         total = gained * power_of_two(-exponent)
         if modular is not None:
-            total = total + modular.double()
+            # -inf stays that, whatever is gained.
+            total = torch.where((modular == -math.inf) & ~total.isnan(), -math.inf, total + modular.double())
         candidate = unpicked & ~total.isnan()
         rank = total.masked_fill(~candidate, -math.inf)
         # -inf is a number too: it loses to all others, but not to NaN.
