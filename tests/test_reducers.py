@@ -141,6 +141,38 @@ def test_defaults_and_files(cls: Any) -> None:
     assert cls().reduces(0, 1)  # called without a model
 
 
+@over_reducers
+@pytest.mark.parametrize("crops", [(0, 0), (1, 2)])
+def test_slots_are_filled_from_the_first(reducer: Any, crops: tuple[int, int]) -> None:
+    """Whatever the map was made of without a check: every slot that is counted has a token, and no other has."""
+    ctx = context()
+    if not getattr(reducer, "whole_image", False):
+        ctx.extra["crops"] = torch.tensor(crops)
+    reduction = reducer(ctx)
+    if isinstance(reduction, SoftMap):
+        assert (reduction.dense() != 0).any(-1).all()
+        return
+    assert reduction.assign.shape == (B, N)
+    for row, count in zip(reduction.assign.tolist(), reduction.counts.tolist(), strict=True):
+        assert {slot for slot in row if slot >= 0} == set(range(count))
+        assert count <= reduction.n_out
+    checked = TokenMap.from_assign(reduction.assign, reduction.n_out, reduction.counts)
+    assert_same(checked.members, reduction.members)
+
+
+@pytest.mark.parametrize("reducer", [r for r in REDUCERS if not isinstance(r, (FlowCut, VisionZip))], ids=repr)
+def test_protected_tokens_take_no_part(reducer: Any) -> None:
+    """(For FlowCut and VisionZip they do: as the query, and as one of the dominant.)"""
+    ctx = context(protect=2)
+    without = over_fields(ctx, lambda x: x[:, 2:] if x.dim() > 1 and x.shape[1] == N + 2 else x)
+    without.protect = 0
+    reduced = result(reducer, ctx)
+    assert_same(reduced[:, 2:, 2:], result(reducer, without))
+    assert_same(reduced[:, :2, :2], torch.eye(2).expand(B, 2, 2))
+    assert not reduced[:, 2:, :2].any()
+    assert not reduced[:, :2, 2:].any()
+
+
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 budgeted = [

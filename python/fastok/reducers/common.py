@@ -163,7 +163,7 @@ def outliers(scores: Tensor, scale: float = 1.5) -> Tensor:
     """
     if scores.numel() == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    q1, q3 = scores.nanquantile(torch.tensor([0.25, 0.75], device=scores.device), dim=1, keepdim=True)
+    q1, q3 = scores.nanquantile(torch.linspace(0.25, 0.75, 2, device=scores.device), dim=1, keepdim=True)
     return scores > q3 + scale * (q3 - q1)
 
 

@@ -63,6 +63,9 @@ class TokenCorr(BeforeLanguageModel):
 
     def _partners(self, keys: Tensor) -> Tensor:
         """int64 ``[B,N]``: how many other tokens each is like."""
-        like = [((rows @ keys.mT) > self.similarity).sum(-1) for rows in keys.split(_ROWS, 1)]
-        itself = keys.square().sum(-1) > self.similarity
-        return torch.cat(like, 1) - itself.long()
+        token = torch.arange(keys.shape[1], device=keys.device)
+        counts = []
+        for rows in token.split(_ROWS):
+            alike = (keys[:, rows] @ keys.mT) > self.similarity
+            counts.append((alike & (token != rows[:, None])).sum(-1))
+        return torch.cat(counts, 1)
