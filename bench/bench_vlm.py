@@ -28,20 +28,22 @@ VISION = {
 }
 TEXT = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 2004}
 N, KEEP, BEFORE, BEHIND = 576, 64, 35, 25
-BUDGETED = ("DivPrune", "FasterVLM", "VTCCLS", "FoPru", "HiRED", "GlobalCom2", "HiPrune", "MMTok", "ToDRE", "TokenCorr",
-            "RecoverableCompression", "AveragePool", "FourierPool", "FlowCut")  # fmt: skip
-METHODS: dict[str, dict[str, Any]] = {name: {"keep": KEEP} for name in BUDGETED}
-METHODS["VisionZip"] = {"dominant": KEEP - 10, "contextual": 10}
-
-
-class ClassAttention:
-    """The simplest reducer that looks at the tower: the tokens that the class token attends to most."""
-
-    needs = ("cls",)
-
-    def __call__(self, ctx: TokenContext) -> fastok.TokenMap:
-        best = ctx.scores["cls"].topk(KEEP).indices.sort().values
-        return fastok.TokenMap.keep(best, ctx.hidden.shape[1])
+METHODS = [
+    fastok.reducers.FasterVLM(keep=KEEP),
+    fastok.reducers.DivPrune(keep=KEEP),
+    fastok.reducers.ToDRE(keep=KEEP),
+    fastok.reducers.VTCCLS(keep=KEEP, start=0),
+    fastok.reducers.FoPru(keep=KEEP),
+    fastok.reducers.HiRED(keep=KEEP),
+    fastok.reducers.GlobalCom2(keep=KEEP),
+    fastok.reducers.HiPrune(keep=KEEP),
+    fastok.reducers.VisionZip(dominant=KEEP - 10, contextual=10),
+    fastok.reducers.MMTok(keep=KEEP),
+    fastok.reducers.RecoverableCompression(),
+    fastok.reducers.TokenCorr(),
+    fastok.reducers.AveragePool(stride=N // KEEP),
+    fastok.reducers.FourierPool(keep=KEEP),
+]
 
 
 class Noting:
@@ -114,32 +116,28 @@ def cases(device: torch.device) -> list[Case]:
     prefill(plain)()
     whole_us = time_us(prefill(plain), device)
     whole, left = (prefill_flops(BEFORE + BEHIND + count) for count in (N, KEEP))
-    models, methods = [], []
-    for name, reducer in reducers().items():
-        noting, reduced = Noting(reducer), sharing_weights(plain)
-        fastok.apply(reduced, noting)
-        prefill(reduced)()
-        methods.append(alone(name, noting, whole_us))
-        if not models or name == "DivPrune":
-            models.append(
-                Case(
-                    f"LLaVA-1.5-7B shape, {DECODER} layers, {name}, FLOP ratio {whole / left:.2f}",
-                    lambda model=reduced: prefill(model),
-                    lambda: prefill(plain),
-                    "the same model unreduced",
-                    flops=left,
-                    dtype=dtype,
-                    target=0.9 * whole / left,
-                )
+    methods = []
+    for reducer in METHODS:
+        noting = Noting(reducer)
+        with fastok.apply(plain, noting):
+            prefill(plain)()
+        methods.append(alone(type(reducer).__name__, noting, whole_us))
+    models = []
+    for reducer in METHODS[:2]:
+        reduced = sharing_weights(plain)
+        fastok.apply(reduced, reducer)
+        models.append(
+            Case(
+                f"LLaVA-1.5-7B shape, {DECODER} layers, {type(reducer).__name__}, FLOP ratio {whole / left:.2f}",
+                lambda model=reduced: prefill(model),
+                lambda: prefill(plain),
+                "the same model unreduced",
+                flops=left,
+                dtype=dtype,
+                target=0.9 * whole / left,
             )
+        )
     return [*models, *methods]
-
-
-def reducers() -> dict[str, Any]:
-    """The published methods that there are, and a plain one."""
-    found = {name: arguments for name, arguments in METHODS.items() if hasattr(fastok.reducers, name)}
-    made = {name: getattr(fastok.reducers, name)(**arguments) for name, arguments in found.items()}
-    return {"top 64 by class attention": ClassAttention()} | made
 
 
 def alone(name: str, noting: Noting, whole_us: float) -> Case:

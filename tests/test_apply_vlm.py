@@ -443,3 +443,47 @@ def test_places() -> None:
     two = nn.ModuleList([model, vlm.llava()])
     with pytest.raises(ValueError, match=r"ModuleList contains several encoders, give apply one of them: 0\.model"):
         apply(two, ToMe(r=2))
+
+
+@over_models
+def test_half_precision(case: Case, model: Any) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    inputs = case.inputs([5, case.pictures[0], 6, 7], [9, 3, case.pictures[1]])
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = logits(half, inputs)
+    with apply(half, Every(1, ("cls", "column", "keys"))):
+        assert torch.equal(logits(half, inputs), expected)
+    with apply(half, Ragged()) as handle:
+        new = generate(half, inputs)
+        assert new.shape[1] == inputs["input_ids"].shape[1] + NEW
+        assert sum(handle.stats.tokens_out) < sum(handle.stats.tokens_in)
+
+
+def test_a_tower_that_packs_images_of_different_sizes() -> None:
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=4
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=vlm.llama(), image_token_index=vlm.IMAGE,
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    sizes = torch.tensor([[24, 16], [12, 24]])
+    counts = [24, 18]
+    row = [5, *[vlm.IMAGE] * 24, 6, *[vlm.IMAGE] * 18, 7]
+    inputs = {"input_ids": torch.tensor([row]), "pixel_values": torch.randn(2, 3, 24, 24), "image_sizes": sizes}
+    expected = logits(model, inputs)
+    everything, some = Every(1), Every(3)
+    with apply(model, everything):
+        assert torch.equal(logits(model, inputs), expected)
+    assert [ctx.grid for ctx in everything.seen] == [(1, 6, 4), (1, 3, 6)]
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"], image_sizes=sizes).pooler_output
+        embed = model.get_input_embeddings()
+        parts = [embed(torch.tensor([i])) for i in (5, 6, 7)]
+        embeds = torch.cat([parts[0], features[0][::3], parts[1], features[1][::3], parts[2]])[None]
+    with apply(model, some) as handle:
+        torch.testing.assert_close(logits(model, inputs), vlm.hand_logits(model, embeds))
+    assert handle.stats.tokens_in == counts
+    with pytest.raises(NotImplementedError, match="required, column of the vision tower; supported, CLIPVisionModel"):
+        apply(model, Every(2, ("column",)))
