@@ -52,4 +52,19 @@ STABLE_TORCH_LIBRARY(fastok, m) {
   m.def(
       "max_coverage(Tensor? similarity, Tensor? y, Tensor? x, SymInt k, Tensor? modular) -> "
       "(Tensor index, Tensor gain)");
+  // Packed caches (csrc/quantize, csrc/decode). `fmt` as fastok::KvFormat::of reads it; softcap 0: none.
+  m.def(
+      "kv_seal(Tensor(a!) data, Tensor offset, Tensor k, Tensor v, Tensor? classes, Tensor? key_channels, "
+      "Tensor? value_channels, int[] fmt, float key_gamma, float value_gamma) -> ()");
+  m.def(
+      "kv_unseal(Tensor data, Tensor offset, Tensor counts, Tensor? classes, Tensor? key_channels, "
+      "Tensor? value_channels, Tensor hot_k, Tensor hot_v, Tensor hot_len, int[] fmt, SymInt total) -> "
+      "(Tensor k, Tensor v)");
+  m.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? block_table, float scale, float softcap, "
+      "Tensor? key_bias, Tensor? tokens) -> (Tensor out, Tensor lse)");
+  m.def(
+      "decode_packed(Tensor q, Tensor data, Tensor offset, Tensor counts, Tensor? classes, Tensor? key_channels, "
+      "Tensor? value_channels, Tensor hot_k, Tensor hot_v, Tensor hot_len, int[] fmt, float scale, float softcap, "
+      "Tensor? key_bias, Tensor? tokens) -> (Tensor out, Tensor lse)");
 }

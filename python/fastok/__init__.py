@@ -5,8 +5,10 @@ from . import _library
 _library.load()
 
 from . import flash, reducers, reference  # noqa: E402
+from .caches import Code, KVFormat, PackedKV, kv_pack  # noqa: E402
 from .integrations import Handle, apply, record_scores, register_transformers  # noqa: E402
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
+from .ops.decode import PagedKV, attention_decode  # noqa: E402
 from .ops.k_center import k_center  # noqa: E402
 from .ops.match import bipartite_match, nearest  # noqa: E402
 from .ops.max_coverage import max_coverage  # noqa: E402
@@ -17,18 +19,24 @@ from .token_map import SoftMap, TokenMap  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "Code",
     "Handle",
+    "KVFormat",
+    "PackedKV",
+    "PagedKV",
     "ScoreSpec",
     "SoftMap",
     "TokenMap",
     "apply",
     "attention",
+    "attention_decode",
     "attention_scores",
     "attention_with_scores",
     "bipartite_match",
     "density_peaks",
     "flash",
     "k_center",
+    "kv_pack",
     "max_coverage",
     "merge_states",
     "nearest",

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import reference, triton
-from .reference import attention
+from .reference import attention, decode, quantize
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -29,6 +29,10 @@ REFERENCE = {
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
     "attention_scores": attention.attention_scores,
+    "kv_seal": quantize.kv_seal,
+    "kv_unseal": quantize.kv_unseal,
+    "decode": decode.decode,
+    "decode_packed": decode.decode_packed,
 }
 # Plain PyTorch on every device, autograd included.
 COMPOSITE = {"merge_states": attention.merge_states}
