@@ -14,6 +14,15 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The tile registers, for as long as it lives.
+struct Tiles {
+  Tiles() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;
   static constexpr int kTileRows = 32;
@@ -123,6 +132,16 @@ struct Bf16 {
     }
   }
 };
+
+}  // namespace
+}  // namespace fastok::FASTOK_ISA
+
+#else
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+struct Tiles {};
 
 }  // namespace
 }  // namespace fastok::FASTOK_ISA

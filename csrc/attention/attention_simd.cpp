@@ -144,36 +144,6 @@ struct Scratch {
   }
 };
 
-#if defined(FASTOK_AMX)
-struct Tiles {
-  Tiles() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-#else
-struct Tiles {};
-#endif
-
-template <class T>
-void write_row(const float* x, float factor, int64_t width, T* out) {
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(out + c, load(x + c) * splat(factor));
-  for (; c < width; ++c) narrow(x[c] * factor, out[c]);
-}
-
-void write_row(const float* x, float factor, int64_t width, Dtype dtype, void* out, int64_t at) {
-  switch (dtype) {
-    case Dtype::f16:
-      return write_row(x, factor, width, static_cast<f16*>(out) + at);
-    case Dtype::bf16:
-      return write_row(x, factor, width, static_cast<bf16*>(out) + at);
-    default:
-      return write_row(x, factor, width, static_cast<float*>(out) + at);
-  }
-}
-
 template <class E>
 void forward(const AttentionHead& head, const void* keys, const void* values, int64_t key_begin, int64_t key_end,
              const RowList& all_rows, void* out, int64_t out_stride, bool wide, float* lse, void* memory) {

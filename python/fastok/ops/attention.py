@@ -64,9 +64,9 @@ def attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices or numbers that do not fit.
 
-    Differentiable in q, k, v and key_bias, through both results; the gradient is fastok's own, in chunks of query rows
-    (matrix products of torch, memory O(S + T)). Deterministic and batch-invariant; no host synchronisation.
-    FlashAttention-2, Dao, ICLR 2024.
+    Differentiable in q, k, v and key_bias, through both results; the gradient computes the probabilities anew from lse,
+    in memory O(S + T): fastok's own kernel on the CPU, elsewhere the specification in chunks of query rows.
+    Deterministic and batch-invariant; no host synchronisation. FlashAttention-2, Dao, ICLR 2024.
     """
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip
