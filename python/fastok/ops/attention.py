@@ -64,8 +64,10 @@ def attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices or numbers that do not fit.
 
-    Differentiable in q, k, v and key_bias, through both results; the gradient computes the probabilities anew from lse,
-    in memory O(S + T): fastok's own kernel on the CPU, elsewhere the specification in chunks of query rows.
+    Differentiable in q, k, v and key_bias, through both results. The gradient computes the probabilities anew from lse,
+    in memory O(S + T): by fastok's own kernels on CPUs and in the CUDA library, elsewhere by the specification in
+    chunks of query rows. PyTorch's flash backward could take our out and lse, but is not used: it adds up the gradient
+    of q by atomics, or, when told to be deterministic, in an order that depends on the batch.
     Deterministic and batch-invariant; no host synchronisation. FlashAttention-2, Dao, ICLR 2024.
     """
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
