@@ -70,7 +70,7 @@ struct Fp32Gradient : Fp32 {
   }
   // sums[key][channel] += block[key][row] * rows[row][channel] of the packed rows [row, row + n_rows), which are at
   // `column` of the block.
-  static void add_to_keys(const float* block, int64_t n_keys, int64_t column, const void* rows, int64_t, int64_t row,
+  static void add_to_keys(const float* block, int64_t n_keys, int64_t column, const void* rows, int64_t row,
                           int64_t n_rows, int64_t width, float* sums) {
     const int64_t pitch = padded(width);
     const float* const b = static_cast<const float*>(rows) + row * pitch;
@@ -101,7 +101,7 @@ struct Bf16Gradient : Bf16 {
   static constexpr int kRowBlock = 320, kKeyBlock = 192;
 
   // P and dS of a block, rounded: [key][row], and dS once more in pairs of keys, as the factor on the right:
-  // [16 rows][32 keys][pair of keys][row][2].
+  // [32 keys][16 rows][pair of keys][row][2].
   struct Block {
     bf16 *p, *ds, *ds_pairs;
     float* tile;  // S, then P, and dP, then dS: [32][32] each
@@ -117,7 +117,7 @@ struct Bf16Gradient : Bf16 {
     void keep_tile(int64_t key, int64_t row) const {
       const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
                                                     22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-      bf16* const pairs = ds_pairs + (row / kTile * (kKeyBlock / kDepth) + key / kDepth) * kBlock;
+      bf16* const pairs = ds_pairs + (key / kDepth * (kRowBlock / kTile) + row / kTile) * kBlock;
       for (int i = 0; i < kTileRows; i += 2) {
         const float* const x = tile + i * kStep;
         const float* const y = products(key, row) + i * kStep;
@@ -129,7 +129,7 @@ struct Bf16Gradient : Bf16 {
         keep(ds + at + kRowBlock, _mm512_cvtne2ps_pbh(z1, z0));
         bf16* const to = pairs + i * kTile;
         keep(to, _mm512_permutexvar_epi16(side_by_side, __m512i(_mm512_cvtne2ps_pbh(z0, y0))));
-        keep(to + kKeyBlock * kTile, _mm512_permutexvar_epi16(side_by_side, __m512i(_mm512_cvtne2ps_pbh(z1, y1))));
+        keep(to + kBlock, _mm512_permutexvar_epi16(side_by_side, __m512i(_mm512_cvtne2ps_pbh(z1, y1))));
       }
     }
     template <class V>
@@ -167,47 +167,17 @@ struct Bf16Gradient : Bf16 {
     }
   }
 
-  // out[i][c] += the sum over `depth` of a[i][j] * b[j][c]; b is [16 columns][blocks of 32][pair][column][2], `next`
-  // elements from one 16 columns to the next.
-  static void add_product(const bf16* a, int64_t a_pitch, int64_t n_rows, const bf16* b, int64_t next, int64_t depth,
-                          int64_t n_columns, float* out, int64_t pitch) {
-    const size_t a_bytes = size_t(a_pitch) * sizeof(bf16), out_bytes = size_t(pitch) * sizeof(float);
-    for (int64_t c = 0; c < n_columns; c += 2 * kTile) {
-      const bf16* const b0 = b + c / kTile * next;
-      const bf16* const b1 = b0 + next;
-      for (int64_t i = 0; i < n_rows; i += kTileRows) {
-        const bf16* const a0 = a + i * a_pitch;
-        const bf16* const a1 = a0 + kTile * a_pitch;
-        float* const to = out + i * pitch + c;
-        _tile_loadd(0, to, out_bytes);
-        _tile_loadd(1, to + kTile, out_bytes);
-        _tile_loadd(2, to + kTile * pitch, out_bytes);
-        _tile_loadd(3, to + kTile * pitch + kTile, out_bytes);
-        for (int64_t j = 0; j < depth; j += kDepth) {
-          _tile_loadd(4, a0 + j, a_bytes);
-          _tile_loadd(6, b0 + j * kTile, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, b1 + j * kTile, 64);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, a1 + j, a_bytes);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        store_tiles(to, pitch, out_bytes);
-      }
-    }
-  }
-  static void add_to_keys(const bf16* block, int64_t n_keys, int64_t column, const void* rows, int64_t n_packed,
-                          int64_t row, int64_t n_rows, int64_t width, float* sums) {
-    add_product(block + column, kRowBlock, n_keys, static_cast<const bf16*>(rows) + row * kTile, n_packed * kTile,
+  static void add_to_keys(const bf16* block, int64_t n_keys, int64_t column, const void* rows, int64_t row,
+                          int64_t n_rows, int64_t width, float* sums) {
+    add_product(block + column, kRowBlock, n_keys, static_cast<const bf16*>(rows) + row * padded(width), padded(width),
                 n_rows, padded(width), sums, padded(width));
   }
   // d_q is turned: [row / kRowBlock][padded width][kRowBlock].
   static void add_to_queries(const Block& block, int64_t n_keys, int64_t column, const void* keys, int64_t row,
                              int64_t n_rows, int64_t width, float* d_q) {
-    add_product(static_cast<const bf16*>(keys), kKeyBlock, padded(width), block.ds_pairs + column * kKeyBlock,
-                kKeyBlock * kTile, round_up(n_keys, kDepth), n_rows,
-                d_q + row / kRowBlock * kRowBlock * padded(width) + row % kRowBlock, kRowBlock);
+    add_product(static_cast<const bf16*>(keys), kKeyBlock, padded(width), block.ds_pairs + column * kDepth, kRowBlock,
+                round_up(n_keys, kDepth), n_rows, d_q + row / kRowBlock * kRowBlock * padded(width) + row % kRowBlock,
+                kRowBlock);
   }
   static void write_queries(const float* d_q, int64_t n_rows, int64_t width, float factor, Dtype dtype, void* out,
                             int64_t stride) {
@@ -418,9 +388,9 @@ void gradient(const AttentionHead& head, const AttentionResults& results, const 
       const int64_t column = row - block_begin;
       if (part.d_k) {
         const int64_t at = key - part.key_begin;
-        E::add_to_keys(block.p, tile_keys, column, scratch.d_out_rows, n_packed, row, to - row, v_width,
+        E::add_to_keys(block.p, tile_keys, column, scratch.d_out_rows, row, to - row, v_width,
                        part.d_v + at * E::padded(v_width));
-        E::add_to_keys(block.ds, tile_keys, column, scratch.q_rows, n_packed, row, to - row, width,
+        E::add_to_keys(block.ds, tile_keys, column, scratch.q_rows, row, to - row, width,
                        part.d_k + at * E::padded(width));
       }
       if (part.d_q) E::add_to_queries(block, n_keys, column, scratch.turned_keys, row, to - row, width, scratch.d_q);
