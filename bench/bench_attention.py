@@ -77,10 +77,35 @@ def cases_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Cas
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=heads != groups
         )
 
+    def gradients(function: Callable[..., torch.Tensor], with_forward: bool = False) -> Build:
+        def build() -> Callable[[], Any]:
+            q, k, v = (
+                torch.randn(batch, n, h, width, device=device).to(dtype).requires_grad_()
+                for h in (heads, groups, groups)
+            )
+            out = function(q, k, v)
+            grad = torch.randn_like(out)
+            if with_forward:
+                return lambda: torch.autograd.grad(function(q, k, v), (q, k, v), grad)
+            return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+        return build
+
+    def ours_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastok.attention(q, k, v, causal=causal)[0]
+
     ours = over(partial(fastok.attention, causal=causal))
     target = None if device.type != "cpu" else 1.0 if dtype == torch.float32 else 2.5
     found = [
         Case(f"attention {where}", ours, over(sdpa), "SDPA", flops=flops, dtype=dtype, target=target),
+        Case(
+            f"attention backward {where}", gradients(ours_alone), gradients(sdpa), "SDPA backward", flops=2.5 * flops,
+            dtype=dtype, target=1.0 if device.type == "cpu" else None,
+        ),
+        Case(
+            f"attention forward and backward {where}", gradients(ours_alone, True), gradients(sdpa, True), "SDPA",
+            flops=3.5 * flops, dtype=dtype, target=1.0 if device.type == "cpu" else None,
+        ),
         Case(
             f"attention + column sums {where}",
             over(partial(fastok.attention_with_scores, causal=causal)),

@@ -105,31 +105,38 @@ struct Bf16 {
     _tile_stored(3, out + kTile * pitch + kTile, pitch_bytes);
   }
 
-  static void add_values(const bf16* weight, int64_t n_rows, const void* values, int64_t key, int64_t n_keys,
-                         int64_t width, float* out) {
-    const size_t out_pitch = size_t(width) * sizeof(float);
-    constexpr size_t weight_pitch = kWeightPitch * sizeof(bf16);
-    for (int64_t c = 0; c < width; c += 2 * kTile) {
-      const bf16* const b0 = static_cast<const bf16*>(values) + (key / kDepth * (width / kTile) + c / kTile) * kBlock;
+  // out[i][c] += the sum over `depth` of a[i][j] * b[j][c]; b is [32 summands][b_width / 16][pair][16 columns][2].
+  static void add_product(const bf16* a, int64_t a_pitch, int64_t n_rows, const bf16* b, int64_t b_width, int64_t depth,
+                          int64_t n_columns, float* out, int64_t pitch) {
+    const size_t a_bytes = size_t(a_pitch) * sizeof(bf16), out_bytes = size_t(pitch) * sizeof(float);
+    for (int64_t c = 0; c < n_columns; c += 2 * kTile) {
       for (int64_t i = 0; i < n_rows; i += kTileRows) {
-        float* const to = out + i * width + c;
-        _tile_loadd(0, to, out_pitch);
-        _tile_loadd(1, to + kTile, out_pitch);
-        _tile_loadd(2, to + kTile * width, out_pitch);
-        _tile_loadd(3, to + kTile * width + kTile, out_pitch);
-        for (int64_t block = 0; block < n_keys / kDepth; ++block) {
-          _tile_loadd(4, weight + i * kWeightPitch + block * kDepth, weight_pitch);
-          _tile_loadd(6, b0 + block * (width / kTile) * kBlock, 64);
+        const bf16* const a0 = a + i * a_pitch;
+        const bf16* const a1 = a0 + kTile * a_pitch;
+        const bf16* at = b + c / kTile * kBlock;
+        float* const to = out + i * pitch + c;
+        _tile_loadd(0, to, out_bytes);
+        _tile_loadd(1, to + kTile, out_bytes);
+        _tile_loadd(2, to + kTile * pitch, out_bytes);
+        _tile_loadd(3, to + kTile * pitch + kTile, out_bytes);
+        for (int64_t j = 0; j < depth; j += kDepth, at += b_width / kTile * kBlock) {
+          _tile_loadd(4, a0 + j, a_bytes);
+          _tile_loadd(6, at, 64);
           _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, b0 + (block * (width / kTile) + 1) * kBlock, 64);
+          _tile_loadd(7, at + kBlock, 64);
           _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, weight + (i + kTile) * kWeightPitch + block * kDepth, weight_pitch);
+          _tile_loadd(5, a1 + j, a_bytes);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        store_tiles(to, width, out_pitch);
+        store_tiles(to, pitch, out_bytes);
       }
     }
+  }
+  static void add_values(const bf16* weight, int64_t n_rows, const void* values, int64_t key, int64_t n_keys,
+                         int64_t width, float* out) {
+    add_product(weight, kWeightPitch, n_rows, static_cast<const bf16*>(values) + key * width, width, n_keys, width, out,
+                width);
   }
 };
 

@@ -212,6 +212,27 @@ def attention(
     return out, lse
 
 
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    left: int, right: int, softcap: float, key_bias: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.attention_backward``."""
+    results = {f"grad_{name}": torch.empty(x.shape, dtype=x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    results["grad_bias"] = torch.empty(0 if key_bias is None else key_bias.shape)
+    inputs = {
+        "q": _aligned(q),
+        "k": _aligned(k),
+        "v": _aligned(v),
+        "out": _aligned(out),
+        "grad_out": _aligned(grad_out),
+    }
+    inputs |= {"lse": lse, "grad_lse": grad_lse, "key_bias": key_bias}
+    inputs |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    call("attention_backward", inputs, results, dtype=_name(q), scale=scale, left=left, right=right, softcap=softcap)
+    return results["grad_q"], results["grad_k"], results["grad_v"], results["grad_bias"]
+
+
 def attention_scores(
     q: Tensor, k: Tensor, lse: Tensor | None, key_weight: Tensor | None, scale: float, left: int, right: int,
     softcap: float, key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,

@@ -54,6 +54,7 @@ void nearest(const Call& call);
 void build_map(const Call& call);
 void rows(const Call& call);
 void attention(const Call& call);
+void attention_backward(const Call& call);
 void attention_scores(const Call& call);
 void sample(const Call& call);
 

@@ -17,6 +17,7 @@ const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"build_map", simt::build_map},
                                      {"rows", simt::rows},
                                      {"attention", simt::attention},
+                                     {"attention_backward", simt::attention_backward},
                                      {"attention_scores", simt::attention_scores},
                                      {"sample", simt::sample}};
 

@@ -1,5 +1,6 @@
-// attention and attention_scores, from named arrays to the launches of csrc/attention.
+// attention, its gradient and attention_scores, from named arrays to the launches of csrc/attention.
 #include "attention/attention_launch.h"
+#include "attention/backward_launch.h"
 #include "call.h"
 
 namespace simt {
@@ -88,6 +89,25 @@ void attention(const Call& call) {
     p.split_lse = workspace.take("split_lse", plan.splits * p.lse_rows);
   }
   run_attention(launcher(call, plan.sm90), call.dtype(), plan, p);
+}
+
+void attention_backward(const Call& call) {
+  const AttentionParams about = problem(call, false);
+  BackwardParams p{};
+  p.q = about.q, p.k = about.k, p.sequences = about.sequences, p.window = about.window, p.rule = about.rule;
+  p.bias = about.bias, p.heads = about.heads, p.group = about.group, p.width = about.width;
+  const bool packed = p.sequences.packed();
+  p.v = token_heads(call.array("v")), p.v_width = int(call.array("v").shape.back());
+  p.out = token_heads(call.array("out")), p.d_out = token_heads(call.array("grad_out"));
+  p.lse = head_numbers(call, "lse", packed), p.d_lse = head_numbers(call, "grad_lse", packed);
+  p.scale = float(call.number("scale"));
+  p.row_head_stride = p.sequences.n_q, p.row_batch_stride = p.row_head_stride * p.heads;
+  p.rows = p.row_batch_stride * (packed ? 1 : p.sequences.count);
+  p.d_q = call.pointer<void>("grad_q"), p.d_k = call.pointer<void>("grad_k"), p.d_v = call.pointer<void>("grad_v");
+  p.bias_by_head = p.bias.data && p.bias.head_stride != 0;
+  if (p.bias.data) p.d_bias = call.pointer<float>("grad_bias");
+  Workspace workspace;
+  run_backward(call.launcher(), call.dtype(), workspace.take("workspace", backward_workspace(p)), p);
 }
 
 void attention_scores(const Call& call) {
