@@ -75,9 +75,9 @@ def test_unwritten_slots_never_win_over_negative_scores() -> None:
 
 
 def test_mass_is_reached_by_the_fewest_tokens() -> None:
-    scores = torch.tensor([[[0.1, 0.4, 0.2, 0.3]]])
-    assert select_tokens(scores, mass=0.4)[0].tolist() == [[[1, -1, -1, -1]]]
-    assert select_tokens(scores, mass=0.71)[0].tolist() == [[[1, 2, 3, -1]]]
+    scores = torch.tensor([[[0.125, 0.5, 0.125, 0.25]]])
+    assert select_tokens(scores, mass=0.5)[0].tolist() == [[[1, -1, -1, -1]]]
+    assert select_tokens(scores, mass=0.76)[0].tolist() == [[[0, 1, 3, -1]]]
     assert select_tokens(scores, mass=1.0)[1].item() == 4
     assert select_tokens(scores, 2, mass=1.0)[0].tolist() == [[[1, 3]]]
 
