@@ -139,6 +139,23 @@ def test_codes_are_within_half_a_step(bits: int, r: int) -> None:
     assert len(labels) == 33
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("shared", [False, True])
+@over_backends("label_scores", without=("cuda-on-host",))
+def test_scores_of_any_number_of_tokens(backend: Backend, shared: bool, bits: int) -> None:
+    for n in (1, 5, 16, 33, 100, 5000):
+        q = keys(2, 2, 6, 16)
+        channels = torch.stack([torch.randperm(16)[:5] for _ in range(6)])
+        labels = LabelCache(channels, bits).append(keys(2, n, 3, 16))
+        lengths = torch.tensor([n, n // 2])
+        arguments = (channels, 3, shared, lengths)
+        got = backend.label_scores(q, labels.data, labels.scale, *arguments)
+        unpacked = fastok.reference.sparse.unpacked_labels(labels.data, labels.scale, 5)
+        truth = fastok.reference.sparse.label_scores(q.double(), unpacked.double(), None, *arguments)
+        peer = fastok.reference.sparse.label_scores(q, unpacked, None, *arguments)
+        assert_accurate(got, truth, peer, name=f"{n} tokens")
+
+
 def test_several_rows_count_by_their_largest_and_lengths_hide_the_rest() -> None:
     q, k = keys(2, 3, 4, 8), keys(2, 10, 2, 8)
     labels = LabelCache(torch.arange(8).expand(2, 8)).append(k)

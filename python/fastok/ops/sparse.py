@@ -81,6 +81,8 @@ def label_scores(q: Tensor, labels: "LabelCache", *, shared: bool = True, seq_le
     q = query_rows(q)
     check_dtype("q", q, ACTIVATIONS)
     check_shape("q", q, (data.shape[0], None, None, labels.head_dim), "[B,S,H,D] of the label cache")
+    if q.shape[1] == 0:
+        raise ValueError("q must have at least one row, got none")
     check_same_device("q", q, "labels", data.device)
     if q.shape[2] % labels.kv_heads != 0 or q.shape[2] % channels.shape[0] != 0:
         raise ValueError(
