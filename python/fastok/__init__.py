@@ -4,7 +4,7 @@ from . import _library
 
 _library.load()
 
-from . import flash, reducers, reference  # noqa: E402
+from . import flash, reducers, reference, sparse  # noqa: E402
 from .caches import Code, KVFormat, PackedKV, kv_pack  # noqa: E402
 from .integrations import Handle, apply, record_scores, register_transformers  # noqa: E402
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
@@ -45,5 +45,6 @@ __all__ = [
     "reference",
     "register_transformers",
     "sample_cdf",
+    "sparse",
     "top_tokens",
 ]

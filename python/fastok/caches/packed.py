@@ -1,7 +1,5 @@
 """``PackedKV``: sealed pages of packed bytes plus a hot window, kept by ``kv_pack``, ``append`` and ``keep``."""
 
-
-
 import torch
 from torch import Tensor
 
@@ -419,5 +417,3 @@ def _move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays:
         for start, end, width in zip(old.arrays[which], new.arrays[which], side.array_widths, strict=True):
             moved = gather_bytes(source, start[stays], width * side.scale_bytes)
             scatter_bytes(target, end.gather(-1, place)[stays], moved)
-
-
