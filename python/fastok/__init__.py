@@ -18,6 +18,15 @@ from .token_map import SoftMap, TokenMap  # noqa: E402
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    if name == "PackedCache":  # its base class is transformers' Cache, which fastok does without until it is asked for
+        from .integrations.packed_cache import PackedCache
+
+        return PackedCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Code",
     "Handle",

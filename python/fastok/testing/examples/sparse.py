@@ -7,7 +7,7 @@ import torch
 from ...caches.labels import LabelCache
 from .registry import Arguments, example, odd_view
 
-# ---- label_scores: q, data, scale, channels, kv_heads, shared, seq_lens -----------------------------------------------
+# ---- label_scores: q, data, scale, channels, kv_heads, shared, seq_lens ----------------------------------------------
 
 
 def _labelled(
@@ -38,7 +38,7 @@ def _label_long(dtype: torch.dtype) -> Arguments:
     return _labelled(dtype, 1, 1, (32, 8), 65536, 8, 16, True)
 
 
-# ---- select_tokens: scores, k, mass, sink, recent, seq_lens ------------------------------------------------------------
+# ---- select_tokens: scores, k, mass, sink, recent, seq_lens ----------------------------------------------------------
 
 
 @example("select_tokens", "small", "sink and recent")

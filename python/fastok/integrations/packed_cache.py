@@ -1,0 +1,236 @@
+"""``PackedCache``: transformers' cache with packed keys and values, which fastok's attention reads in place."""
+
+import math
+import warnings
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ..caches.formats import KVFormat
+from ..caches.packed import PackedKV, kv_pack
+from ..ops.attention import attention_scores
+from ..ops.decode import MOST_ROWS, attention_decode
+from ..ops.scores import ScoreSpec
+from ..ops.select import top_tokens
+from .held import hold
+from .transformers_attention import NAME
+
+RECENT, RANDOM, UNIMPORTANT = 0.05, 0.05, 0.4
+"""ZipCache's probes, as shares of the prompt's tokens, and the share of tokens in the low class."""
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """Keys and values in 1.5 to 8 bits behind transformers' cache interface.
+
+    ::
+
+        fastok.register_transformers()
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastok")
+        model.generate(**inputs, past_key_values=fastok.PackedCache("kivi-2", model))
+
+    Args:
+        fmt: a `KVFormat` or the name of a preset.
+        model_or_config: the model it is for, or its config.
+
+    Raises:
+        TypeError, ValueError: arguments of another kind. NotImplementedError, at the first update: keys and values of
+        different widths.
+
+    A prompt attends to its exact keys and values and is packed afterwards. From then on up to 16 new tokens at a time
+    attend to the packed bytes in place, with ``attn_implementation="fastok"``. More of them (a further turn of a
+    conversation, chunked prefill), windows on several new tokens, recorded scores, and any other attention
+    implementation get an unpacked copy of one layer at a time (the last with a warning): right, but with that much
+    memory and time. Tokens are packed once and never again; heads narrower than 32 channels are padded with zeros.
+    Formats of two classes (``"zipcache-4/2"``) find the salient tokens of the prompt by probing its attention.
+
+    Works with batches (left or right padding), beam search, ``crop``, `reset` and continued conversations. Not for
+    training. Not inside ``torch.compile``: its lengths are Python numbers, and every step would compile anew.
+    """
+
+    def __init__(self, fmt: KVFormat | str, model_or_config: Any) -> None:
+        config = getattr(model_or_config, "config", model_or_config)
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(
+                f"model_or_config must be a transformers model or its config, got {type(model_or_config).__name__}"
+            )
+        config = config.get_text_config(decoder=True)
+        self.format = KVFormat.of(fmt)
+        super().__init__(layers=[PackedLayer(self.format, config) for _ in range(config.num_hidden_layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored, spare capacity included."""
+        return sum(layer.kv.nbytes for layer in self._filled())
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits stored for each element of a key or value, the hot window's included; NaN while empty."""
+        elements = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width for layer in self._filled())
+        return 8 * self.nbytes / elements if elements else math.nan
+
+    def summary(self) -> str:
+        """One line: format, tokens, memory."""
+        dense = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width * layer.kv.hot_k.element_size()
+                    for layer in self._filled())  # fmt: skip
+        layers = list(self._filled())
+        if not layers:
+            return f"PackedCache, empty: {self.format}"
+        return (
+            f"PackedCache of {len(layers)} layers, {layers[0].length} tokens, {self.nbytes / 2**20:.1f} MiB, "
+            f"{self.bits_per_element:.2f} bits per element ({dense / max(self.nbytes, 1):.1f}x less than dense): "
+            f"{self.format.describe(layers[0].kv.width)}"
+        )
+
+    def _filled(self) -> "list[PackedLayer]":
+        return [layer for layer in cast("list[PackedLayer]", self.layers) if layer.is_initialized]
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a `PackedCache`.
+
+    Attributes:
+        kv: the packed keys and values, from the first update on.
+        width: channels of a head, before padding.
+        length: tokens held.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    kv: PackedKV
+
+    def __init__(self, fmt: KVFormat, config: Any) -> None:
+        super().__init__()
+        self.format = fmt
+        self.config = config
+        self.width = 0
+        self.length = 0
+        self._prompt: tuple[Tensor, Tensor] | None = None  # until its salient tokens are known
+
+    # ---- transformers' interface -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Get ready for tensors like these."""
+        if key_states.shape[-1] != value_states.shape[-1]:
+            raise NotImplementedError(
+                f"PackedCache: required, keys of {key_states.shape[-1]} and values of {value_states.shape[-1]} "
+                "channels; supported, equally many"
+            )
+        batch, groups, _, self.width = key_states.shape
+        width = max(32, self.width + -self.width % 8)
+        self.kv = PackedKV(self.format, batch, groups, width, dtype=key_states.dtype, device=key_states.device)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        in_place = self.config._attn_implementation == NAME
+        if self.length == 0:
+            self.length = key_states.shape[2]
+            if self.format.low_bits is not None and in_place:
+                self._prompt = key_states, value_states
+                return hold(key_states, self), value_states
+            self.kv.append(*self._rows(key_states, value_states))
+            return key_states, value_states
+        old = None
+        if not in_place or key_states.shape[2] > MOST_ROWS:
+            if not in_place:
+                warnings.warn(
+                    f"PackedCache is unpacked in every step for attn_implementation="
+                    f"{self.config._attn_implementation!r}; with 'fastok' it is read in place",
+                    stacklevel=2,
+                )
+            old = self.unpacked()
+        self.kv.append(*self._rows(key_states, value_states))
+        self.length += key_states.shape[2]
+        if old is None:
+            return hold(key_states, self), value_states
+        return torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask for ``query_length`` more tokens has, and the position of the first."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized, self.length, self._prompt = False, 0, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a number of at most 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.length = max(self.length + tokens_to_remove, 0)
+            self.kv.crop(self.length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make samples ``beam_idx[B]`` the batch."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sample ``repeats`` times."""
+        if self.is_initialized:
+            batch = self.kv.hot_len.shape[0]
+            self.kv.select(torch.arange(batch, device=self.kv.hot_len.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make samples ``indices[B']`` the batch."""
+        if self.is_initialized:
+            self.kv.select(indices)
+
+    def offload(self) -> None:
+        """Not supported."""
+        raise NotImplementedError("PackedCache: required, offloading; supported, packed bytes on the model's device")
+
+    # ---- for the attention function ----------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Held`."""
+        rows = F.pad(q, (0, self.kv.width - q.shape[-1])).to(self.dtype)
+        out, lse = attention_decode(rows, self.kv, scale=scale, softcap=softcap, key_bias=key_bias)
+        return out[..., : self.width].to(q.dtype), lse
+
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """See `Held`."""
+        k, v = self.kv.unpack()
+        return k[..., : self.width].transpose(1, 2), v[..., : self.width].transpose(1, 2)
+
+    @property
+    def probes(self) -> bool:
+        """Whether the prompt waits for `salience`."""
+        return self._prompt is not None
+
+    def salience(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
+        """Pack the prompt, told what it attended to: ``q[B,T,H,D]``, ``k[B,T,G,D]``, ``lse[B,H,T]``."""
+        assert self._prompt is not None
+        prompt, self._prompt = self._prompt, None
+        total = q.shape[1]
+        recent = math.ceil(RECENT * total)
+        generator = torch.Generator().manual_seed(total)
+        earlier = torch.randint(max(total - recent, 1), (int(RANDOM * total),), generator=generator)
+        rows = torch.cat([earlier, torch.arange(total - recent, total)]).to(q.device)
+        spec = ScoreSpec(rows=rows, normalize="causal", heads="group_sum")
+        scores = attention_scores(q, k, lse=lse, spec=spec, **masking)
+        kept = total - int(UNIMPORTANT * total)
+        salient = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
+        best = top_tokens(scores.flatten(0, 1), kept).view(*scores.shape[:2], -1)
+        keys, values = self._rows(*prompt)
+        self.kv = kv_pack(keys, values, self.format, salient=salient.scatter(2, best, True))
+
+    def _rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B,G,S,D]`` as the packed cache takes them, ``[B,S,G,width]``."""
+        more = (0, self.kv.width - self.width)
+        return F.pad(keys.detach(), more).transpose(1, 2), F.pad(values.detach(), more).transpose(1, 2)
