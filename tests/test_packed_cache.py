@@ -205,7 +205,7 @@ def test_salient_tokens_are_those_that_probes_attend_to() -> None:
     model(prompt, past_key_values=cache)
     kv = cache.layers[0].kv
     assert kv.n_pages == 0  # 200 tokens are less than the hot window and a page
-    assert not cache.layers[0].probes
+    assert not cache.layers[0].observes
     longer = PackedCache(FORMATS["two classes"], model)
     model(prompt, past_key_values=longer)
     high = fastok.reference.kv_layout.unpack_bits(longer.layers[0].kv.classes, 16).sum()

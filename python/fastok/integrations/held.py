@@ -22,10 +22,10 @@ class Held(Protocol):
         """``out[B,S,H,D_v]`` and ``lse[B,H,S]`` of the newest tokens' queries ``[B,S,H,D]``, causal."""
 
     @property
-    def probes(self) -> bool:
-        """Whether it waits to be told what the prompt attended to, by `salience`."""
+    def observes(self) -> bool:
+        """Whether it waits to be told what the prompt attended to, by `observe`."""
 
-    def salience(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
+    def observe(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
         """Queries ``[B,T,H,D]``, keys ``[B,T,G,D]``, log-sum-exp ``[B,H,T]`` of the prompt, and its masking."""
 
     def unpacked(self) -> tuple[Tensor, Tensor]:

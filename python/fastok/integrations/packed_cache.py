@@ -1,29 +1,25 @@
 """``PackedCache``: transformers' cache with packed keys and values, which fastok's attention reads in place."""
 
 import math
-import warnings
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from ..caches.formats import KVFormat
 from ..caches.packed import PackedKV, kv_pack
 from ..ops.attention import attention_scores
-from ..ops.decode import MOST_ROWS, attention_decode
+from ..ops.decode import attention_decode
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
-from .held import hold
-from .transformers_attention import NAME
+from .held_cache import HeldCache, HeldLayer, Store, text_config
 
 RECENT, RANDOM, UNIMPORTANT = 0.05, 0.05, 0.4
 """ZipCache's probes, as shares of the prompt's tokens, and the share of tokens in the low class."""
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedCache(HeldCache):
     """Keys and values in 1.5 to 8 bits behind transformers' cache interface.
 
     ::
@@ -52,31 +48,21 @@ class PackedCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, fmt: KVFormat | str, model_or_config: Any) -> None:
-        config = getattr(model_or_config, "config", model_or_config)
-        if not hasattr(config, "get_text_config"):
-            raise TypeError(
-                f"model_or_config must be a transformers model or its config, got {type(model_or_config).__name__}"
-            )
-        config = config.get_text_config(decoder=True)
+        config = text_config(model_or_config)
         self.format = KVFormat.of(fmt)
         super().__init__(layers=[PackedLayer(self.format, config) for _ in range(config.num_hidden_layers)])
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is stored, spare capacity included."""
-        return sum(layer.kv.nbytes for layer in self._filled())
-
-    @property
     def bits_per_element(self) -> float:
         """Bits stored for each element of a key or value, the hot window's included; NaN while empty."""
-        elements = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width for layer in self._filled())
+        elements = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width for layer in self.filled())
         return 8 * self.nbytes / elements if elements else math.nan
 
     def summary(self) -> str:
         """One line: format, tokens, memory."""
         dense = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width * layer.kv.hot_k.element_size()
-                    for layer in self._filled())  # fmt: skip
-        layers = list(self._filled())
+                    for layer in self.filled())  # fmt: skip
+        layers = list(self.filled())
         if not layers:
             return f"PackedCache, empty: {self.format}"
         return (
@@ -85,32 +71,36 @@ class PackedCache(Cache):  # type: ignore[misc]
             f"{self.format.describe(layers[0].kv.width)}"
         )
 
-    def _filled(self) -> "list[PackedLayer]":
-        return [layer for layer in cast("list[PackedLayer]", self.layers) if layer.is_initialized]
 
-
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(HeldLayer):
     """One layer of a `PackedCache`.
 
     Attributes:
         kv: the packed keys and values, from the first update on.
         width: channels of a head, before padding.
-        length: tokens held.
     """
 
-    is_sliding = False
-    is_croppable = True
     kv: PackedKV
 
     def __init__(self, fmt: KVFormat, config: Any) -> None:
-        super().__init__()
+        super().__init__(config)
         self.format = fmt
-        self.config = config
         self.width = 0
-        self.length = 0
-        self._prompt: tuple[Tensor, Tensor] | None = None  # until its salient tokens are known
 
-    # ---- transformers' interface -------------------------------------------------------------------------------------
+    @property
+    def stores(self) -> list[Store]:
+        """All that is stored."""
+        return [self.kv]
+
+    @property
+    def batch(self) -> int:
+        """How many samples there are."""
+        return self.kv.hot_len.shape[0]
+
+    @property
+    def wants_prompt(self) -> bool:
+        """For its salient tokens."""
+        return self.format.low_bits is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for tensors like these."""
@@ -119,81 +109,14 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"PackedCache: required, keys of {key_states.shape[-1]} and values of {value_states.shape[-1]} "
                 "channels; supported, equally many"
             )
+        super().lazy_initialization(key_states, value_states)
         batch, groups, _, self.width = key_states.shape
         width = max(32, self.width + -self.width % 8)
-        self.kv = PackedKV(self.format, batch, groups, width, dtype=key_states.dtype, device=key_states.device)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        self.kv = PackedKV(self.format, batch, groups, width, dtype=self.dtype, device=self.device)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        in_place = self.config._attn_implementation == NAME
-        if self.length == 0:
-            self.length = key_states.shape[2]
-            if self.format.low_bits is not None and in_place:
-                self._prompt = key_states, value_states
-                return hold(key_states, self), value_states
-            self.kv.append(*self._rows(key_states, value_states))
-            return key_states, value_states
-        old = None
-        if not in_place or key_states.shape[2] > MOST_ROWS:
-            if not in_place:
-                warnings.warn(
-                    f"PackedCache is unpacked in every step for attn_implementation="
-                    f"{self.config._attn_implementation!r}; with 'fastok' it is read in place",
-                    stacklevel=2,
-                )
-            old = self.unpacked()
-        self.kv.append(*self._rows(key_states, value_states))
-        self.length += key_states.shape[2]
-        if old is None:
-            return hold(key_states, self), value_states
-        return torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a mask for ``query_length`` more tokens has, and the position of the first."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """-1: no maximum."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.is_initialized, self.length, self._prompt = False, 0, None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens, given as a number of at most 0."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
-        if tokens_to_remove < 0 and self.is_initialized:
-            self.length = max(self.length + tokens_to_remove, 0)
-            self.kv.crop(self.length)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make samples ``beam_idx[B]`` the batch."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sample ``repeats`` times."""
-        if self.is_initialized:
-            batch = self.kv.hot_len.shape[0]
-            self.kv.select(torch.arange(batch, device=self.kv.hot_len.device).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Make samples ``indices[B']`` the batch."""
-        if self.is_initialized:
-            self.kv.select(indices)
-
-    def offload(self) -> None:
-        """Not supported."""
-        raise NotImplementedError("PackedCache: required, offloading; supported, packed bytes on the model's device")
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Store new tokens ``[B,G,S,D]``."""
+        self.kv.append(*self._rows(keys, values))
 
     # ---- for the attention function ----------------------------------------------------------------------------------
 
@@ -208,12 +131,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         k, v = self.kv.unpack()
         return k[..., : self.width].transpose(1, 2), v[..., : self.width].transpose(1, 2)
 
-    @property
-    def probes(self) -> bool:
-        """Whether the prompt waits for `salience`."""
-        return self._prompt is not None
-
-    def salience(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
+    def observe(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
         """Pack the prompt, told what it attended to: ``q[B,T,H,D]``, ``k[B,T,G,D]``, ``lse[B,H,T]``."""
         assert self._prompt is not None
         prompt, self._prompt = self._prompt, None
@@ -233,4 +151,4 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """``[B,G,S,D]`` as the packed cache takes them, ``[B,S,G,width]``."""
         more = (0, self.kv.width - self.width)
-        return F.pad(keys.detach(), more).transpose(1, 2), F.pad(values.detach(), more).transpose(1, 2)
+        return F.pad(keys, more).transpose(1, 2), F.pad(values, more).transpose(1, 2)

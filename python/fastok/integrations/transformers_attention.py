@@ -310,8 +310,8 @@ def attention_forward(
         masking |= {"max_seqlen_q": kwargs.get("max_length_q"), "max_seqlen_k": kwargs.get("max_length_k")}
     out, lse = attention(q, k, v, **masking)
     out, lse = _with_sink(out, lse, s_aux)
-    if held is not None and held.probes:
-        held.salience(q, k, lse, masking)
+    if held is not None and held.observes:
+        held.observe(q, k, lse, masking)
     scores = (
         recording.record(q, k, v, lse, getattr(module, "layer_idx", None), masking) if recording.recording() else None
     )
