@@ -24,6 +24,8 @@ def __getattr__(name: str) -> object:
         from .integrations.packed_cache import PackedCache
 
         return PackedCache
+    if name in sparse.CACHES:
+        return getattr(sparse, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

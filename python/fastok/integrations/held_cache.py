@@ -1,7 +1,6 @@
 """What fastok's caches for transformers have in common: a store per layer that attention reads in place."""
 
-import warnings
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..ops.decode import MOST_ROWS
 from .held import hold
-from .transformers_attention import NAME
 
 
 class Store(Protocol):
@@ -27,9 +25,6 @@ class Store(Protocol):
         """Make samples ``index[B']`` the batch."""
 
 
-L = TypeVar("L", bound="HeldLayer")
-
-
 class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a cache that fastok's attention reads in place.
 
@@ -39,12 +34,11 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
     is_croppable = True
-    most_rows: ClassVar[int] = MOST_ROWS
+    most_rows: int = MOST_ROWS
     """New tokens that can be attended with in place."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.config = config
         self.length = 0
         self._prompt: tuple[Tensor, Tensor] | None = None
 
@@ -59,8 +53,13 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         """Store new tokens ``[B,G,S,D]``."""
         raise NotImplementedError
 
-    def unpacked(self) -> tuple[Tensor, Tensor]:
-        """See `Held`."""
+    def crop_stores(self, length: int) -> None:
+        """Forget all but the ``length`` oldest tokens."""
+        for store in self.stores:
+            store.crop(length)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B,G,T,D]``."""
         raise NotImplementedError
 
     @property
@@ -79,31 +78,21 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        in_place = self.config._attn_implementation == NAME
         new, before = key_states.shape[2], self.length
         self.length += new
+        states = key_states.detach(), value_states.detach()
         if before == 0:
-            if self.wants_prompt and in_place:
-                self._prompt = key_states.detach(), value_states.detach()
-                return hold(key_states, self), value_states
-            self.append(key_states.detach(), value_states.detach())
+            if self.wants_prompt:
+                self._prompt = states
+                return hold(self, key_states, value_states)
+            self.append(*states)
             return key_states, value_states
-        old = None
-        if not in_place or new > self.most_rows:
-            if not in_place:
-                self._warn()
-            old = self.unpacked()
-        self.append(key_states.detach(), value_states.detach())
-        if old is None:
-            return hold(key_states, self), value_states
+        if new <= self.most_rows:
+            self.append(*states)
+            return hold(self, key_states, value_states)
+        old = self.unpacked()
+        self.append(*states)
         return torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2)
-
-    def _warn(self) -> None:
-        warnings.warn(
-            f"{type(self).__name__.removesuffix('Layer')}Cache is unpacked in every step for attn_implementation="
-            f"{self.config._attn_implementation!r}; with 'fastok' it is read in place",
-            stacklevel=3,
-        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask for ``query_length`` more tokens has, and the position of the first."""
@@ -126,9 +115,9 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
         if tokens_to_remove < 0 and self.is_initialized:
-            self.length = max(self.length + tokens_to_remove, 0)
-            for store in self.stores:
-                store.crop(self.length)
+            length = max(self.length + tokens_to_remove, 0)
+            self.crop_stores(length)
+            self.length = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make samples ``beam_idx[B]`` the batch."""
@@ -148,7 +137,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def batch(self) -> int:
         """How many samples there are."""
-        return int(self.unpacked()[0].shape[0])
+        raise NotImplementedError
 
     def offload(self) -> None:
         """Not supported."""
@@ -160,6 +149,14 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     def observes(self) -> bool:
         """See `Held`."""
         return self._prompt is not None
+
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """See `Held`."""
+        if self._prompt is None:
+            return self.stored()
+        prompt, self._prompt = self._prompt, None  # by an attention that tells nothing
+        self.append(*prompt)
+        return prompt
 
 
 class HeldCache(Cache):  # type: ignore[misc]
@@ -173,13 +170,3 @@ class HeldCache(Cache):  # type: ignore[misc]
     def filled(self) -> list[Any]:
         """The layers that hold something."""
         return [layer for layer in self.layers if layer.is_initialized]
-
-
-def text_config(model_or_config: Any) -> Any:
-    """The config of the language model in a model, or in a config."""
-    config = getattr(model_or_config, "config", model_or_config)
-    if not hasattr(config, "get_text_config"):
-        raise TypeError(
-            f"model_or_config must be a transformers model or its config, got {type(model_or_config).__name__}"
-        )
-    return config.get_text_config(decoder=True)

@@ -13,7 +13,7 @@ from ..ops.attention import attention_scores
 from ..ops.decode import attention_decode
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
-from .held_cache import HeldCache, HeldLayer, Store, text_config
+from .held_cache import HeldCache, HeldLayer, Store
 
 RECENT, RANDOM, UNIMPORTANT = 0.05, 0.05, 0.4
 """ZipCache's probes, as shares of the prompt's tokens, and the share of tokens in the low class."""
@@ -30,7 +30,8 @@ class PackedCache(HeldCache):
 
     Args:
         fmt: a `KVFormat` or the name of a preset.
-        model_or_config: the model it is for, or its config.
+        model_or_config: the model it is for, or its config: whether the format can hold its heads is checked at once
+            then, rather than at the first update.
 
     Raises:
         TypeError, ValueError: arguments of another kind. NotImplementedError, at the first update: keys and values of
@@ -47,10 +48,18 @@ class PackedCache(HeldCache):
     training. Not inside ``torch.compile``: its lengths are Python numbers, and every step would compile anew.
     """
 
-    def __init__(self, fmt: KVFormat | str, model_or_config: Any) -> None:
-        config = text_config(model_or_config)
+    def __init__(self, fmt: KVFormat | str, model_or_config: Any = None) -> None:
         self.format = KVFormat.of(fmt)
-        super().__init__(layers=[PackedLayer(self.format, config) for _ in range(config.num_hidden_layers)])
+        if model_or_config is not None:
+            self._check_heads(getattr(model_or_config, "config", model_or_config))
+        super().__init__(layer_class_to_replicate=lambda: PackedLayer(self.format))
+
+    def _check_heads(self, config: Any) -> None:
+        if not hasattr(config, "get_text_config"):
+            raise TypeError(f"model_or_config must be a transformers model or its config, got {config!r}")
+        text = config.get_text_config(decoder=True)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.format.layout(_stored_width(width))
 
     @property
     def bits_per_element(self) -> float:
@@ -72,6 +81,11 @@ class PackedCache(HeldCache):
         )
 
 
+def _stored_width(width: int) -> int:
+    """Channels of a head once zeros are added."""
+    return max(32, width + -width % 8)
+
+
 class PackedLayer(HeldLayer):
     """One layer of a `PackedCache`.
 
@@ -82,8 +96,8 @@ class PackedLayer(HeldLayer):
 
     kv: PackedKV
 
-    def __init__(self, fmt: KVFormat, config: Any) -> None:
-        super().__init__(config)
+    def __init__(self, fmt: KVFormat) -> None:
+        super().__init__()
         self.format = fmt
         self.width = 0
 
@@ -111,8 +125,7 @@ class PackedLayer(HeldLayer):
             )
         super().lazy_initialization(key_states, value_states)
         batch, groups, _, self.width = key_states.shape
-        width = max(32, self.width + -self.width % 8)
-        self.kv = PackedKV(self.format, batch, groups, width, dtype=self.dtype, device=self.device)
+        self.kv = PackedKV(self.format, batch, groups, _stored_width(self.width), dtype=self.dtype, device=self.device)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
@@ -126,8 +139,8 @@ class PackedLayer(HeldLayer):
         out, lse = attention_decode(rows, self.kv, scale=scale, softcap=softcap, key_bias=key_bias)
         return out[..., : self.width].to(q.dtype), lse
 
-    def unpacked(self) -> tuple[Tensor, Tensor]:
-        """See `Held`."""
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B,G,T,D]``."""
         k, v = self.kv.unpack()
         return k[..., : self.width].transpose(1, 2), v[..., : self.width].transpose(1, 2)
 

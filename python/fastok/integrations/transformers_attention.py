@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from ..flash import padded
 from ..ops.attention import attention
-from ..ops.decode import MOST_ROWS
 from . import recording
-from .held import holder
+from .held import Held, handle_of
 from .session import in_autocast
 
 NAME = "fastok"
@@ -282,14 +281,17 @@ def attention_forward(
         ``[B,S,H,D]``, and the scores recorded, or None.
     """
     _refuse(dropout, kwargs)
-    held = holder(key)
+    handle = handle_of(key)
+    held = None if handle is None else handle.layer
+    if handle is not None:
+        key, value = handle.keys, handle.values
     query, key, value = in_autocast(query, key, value)
     width = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     n_k = key.shape[2] if held is None else held.length
     mask = _understood(module, query, n_k, attention_mask, sliding_window, is_causal, kwargs)
     if held is not None and n_k > key.shape[2]:
-        if _in_place(query, mask):
+        if _in_place(held, query, mask):
             out, lse = held.attend(query.transpose(1, 2), scaling, softcap, mask.key_bias)
             return _with_sink(out, lse, s_aux)[0].contiguous(), None
         key, value = (x.to(query.dtype) for x in held.unpacked())
@@ -324,13 +326,13 @@ def attention_forward(
     return out[..., :width].contiguous(), scores
 
 
-def _in_place(query: Tensor, mask: "_Mask") -> bool:
+def _in_place(held: Held, query: Tensor, mask: "_Mask") -> bool:
     """Whether a cache can be read in place: few rows, causal, nothing to be recorded."""
     rows = query.shape[2]
     if query.requires_grad:
         raise NotImplementedError("gradients: required, through a packed cache; supported, inference")
     seen = mask.window == (-1, 0) or (rows == 1 and mask.window == (-1, -1))
-    return rows <= MOST_ROWS and seen and mask.cu_seqlens is None and not recording.recording()
+    return rows <= held.most_rows and seen and mask.cu_seqlens is None and not recording.recording()
 
 
 def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor | None) -> tuple[Tensor, Tensor]:
