@@ -42,6 +42,12 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "float softcap, Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
       "SymInt max_seqlen_k, Tensor? rows, SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end, "
       "bool over_cols, str reduce, SymInt head_group, bool head_max, bool logits) -> Tensor");
+  m.def(
+      "label_scores(Tensor q, Tensor data, Tensor? scale, Tensor channels, int kv_heads, bool shared, Tensor? seq_lens) "
+      "-> Tensor");
+  m.def(
+      "select_tokens(Tensor scores, SymInt k, float? mass, SymInt sink, SymInt recent, Tensor? seq_lens) -> (Tensor "
+      "index, Tensor count)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 
   // Selection (csrc/k_center, csrc/max_coverage). start is isolated, norm, first, or given with `first`;

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import reference, triton
-from .reference import attention, decode, quantize
+from .reference import attention, decode, quantize, sparse
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -33,6 +33,8 @@ REFERENCE = {
     "kv_unseal": quantize.kv_unseal,
     "decode": decode.decode,
     "decode_packed": decode.decode_packed,
+    "label_scores": sparse.label_scores,
+    "select_tokens": sparse.select_tokens,
 }
 # Plain PyTorch on every device, autograd included.
 COMPOSITE = {"merge_states": attention.merge_states}

@@ -1,7 +1,5 @@
 """``PackedKV``: sealed pages of packed bytes plus a hot window, kept by ``kv_pack``, ``append`` and ``keep``."""
 
-
-
 import torch
 from torch import Tensor
 
@@ -326,6 +324,33 @@ class PackedKV:
                 batch, _, groups, width = x.shape
                 setattr(self, name, hard.expand(batch, groups, width).contiguous())
 
+    # ---- batches and newest tokens -----------------------------------------------------------------------------------
+
+    def select(self, index: Tensor) -> "PackedKV":
+        """Make samples ``index[B']`` the batch (repeated ones share their sealed bytes); in place, returns self."""
+        for name in ("_offset", "_counts", "_classes", "key_channels", "value_channels", "hot_k", "hot_v", "_hot_high",
+                     "hot_len"):  # fmt: skip
+            part: Tensor | None = getattr(self, name)
+            if part is not None:
+                setattr(self, name, part.index_select(0, index.to(part.device)))
+        places = index.tolist()
+        self._pages = [list(self._pages[i]) for i in places]
+        self._hot = [list(self._hot[i]) for i in places]
+        return self
+
+    def crop(self, length: int) -> "PackedKV":
+        """Forget all but the ``length`` oldest tokens of each head; in place, returns self.
+
+        Cheap while those forgotten are hot; sealed ones are taken out as by :meth:`keep`.
+        """
+        sealed = self.counts.sum((2, 3), dtype=torch.int32)
+        if length >= int(sealed.max() if sealed.numel() else 0):
+            self.hot_len.copy_(torch.minimum(self.hot_len, (length - sealed).clamp(min=0)))
+            self._hot = self.hot_len.tolist()
+            return self
+        places = torch.arange(length, device=sealed.device).expand(*sealed.shape, -1)
+        return self.keep(torch.where(places < self.seq_lens[..., None], places, -1))
+
     # ---- eviction ----------------------------------------------------------------------------------------------------
 
     def keep(self, index: Tensor) -> "PackedKV":
@@ -419,5 +444,3 @@ def _move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays:
         for start, end, width in zip(old.arrays[which], new.arrays[which], side.array_widths, strict=True):
             moved = gather_bytes(source, start[stays], width * side.scale_bytes)
             scatter_bytes(target, end.gather(-1, place)[stays], moved)
-
-

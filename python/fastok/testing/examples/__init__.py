@@ -19,6 +19,7 @@ from . import match as match
 from . import max_coverage as max_coverage
 from . import merge as merge
 from . import select as select
+from . import sparse as sparse
 from .registry import DTYPES, EXAMPLES, Arguments, Example, Size, example, examples
 
 __all__ = [
