@@ -100,6 +100,8 @@ def _checked_softcap(softcap: float | None) -> float:
 def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
     """Keys, values, lengths, table (None if contiguous) and the most keys a sequence can have."""
     batch, _, heads, width = q.shape
+    table: Tensor | None = None
+    seq_lens: Tensor | None
     if isinstance(cache, PagedKV):
         k, v, table, seq_lens = cache.k_pages, cache.v_pages, cache.block_table, cache.seq_lens
         names = ("k_pages", "v_pages")
@@ -112,7 +114,7 @@ def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | 
         if len(cache) != 3:
             raise ValueError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got a tuple of {len(cache)}")
         k, v, seq_lens = cache
-        table, names, lead = None, ("k", "v"), (batch, None)
+        names, lead = ("k", "v"), (batch, None)
         total = k.shape[1]
     for name, x in zip(names, (k, v), strict=True):
         check_dtype(name, x, (q.dtype,))

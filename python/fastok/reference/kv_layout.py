@@ -131,8 +131,10 @@ class Layout:
         """From the ints ``[key bits * 100, axis, flags, value bits * 100, axis, flags, group, page, scale, low]``."""
         *codes, group, page, scale, low = fmt
         dtype = SCALE_DTYPES[scale]
-        sides = [Side(*codes[i : i + 3], low, width, group, dtype.itemsize) for i in (0, 3)]
-        return cls(*sides, group, page, dtype)
+        key, value = (
+            Side(bits, axis, flags, low, width, group, dtype.itemsize) for bits, axis, flags in (codes[:3], codes[3:])
+        )
+        return cls(key, value, group, page, dtype)
 
     @property
     def two_classes(self) -> bool:
