@@ -14,12 +14,13 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// A constant: the compiler takes only the first bytes of what _tile_loadconfig is given for read, and may not have
+// written the others of a variable by then.
+constexpr TileConfig kTileConfig;
+
 // The tile registers, for as long as it lives.
 struct Tiles {
-  Tiles() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
+  Tiles() { _tile_loadconfig(&kTileConfig); }
   ~Tiles() { _tile_release(); }
 };
 

@@ -70,6 +70,10 @@ struct AttentionEngine {
   // next multiple of key_step.
   void (*scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
                  const float* lse, float* out, int64_t pitch, void* scratch);
+  // total[key - key_begin] += the sum of these probabilities over the rows, in ascending order. `block` is as `out` of
+  // `scores`, to work in.
+  void (*sum_scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
+                     const float* lse, float* block, int64_t pitch, float* total, void* scratch);
 };
 
 struct AttentionKernels {

@@ -44,17 +44,8 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
     const RowList rows = all_rows.part(done, E::kRows);
     const int64_t n_rows = round_up(rows.count, E::kTileRows);
     E::pack_rows(head, rows, scratch.rows);
-    // What some row sees, and what all of them see.
-    int64_t first = key_end, last = key_begin, seen_from = key_begin, seen_to = key_end;
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t from = head.first_key(rows.at(i)), to = head.last_key(rows.at(i));
-      first = from < first ? from : first;
-      last = to > last ? to : last;
-      seen_from = from > seen_from ? from : seen_from;
-      seen_to = to < seen_to ? to : seen_to;
-    }
-    first = first > key_begin ? key_begin + (first - key_begin) / E::kStep * E::kStep : key_begin;
-    last = last < key_end ? last : key_end;
+    const Seen seen(head, rows, key_begin, key_end, E::kStep);
+    const int64_t first = seen.first, last = seen.last;
     std::memset(scratch.out, 0, size_t(n_rows * v_width) * sizeof(float));
 
     // Blocks of keys of one size.
@@ -64,7 +55,7 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
     for (int64_t begin = first; begin < last; begin += size) {
       const int64_t end = begin + size < last ? begin + size : last, n = round_up(end - begin, E::kStep);
       E::multiply(scratch.rows, n_rows, keys, begin - key_begin, n, width, scratch.scores, E::kKeys);
-      if (touched || begin < seen_from || end > seen_to || n > end - begin)
+      if (touched || !seen.by_all(begin, end) || n > end - begin)
         for (int64_t i = 0; i < rows.count; ++i)
           finish_logits<E>(head, rows.at(i), begin, end, n, scratch.scores + i * E::kKeys);
       peaks_of(scratch.scores, E::kKeys, rows.count, n, running.here);
@@ -117,6 +108,25 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
   }
 }
 
+template <class E>
+void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, int64_t key_end, const RowList& rows,
+                const float* lse, float* block, int64_t pitch, float* total, void* memory) {
+  [[maybe_unused]] const Tiles tiles;
+  const Scratch<E> scratch(memory, head.q.width);
+  const Seen seen(head, rows, key_begin, key_end, E::kStep);
+  if (seen.first >= seen.last) return;
+  const int64_t skipped = seen.first - key_begin, n = round_up(seen.last - seen.first, E::kStep);
+  E::pack_rows(head, rows, scratch.rows);
+  E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, skipped, n, head.q.width, block, pitch);
+  const bool as_it_is = !touches<E>(head) && seen.by_all(seen.first, seen.last) && n == seen.last - seen.first;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (lse[i] == -kInfinity) continue;
+    float* const x = block + i * pitch;
+    if (!as_it_is) finish_logits<E>(head, rows.at(i), seen.first, seen.last, n, x);
+    add_exponentials(x, n, factor_left<E>(head), lse[i], total + skipped);
+  }
+}
+
 template <class T>
 void dot_products(const float* q, const T* k, int64_t stride, int64_t n_keys, int64_t width, float* out) {
   for (int64_t j = 0; j < n_keys; ++j, k += stride) {
@@ -157,7 +167,7 @@ void few_scores(const AttentionHead& head, int64_t key_begin, int64_t key_end, c
 template <class E>
 constexpr AttentionEngine engine_of() {
   return {E::kRows,     E::kStep,       E::key_bytes, E::value_bytes, Scratch<E>::bytes,
-          E::pack_keys, E::pack_values, forward<E>,   scores<E>};
+          E::pack_keys, E::pack_values, forward<E>,   scores<E>,      sum_scores<E>};
 }
 
 // ---- reductions -----------------------------------------------------------------------------------------------------

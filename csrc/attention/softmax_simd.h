@@ -1,5 +1,6 @@
 // The softmax on a block of scores: what lies between the two products of attention.
 #pragma once
+#include "attention/attention.h"
 #include "attention/exp_simd.h"
 #include "attention/rows_simd.h"
 
@@ -89,6 +90,32 @@ inline __attribute__((always_inline)) vf exponentials(const float* x, int64_t n,
   }
   return sum[0] + sum[1];
 }
+
+// total += exp(x * factor - shift) of an even number of vectors.
+inline void add_exponentials(const float* x, int64_t n, float factor, float shift, float* total) {
+  const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
+  for (int64_t j = 0; j < n; j += kLanes) store(total + j, load(total + j) + exp2_of(fma(load(x + j), f, s)));
+}
+
+// The keys of [key_begin, key_end) that some of the rows sees, and those that all see.
+struct Seen {
+  int64_t first, last;  // `first` a multiple of `step` behind key_begin
+  int64_t all_first, all_last;
+
+  Seen(const AttentionHead& head, const RowList& rows, int64_t key_begin, int64_t key_end, int64_t step)
+      : first(key_end), last(key_begin), all_first(key_begin), all_last(key_end) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t from = head.first_key(rows.at(i)), to = head.last_key(rows.at(i));
+      first = from < first ? from : first;
+      last = to > last ? to : last;
+      all_first = from > all_first ? from : all_first;
+      all_last = to < all_last ? to : all_last;
+    }
+    first = first > key_begin ? key_begin + (first - key_begin) / step * step : key_begin;
+    last = last < key_end ? last : key_end;
+  }
+  bool by_all(int64_t begin, int64_t end) const { return begin >= all_first && end <= all_last; }
+};
 
 // The running softmax of a block's rows: all peaks first, so that no row waits for another one's.
 template <int kRows>
