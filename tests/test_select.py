@@ -417,6 +417,17 @@ def test_density_peaks_of_exact_inputs(backend: Backend, dtype: torch.dtype) -> 
             assert_same(backend.density_peaks(*args), reference.peak_rows(*args), f"{name}, neighbors={neighbors}")
 
 
+def test_density_peaks_do_not_depend_on_threads() -> None:
+    x, threads = torch.randn(1, 500, 40), torch.get_num_threads()
+    wanted = fastok.reference.density_peaks(x, 200, neighbors=20)
+    try:
+        for count in (1, 2, 3, 4, 7):
+            torch.set_num_threads(count)
+            assert_same(fastok.density_peaks(x, 200, neighbors=20), wanted, f"with {count} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
 @given(
     n=st.integers(0, 60), width=st.sampled_from([1, 3, 16]), neighbors=st.integers(1, 60), k=st.integers(0, 60),
     seed=st.integers(0, 1000), dtype=st.sampled_from(DTYPES),

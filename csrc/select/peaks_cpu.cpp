@@ -229,7 +229,7 @@ class Lists {
     high.resize(size);
     for (int64_t e = 0; e < size; ++e) {
       high[e] = e < exact_[row] ? list[e].distance : list[e].distance + bounds_.slack(i, list[e].token);
-      if (!(high[e] < kInfinity)) high[e] = kInfinity;  // -inf + inf says nothing
+      if (!(high[e] >= 0)) high[e] = kInfinity;  // a bound of -inf says nothing
     }
     std::nth_element(high.begin(), high.begin() + (k_ - 1), high.end());
     set_bar(row, high[k_ - 1]);
