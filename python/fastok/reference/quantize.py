@@ -254,6 +254,8 @@ def kv_seal(
         counts = torch.full((*where.shape, layout.token_groups), layout.page // layout.token_groups,
                             device=data.device)  # fmt: skip
         at = Addresses.of(layout, where, counts, None if classes is None else classes[:, :, pages])
+        place = torch.arange(int(at.size.max()) if at.size.numel() else 0, device=data.device)
+        data[(where[..., None] + place)[place < at.size[..., None]]] = 0  # what aligns the parts
         tokens = slice(begin * layout.page, (begin + CHUNK) * layout.page)
         low = None if at.high is None else ~at.high
         sides = ((layout.key, k, key_channels, key_gamma), (layout.value, v, value_channels, value_gamma))
