@@ -408,7 +408,7 @@ class PackedKV:
         new_at = Addresses.of(layout, torch.zeros_like(old_offset), counts, classes)
         ends = new_at.size.flatten().cumsum(0)
         offset = (ends - new_at.size.flatten()).view_as(old_offset)
-        data = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=device)
+        data = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=device)
         for begin in range(0, old_offset.shape[2], CHUNK):
             part = slice(begin, begin + CHUNK)
             old, new = (

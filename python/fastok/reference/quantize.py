@@ -254,6 +254,8 @@ def kv_seal(
         counts = torch.full((*where.shape, layout.token_groups), layout.page // layout.token_groups,
                             device=data.device)  # fmt: skip
         at = Addresses.of(layout, where, counts, None if classes is None else classes[:, :, pages])
+        place = torch.arange(int(at.size.max()) if at.size.numel() else 0, device=data.device)
+        data[(where[..., None] + place)[place < at.size[..., None]]] = 0  # what aligns the parts
         tokens = slice(begin * layout.page, (begin + CHUNK) * layout.page)
         low = None if at.high is None else ~at.high
         sides = ((layout.key, k, key_channels, key_gamma), (layout.value, v, value_channels, value_gamma))
@@ -345,5 +347,5 @@ def kv_unseal(
     place = torch.where(entry < hot_len[..., None], length.sum(-1, keepdim=True) + entry, total)[..., None]
     for which, hot in enumerate((hot_k, hot_v)):
         out[which].scatter_(2, place.expand(hot.shape), hot)
-    k, v = out[..., :total, :].transpose(2, 3).contiguous()
+    k, v = (x[..., :total, :].transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in out)
     return k, v
