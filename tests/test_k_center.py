@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-NOT_YET = ("cuda-on-host",)  # no CUDA kernel so far
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 METRICS = ("cosine", "euclidean")
 OBJECTIVES = ("max_min", "max_sum")
@@ -117,7 +116,7 @@ INPUTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("metric", METRICS)
-@over_backends("k_center", without=("reference", *NOT_YET))
+@over_backends("k_center", without=("reference",))
 def test_same_bits_as_the_specification(backend: Backend, metric: str, objective: str, dtype: torch.dtype) -> None:
     for name, make in INPUTS.items():
         x = make().to(dtype)
@@ -131,7 +130,7 @@ def test_same_bits_as_the_specification(backend: Backend, metric: str, objective
 
 
 @pytest.mark.parametrize("start", STARTS)
-@over_backends("k_center", without=("reference", *NOT_YET))
+@over_backends("k_center", without=("reference",))
 def test_masks(backend: Backend, start: str) -> None:
     for x in (torch.randn(3, 50, 24), clustered(3, 50, 24, 3), torch.ones(3, 50, 2)):
         x[1, ::7] = math.nan
@@ -153,7 +152,7 @@ def test_masks(backend: Backend, start: str) -> None:
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("metric", METRICS)
-@over_backends("k_center", without=NOT_YET)
+@over_backends("k_center")
 def test_random_tokens_match_the_oracle(backend: Backend, metric: str, objective: str, start: str) -> None:
     compared = 0
     for seed in range(30):
@@ -176,7 +175,7 @@ def test_random_tokens_match_the_oracle(backend: Backend, metric: str, objective
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@over_backends("k_center", without=NOT_YET)
+@over_backends("k_center")
 def test_exact_ties_go_to_the_lowest_index(backend: Backend, metric: str, objective: str) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
@@ -224,7 +223,7 @@ def test_by_hand() -> None:
     seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
 )
-@over_backends("k_center", without=("reference", "cuda", *NOT_YET))
+@over_backends("k_center", without=("reference", "cuda"))
 def test_any_arguments_match_the_specification(
     backend: Backend, batch, n, width, share, metric, objective, start, masked, kind, candidates_scored, seed, dtype
 ) -> None:
@@ -250,7 +249,7 @@ def test_every_plan_gives_the_same_picks(backend: Backend, start: str, candidate
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("k_center", without=("reference", *NOT_YET))
+@over_backends("k_center", without=("reference",))
 def test_strided_and_misaligned_views(backend: Backend, dtype: torch.dtype) -> None:
     for view in (
         odd_view(torch.randn(3, 35, 61).to(dtype)),
