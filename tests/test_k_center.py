@@ -118,13 +118,14 @@ INPUTS = {
 @pytest.mark.parametrize("metric", METRICS)
 @over_backends("k_center", without=("reference",))
 def test_same_bits_as_the_specification(backend: Backend, metric: str, objective: str, dtype: torch.dtype) -> None:
-    for name, make in INPUTS.items():
+    for which, (name, make) in enumerate(INPUTS.items()):
         x = make().to(dtype)
         n = x.shape[1]
-        for start in STARTS:
+        on_host = backend.name == "cuda-on-host"  # a hundred times as slow: one start and one k for each input
+        for start in STARTS[which % 4 :][:1] if on_host else STARTS:
             if n == 0 and start == "given":
                 continue
-            for k in sorted({min(1, n), n // 3, n}):
+            for k in [min(n, 10)] if on_host else sorted({min(1, n), n // 3, n}):
                 args = arguments(x, k, metric, objective, start)
                 assert_same_picks(backend.k_center(*args), reference.k_center_picks(*args), f"{name}, {start}, k={k}")
 
@@ -138,7 +139,7 @@ def test_masks(backend: Backend, start: str) -> None:
         mask[2] = torch.arange(50) == 33
         for metric in METRICS:
             # More than there are: the rest is -1.
-            for k in (1, 20, 50):
+            for k in (20,) if backend.name == "cuda-on-host" else (1, 20, 50):
                 args = arguments(x, k, metric, "max_min", start, mask)
                 got = backend.k_center(*args)
                 assert_same_picks(got, reference.k_center_picks(*args), f"{metric}, k={k}")
@@ -223,7 +224,7 @@ def test_by_hand() -> None:
     seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
 )
-@over_backends("k_center", without=("reference", "cuda"))
+@over_backends("k_center", without=("reference", "cuda", "cuda-on-host"))
 def test_any_arguments_match_the_specification(
     backend: Backend, batch, n, width, share, metric, objective, start, masked, kind, candidates_scored, seed, dtype
 ) -> None:

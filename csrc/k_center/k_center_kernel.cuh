@@ -234,7 +234,7 @@ struct BestToken {
 };
 
 // The same in all threads of the block. `values` and `tokens` hold one entry per warp.
-__device__ inline BestToken block_best(BestToken best, double* values, int* tokens) {
+__device__ __forceinline__ BestToken block_best(BestToken best, double* values, int* tokens) {
   for (int half = kWarpSize / 2; half > 0; half /= 2) {
     const double value = __shfl_xor_sync(kFullWarp, best.value, half);
     const int token = __shfl_xor_sync(kFullWarp, best.token, half);
@@ -243,6 +243,7 @@ __device__ inline BestToken block_best(BestToken best, double* values, int* toke
   __syncthreads();  // the previous call's readers are done
   if (lane_index() == 0) values[warp_index()] = best.value, tokens[warp_index()] = best.token;
   __syncthreads();
+#pragma unroll 1  // more would only take registers
   for (int warp = 0; warp < warps_in_block(); ++warp) best.offer(values[warp], tokens[warp]);
   return best;
 }
@@ -253,15 +254,15 @@ __device__ __forceinline__ double first_rank(const CenterParams& p, int64_t toke
   return p.start == CenterStart::isolated && rank != kNowhere ? double(__int_as_float(p.isolation[token])) : rank;
 }
 
-__device__ inline BestToken best_first(const CenterParams& p, int64_t b, double* values, int* tokens) {
+__device__ __forceinline__ BestToken best_first(const CenterParams& p, int64_t b, double* values, int* tokens) {
   BestToken best;
   for (int j = int(threadIdx.x); j < p.n; j += int(blockDim.x)) best.offer(first_rank(p, b * p.n + j), j);
   return block_best(best, values, tokens);
 }
 
 // Writes one pick. If no finite token is left, finds the next of the others; called by all threads of one block.
-__device__ inline void write_pick(const CenterParams& p, int64_t b, int step, const BestToken& best, double* values,
-                                  int* tokens) {
+__device__ __forceinline__ void write_pick(const CenterParams& p, int64_t b, int step, BestToken best, double* values,
+                                           int* tokens) {
   const int64_t at = b * p.k + step;
   if (best.token >= 0) {
     const bool defined = step > 0 || p.start == CenterStart::isolated;
@@ -288,7 +289,7 @@ __device__ __forceinline__ double updated(const CenterParams& p, int step, doubl
 }
 
 // All picks of a sample, from the distances of all pairs. Grid: a block per sample.
-__global__ void __launch_bounds__(kPickThreads) pick_kernel(const CenterParams p) {
+__global__ void __launch_bounds__(kPickThreads, 1) pick_kernel(const CenterParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   double* const values = memory.take<double>(32, "values");
