@@ -42,79 +42,26 @@ inline double sum_of(vd x) {
   return total;
 }
 
-#if defined(__AVX512F__)
-constexpr int kPairs = 2;  // rows at a time: with kCenters columns as many sums as registers hold
-#else
-constexpr int kPairs = 1;
-#endif
-
-// Products of the integers of kPairs tokens with those of kCenters widened tokens, `pitch` apart. Exact, hence in any
-// order.
+// Products of a token's integers with those of kCenters widened tokens, `pitch` apart. Exact, hence in any order.
 template <class T>
-inline void dots(const T* const (&x)[kPairs], const float (&scale)[kPairs], const double* centers, int64_t pitch,
-                 int64_t width, double (&out)[kPairs][kCenters]) {
-  vd sum[kPairs][kCenters][2];
-#pragma GCC unroll 2
-  for (int r = 0; r < kPairs; ++r)
+inline void dots(const T* x, float scale, const double* centers, int64_t pitch, int64_t width, double* out) {
+  vd sum[kCenters][2];
 #pragma GCC unroll 4
-    for (int c = 0; c < kCenters; ++c) sum[r][c][0] = sum[r][c][1] = splat_wide(0.0);
-  const auto multiply = [&](const vf(&part)[kPairs], const double* at) __attribute__((always_inline)) {
-    vd low[kPairs], high[kPairs];
-#pragma GCC unroll 2
-    for (int r = 0; r < kPairs; ++r) {
-      const vf q = to_integers(part[r] * splat(scale[r]));
-      low[r] = lower_half(q), high[r] = upper_half(q);
-    }
+  for (int c = 0; c < kCenters; ++c) sum[c][0] = sum[c][1] = splat_wide(0.0);
+  for_steps(x, width, [&](int64_t d, const vf* part) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kStepVectors; ++i) {
+      const vf q = to_integers(part[i] * splat(scale));
+      const vd low = lower_half(q), high = upper_half(q);
+      const double* const at = centers + d + i * kLanes;
 #pragma GCC unroll 4
-    for (int c = 0; c < kCenters; ++c) {
-      const vd low_center = load_wide(at + c * pitch), high_center = load_wide(at + c * pitch + kWide);
-#pragma GCC unroll 2
-      for (int r = 0; r < kPairs; ++r) {
-        sum[r][c][0] = fma_wide(low[r], low_center, sum[r][c][0]);
-        sum[r][c][1] = fma_wide(high[r], high_center, sum[r][c][1]);
+      for (int c = 0; c < kCenters; ++c) {
+        sum[c][0] = fma_wide(low, load_wide(at + c * pitch), sum[c][0]);
+        sum[c][1] = fma_wide(high, load_wide(at + c * pitch + kWide), sum[c][1]);
       }
     }
-  };
-  vf part[kPairs];
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-#pragma GCC unroll 2
-    for (int r = 0; r < kPairs; ++r) part[r] = load(x[r] + d);
-    multiply(part, centers + d);
-  }
-  if (d < width) {
-    for (int r = 0; r < kPairs; ++r) {
-      float rest[kLanes] = {};
-      for (int64_t e = d; e < width; ++e) rest[e - d] = widen(x[r][e]);
-      part[r] = load(rest);
-    }
-    multiply(part, centers + d);
-  }
-  for (int r = 0; r < kPairs; ++r)
-    for (int c = 0; c < kCenters; ++c) out[r][c] = sum_of(sum[r][c][0] + sum[r][c][1]);
-}
-
-template <class T>
-void cosines_with(const TokenRows& y, const TokenScale* y_scales, const TokenScale* x_scales, int64_t count,
-                  const double* centers, int64_t pitch, float* out) {
-  for (int64_t first = 0; first < y.count; first += kPairs) {
-    const T* row[kPairs];
-    float scale[kPairs];
-    double product[kPairs][kCenters];
-    for (int r = 0; r < kPairs; ++r) {  // past the end the last again
-      const int64_t i = first + r < y.count ? first + r : y.count - 1;
-      row[r] = static_cast<const T*>(y.row(i));
-      scale[r] = y_scales[i].scale;
-    }
-    dots(row, scale, centers, pitch, y.width, product);
-    for (int64_t r = 0; r < kPairs && first + r < y.count; ++r) {
-      const TokenScale& of_row = y_scales[first + r];
-      for (int64_t c = 0; c < count; ++c) {
-        const bool finite = of_row.finite && x_scales[c].finite;
-        out[c * y.count + first + r] = finite ? cosine(product[r][c], of_row.norm, x_scales[c].norm) : kNaN;
-      }
-    }
-  }
+  });
+  for (int c = 0; c < kCenters; ++c) out[c] = sum_of(sum[c][0] + sum[c][1]);
 }
 
 void cosines(const TokenRows& y, const TokenScale* y_scales, const TokenRows& x, const TokenScale* x_scales,
@@ -122,19 +69,20 @@ void cosines(const TokenRows& y, const TokenScale* y_scales, const TokenRows& x,
   const int64_t pitch = (x.width + kStep - 1) / kStep * kStep;
   for (int64_t first = begin; first < end; first += kCenters) {
     const int64_t count = end - first < kCenters ? end - first : kCenters;
-    for (int64_t d = 0; d < kCenters * pitch; ++d) scratch[d] = 0;
-    for (int64_t c = 0; c < count; ++c)
-      if (x_scales[first + c].finite) widen_row(x, first + c, x_scales[first + c].scale, scratch + c * pitch);
-    float* const columns = out + (first - begin) * y.count;
-    switch (y.dtype) {
-      case Dtype::f16:
-        cosines_with<f16>(y, y_scales, x_scales + first, count, scratch, pitch, columns);
-        break;
-      case Dtype::bf16:
-        cosines_with<bf16>(y, y_scales, x_scales + first, count, scratch, pitch, columns);
-        break;
-      default:
-        cosines_with<float>(y, y_scales, x_scales + first, count, scratch, pitch, columns);
+    for (int64_t c = 0; c < kCenters; ++c) {
+      double* const center = scratch + c * pitch;
+      for (int64_t d = 0; d < pitch; ++d) center[d] = 0;
+      if (c < count && x_scales[first + c].finite) widen_row(x, first + c, x_scales[first + c].scale, center);
+    }
+    for (int64_t r = 0; r < y.count; ++r) {
+      double product[kCenters] = {};
+      if (y_scales[r].finite)
+        with_row(y, r, [&](const auto* row) { dots(row, y_scales[r].scale, scratch, pitch, y.width, product); });
+      for (int64_t c = 0; c < count; ++c) {
+        const TokenScale& token = x_scales[first + c];
+        const bool finite = y_scales[r].finite && token.finite;
+        out[(first + c - begin) * y.count + r] = finite ? cosine(product[c], y_scales[r].norm, token.norm) : kNaN;
+      }
     }
   }
 }
