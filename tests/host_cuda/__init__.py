@@ -146,6 +146,24 @@ def nearest(
     return value, index
 
 
+def k_center(
+    x: Tensor,
+    k: int,
+    metric: str,
+    objective: str,
+    start: str,
+    first: Tensor | None,
+    mask: Tensor | None,
+    candidates_scored: int,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fastok.k_center``."""
+    batch = x.shape[0]
+    results = {"index": torch.empty(batch, k, dtype=torch.int64), "distance": torch.empty(batch, k)}
+    options = {"metric": metric, "objective": objective, "start": start}
+    call("k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k, **options)
+    return results["index"], results["distance"]
+
+
 def build_map(assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
     """``torch.ops.fastok.build_map``."""
     offsets = torch.empty((assign.shape[0], n_out + 1), dtype=torch.int32)

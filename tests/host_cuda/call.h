@@ -51,6 +51,7 @@ void add_output(const char* name, void* data, int64_t count, size_t element);
 // The ops that Python can call, each in the file of its family.
 void bipartite_match(const Call& call);
 void nearest(const Call& call);
+void k_center(const Call& call);
 void build_map(const Call& call);
 void rows(const Call& call);
 void attention(const Call& call);

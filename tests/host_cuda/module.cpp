@@ -14,6 +14,7 @@ namespace {
 using Op = void (*)(const simt::Call&);
 const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"nearest", simt::nearest},
+                                     {"k_center", simt::k_center},
                                      {"build_map", simt::build_map},
                                      {"rows", simt::rows},
                                      {"attention", simt::attention},
