@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HOST = ("cuda-on-host",)
 
 
 def signs(*shape: int) -> Tensor:
@@ -77,7 +76,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("top_tokens", without=HOST)
+@over_backends("top_tokens")
 def test_top_tokens(backend: Backend, dtype: torch.dtype) -> None:
     for make in SCORES.values():
         scores = make().to(dtype)
@@ -87,7 +86,7 @@ def test_top_tokens(backend: Backend, dtype: torch.dtype) -> None:
                 check_top_tokens(backend, scores, [k], protect)
 
 
-@over_backends("top_tokens", without=HOST)
+@over_backends("top_tokens")
 def test_top_tokens_masked(backend: Backend) -> None:
     for share in (0.0, 0.1, 0.6, 1.0):
         scores = integers(4, 90, nan=0.1)
@@ -97,7 +96,7 @@ def test_top_tokens_masked(backend: Backend) -> None:
             check_top_tokens(backend, scores[:, ::2], [12], protect, mask.mT.contiguous().mT[:, ::2])
 
 
-@over_backends("top_tokens", without=HOST)
+@over_backends("top_tokens")
 def test_top_tokens_of_segments(backend: Backend) -> None:
     scores = integers(3, 120, nan=0.1)
     for segments, k in (
@@ -120,7 +119,7 @@ def test_top_tokens_of_segments(backend: Backend) -> None:
     share=st.none() | st.sampled_from([0.2, 0.9]), nan=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-@over_backends("top_tokens", without=("cuda", *HOST))
+@over_backends("top_tokens", without=("cuda",))
 def test_top_tokens_of_any_arguments(backend: Backend, batch, n, protect, budgets, share, nan, seed, dtype) -> None:
     torch.manual_seed(seed)
     protect = min(protect, n)
@@ -134,7 +133,7 @@ def test_top_tokens_of_any_arguments(backend: Backend, batch, n, protect, budget
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("top_tokens", without=HOST)
+@over_backends("top_tokens")
 def test_top_tokens_of_long_rows(backend: Backend, dtype: torch.dtype) -> None:
     for scores in (torch.randn(2, 9000), integers(2, 9000, nan=0.05), torch.rand(2, 9000).exp2()):
         scores = scores.to(dtype)
@@ -146,7 +145,7 @@ def test_top_tokens_of_long_rows(backend: Backend, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("top_tokens", without=HOST)
+@over_backends("top_tokens")
 def test_top_tokens_of_views(backend: Backend, dtype: torch.dtype) -> None:
     scores = integers(3, 77, nan=0.1).to(dtype)
     wide = torch.full((3, 120), math.nan, dtype=dtype)
@@ -160,7 +159,7 @@ def test_top_tokens_of_views(backend: Backend, dtype: torch.dtype) -> None:
     check_top_tokens(backend, scores[:1].expand(3, 77), [30], 1)
 
 
-@over_backends("top_tokens", without=HOST)
+@over_backends("top_tokens")
 def test_top_tokens_do_not_depend_on_the_batch(backend: Backend) -> None:
     scores, mask = torch.randn(5, 700), torch.rand(5, 700) < 0.8
     segments = torch.randint(0, 4, (5, 700))
@@ -282,7 +281,7 @@ SIGNIFICANCE = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("sample_cdf", without=HOST)
+@over_backends("sample_cdf")
 def test_sample_cdf(backend: Backend, dtype: torch.dtype) -> None:
     for name, make in SIGNIFICANCE.items():
         scores = make().to(dtype)
@@ -298,7 +297,7 @@ def test_sample_cdf(backend: Backend, dtype: torch.dtype) -> None:
     batch=st.integers(0, 3), n=st.integers(0, 60), k=st.integers(0, 130), protect=st.integers(0, 5),
     nan=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 1000), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-@over_backends("sample_cdf", without=("reference", "cuda", *HOST))
+@over_backends("sample_cdf", without=("reference", "cuda"))
 def test_sample_cdf_of_any_arguments(backend: Backend, batch, n, k, protect, nan, seed, dtype) -> None:
     torch.manual_seed(seed)
     protect = min(protect, n, k)
@@ -307,7 +306,7 @@ def test_sample_cdf_of_any_arguments(backend: Backend, batch, n, k, protect, nan
         assert_same(got, wanted)
 
 
-@over_backends("sample_cdf", without=("reference", *HOST))
+@over_backends("sample_cdf", without=("reference",))
 def test_sample_cdf_of_long_rows_and_views(backend: Backend) -> None:
     for scores in (torch.rand(2, 5000), integers(2, 5000, nan=0.1), torch.rand(2, 5000).pow(30)):
         for view in (scores, odd_rows(scores), scores.mT.contiguous().mT, scores.bfloat16()):
@@ -371,7 +370,7 @@ def product_of_peaks(x: Tensor, neighbors: int) -> Tensor:
 @pytest.mark.parametrize(
     ("batch", "n", "width", "neighbors"), [(2, 17, 3, 1), (2, 17, 3, 5), (1, 90, 33, 5), (3, 50, 64, 50), (1, 5, 1, 2)]
 )
-@over_backends("density_peaks", without=HOST)
+@over_backends("density_peaks")
 def test_density_peaks(backend: Backend, batch: int, n: int, width: int, neighbors: int, dtype: torch.dtype) -> None:
     """Each pick's product is, to fp32 rounding, the largest that was left."""
     x = torch.randn(batch, n, width).to(dtype)
@@ -407,7 +406,7 @@ POINTS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("density_peaks", without=("reference", *HOST))
+@over_backends("density_peaks", without=("reference",))
 def test_density_peaks_of_exact_inputs(backend: Backend, dtype: torch.dtype) -> None:
     for name, make in POINTS.items():
         x = make().to(dtype)
@@ -432,7 +431,7 @@ def test_density_peaks_do_not_depend_on_threads() -> None:
     n=st.integers(0, 60), width=st.sampled_from([1, 3, 16]), neighbors=st.integers(1, 60), k=st.integers(0, 60),
     seed=st.integers(0, 1000), dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-@over_backends("density_peaks", without=("reference", "cuda", *HOST))
+@over_backends("density_peaks", without=("reference", "cuda"))
 def test_density_peaks_of_any_arguments(backend: Backend, n, width, neighbors, k, seed, dtype) -> None:
     torch.manual_seed(seed)
     args = (signs(2, n, width).to(dtype), min(k, n), min(neighbors, max(n, 1)))
@@ -440,7 +439,7 @@ def test_density_peaks_of_any_arguments(backend: Backend, n, width, neighbors, k
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("density_peaks", without=("reference", *HOST))
+@over_backends("density_peaks", without=("reference",))
 def test_density_peaks_of_views(backend: Backend, dtype: torch.dtype) -> None:
     wide = torch.full((3, 40, 120), math.nan, dtype=dtype)
     for offset in range(0, 20, 3):
@@ -452,7 +451,7 @@ def test_density_peaks_of_views(backend: Backend, dtype: torch.dtype) -> None:
     assert_same(backend.density_peaks(transposed, 9, 5), reference.peak_rows(transposed, 9, 5), "transposed")
 
 
-@over_backends("density_peaks", without=HOST)
+@over_backends("density_peaks")
 def test_density_peaks_do_not_depend_on_the_batch(backend: Backend) -> None:
     x = torch.randn(5, 131, 48)
     whole = backend.density_peaks(x, 40, 5)
