@@ -135,12 +135,14 @@ def test_top_tokens_of_any_arguments(backend: Backend, batch, n, protect, budget
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_backends("top_tokens")
 def test_top_tokens_of_long_rows(backend: Backend, dtype: torch.dtype) -> None:
-    for scores in (torch.randn(2, 9000), integers(2, 9000, nan=0.05), torch.rand(2, 9000).exp2()):
-        scores = scores.to(dtype)
-        for k, by_score in ((1, False), (900, False), (900, True), (8000, False), (9000, True)):
+    on_host = backend.name == "cuda-on-host"
+    for make in (torch.randn, torch.rand, integers):
+        scores = make(2, 5000).to(dtype)
+        for k, by_score in ((1, False), (900, False), (900, True), (4900, False), (4900, True)):
+            if on_host and k == 4900 and (make != integers or dtype != torch.float32):
+                continue  # slow there
             got = backend.top_tokens(scores, [k], 0, None, None, by_score)
-            key = torch.where(scores.isnan(), -math.inf, scores.float())
-            wanted = key.argsort(dim=1, descending=True, stable=True)[:, :k]
+            wanted = scores.float().argsort(dim=1, descending=True, stable=True)[:, :k]
             assert_same(got, wanted if by_score else wanted.sort(1).values, f"k={k}, by_score={by_score}")
 
 

@@ -78,7 +78,7 @@ inline constexpr size_t peaks_bytes() {
 
 // Grid: row_tiles blocks of kListRows tokens per sample. The nearest neighbours of each.
 template <class T>
-__global__ void __launch_bounds__(kListThreads) neighbors_kernel(const PeaksParams p) {
+__global__ void __launch_bounds__(kListThreads, 3) neighbors_kernel(const PeaksParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   const int64_t b = blockIdx.x / unsigned(p.row_tiles);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(256) separate_kernel(const PeaksParams p, int6
 // Grid: row_tiles blocks of kListRows listed tokens per sample, of which some have none. Of each listed token, the
 // nearest denser one; without any, the farthest.
 template <class T>
-__global__ void __launch_bounds__(kListThreads) peaks_kernel(const PeaksParams p) {
+__global__ void __launch_bounds__(kListThreads, 3) peaks_kernel(const PeaksParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   const int64_t b = blockIdx.x / unsigned(p.row_tiles);
@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kListThreads) peaks_kernel(const PeaksParams p
   if (row_begin >= count) return;
   const RowList<T> points = p.points<T>(b);
   const int64_t* const list = p.peaks + b * p.n;
-  const RowList<T> peaks{{list, 0, 1, count}, points.data, points.stride};
+  RowList<T> peaks = p.points<T>(b);
+  peaks.tokens = {list, 0, 1, count};
   const double* const spread = p.spread + b * p.n;
   constexpr int kRowsPerWarp = kListRows / (kListThreads / kWarpSize);
 

@@ -131,7 +131,7 @@ struct Budgets {
 
 // Grid: a block for each of `count` segments of each sample.
 template <class T>
-__global__ void __launch_bounds__(1024) cut_kernel(const TopParams p, const Budgets budgets) {
+__global__ void __launch_bounds__(1024, 1) cut_kernel(const TopParams p, const Budgets budgets) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   const CutMemory cut_memory(memory);
@@ -169,7 +169,7 @@ __device__ Cut find_rest(const TopParams& p, int64_t b, const CutMemory& memory)
 
 // Grid: one block per sample.
 template <class T>
-__global__ void __launch_bounds__(1024) top_kernel(const TopParams p) {
+__global__ void __launch_bounds__(1024, 1) top_kernel(const TopParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   const CutMemory cut_memory(memory);
@@ -274,7 +274,7 @@ __device__ inline int first_from(const double* total, int n, double height, bool
 
 // Grid: one block per sample.
 template <class T>
-__global__ void __launch_bounds__(1024) sample_kernel(const SampleParams p) {
+__global__ void __launch_bounds__(1024, 1) sample_kernel(const SampleParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   const int64_t b = blockIdx.x;

@@ -22,7 +22,7 @@ inline constexpr int64_t power_of_two(int64_t n) {
 // Budgets that one launch takes along.
 constexpr int kBudgets = 256;
 // Up to this many picks are put in order of score by the block that picks them; beyond, by counting.
-constexpr int64_t kSortedPicks = 8192;
+constexpr int64_t kSortedPicks = 4096;
 constexpr int kPlaceThreads = 256, kPlaceTile = 1024;
 
 inline constexpr size_t cut_bytes() {
