@@ -43,7 +43,8 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "SymInt max_seqlen_k, Tensor? rows, SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end, "
       "bool over_cols, str reduce, SymInt head_group, bool head_max, bool logits) -> Tensor");
   m.def(
-      "label_scores(Tensor q, Tensor data, Tensor? scale, Tensor channels, int kv_heads, bool shared, Tensor? seq_lens) "
+      "label_scores(Tensor q, Tensor data, Tensor? scale, Tensor channels, int kv_heads, bool shared, Tensor? "
+      "seq_lens) "
       "-> Tensor");
   m.def(
       "select_tokens(Tensor scores, SymInt k, float? mass, SymInt sink, SymInt recent, Tensor? seq_lens) -> (Tensor "

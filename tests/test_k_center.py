@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-NOT_YET = ("cuda-on-host",)  # no CUDA kernel so far
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 METRICS = ("cosine", "euclidean")
 OBJECTIVES = ("max_min", "max_sum")
@@ -117,21 +116,22 @@ INPUTS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("metric", METRICS)
-@over_backends("k_center", without=("reference", *NOT_YET))
+@over_backends("k_center", without=("reference",))
 def test_same_bits_as_the_specification(backend: Backend, metric: str, objective: str, dtype: torch.dtype) -> None:
-    for name, make in INPUTS.items():
+    for which, (name, make) in enumerate(INPUTS.items()):
         x = make().to(dtype)
         n = x.shape[1]
-        for start in STARTS:
+        on_host = backend.name == "cuda-on-host"  # a hundred times as slow: one start and one k for each input
+        for start in STARTS[which % 4 :][:1] if on_host else STARTS:
             if n == 0 and start == "given":
                 continue
-            for k in sorted({min(1, n), n // 3, n}):
+            for k in [min(n, 10)] if on_host else sorted({min(1, n), n // 3, n}):
                 args = arguments(x, k, metric, objective, start)
                 assert_same_picks(backend.k_center(*args), reference.k_center_picks(*args), f"{name}, {start}, k={k}")
 
 
 @pytest.mark.parametrize("start", STARTS)
-@over_backends("k_center", without=("reference", *NOT_YET))
+@over_backends("k_center", without=("reference",))
 def test_masks(backend: Backend, start: str) -> None:
     for x in (torch.randn(3, 50, 24), clustered(3, 50, 24, 3), torch.ones(3, 50, 2)):
         x[1, ::7] = math.nan
@@ -139,7 +139,7 @@ def test_masks(backend: Backend, start: str) -> None:
         mask[2] = torch.arange(50) == 33
         for metric in METRICS:
             # More than there are: the rest is -1.
-            for k in (1, 20, 50):
+            for k in (20,) if backend.name == "cuda-on-host" else (1, 20, 50):
                 args = arguments(x, k, metric, "max_min", start, mask)
                 got = backend.k_center(*args)
                 assert_same_picks(got, reference.k_center_picks(*args), f"{metric}, k={k}")
@@ -153,7 +153,7 @@ def test_masks(backend: Backend, start: str) -> None:
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("metric", METRICS)
-@over_backends("k_center", without=NOT_YET)
+@over_backends("k_center")
 def test_random_tokens_match_the_oracle(backend: Backend, metric: str, objective: str, start: str) -> None:
     compared = 0
     for seed in range(30):
@@ -176,7 +176,7 @@ def test_random_tokens_match_the_oracle(backend: Backend, metric: str, objective
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@over_backends("k_center", without=NOT_YET)
+@over_backends("k_center")
 def test_exact_ties_go_to_the_lowest_index(backend: Backend, metric: str, objective: str) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
@@ -224,7 +224,7 @@ def test_by_hand() -> None:
     seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
 )
-@over_backends("k_center", without=("reference", "cuda", *NOT_YET))
+@over_backends("k_center", without=("reference", "cuda", "cuda-on-host"))
 def test_any_arguments_match_the_specification(
     backend: Backend, batch, n, width, share, metric, objective, start, masked, kind, candidates_scored, seed, dtype
 ) -> None:
@@ -250,7 +250,7 @@ def test_every_plan_gives_the_same_picks(backend: Backend, start: str, candidate
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("k_center", without=("reference", *NOT_YET))
+@over_backends("k_center", without=("reference",))
 def test_strided_and_misaligned_views(backend: Backend, dtype: torch.dtype) -> None:
     for view in (
         odd_view(torch.randn(3, 35, 61).to(dtype)),

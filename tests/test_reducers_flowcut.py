@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import torchvision_shim  # noqa: F401
+from fastok.integrations import apply
 from fastok.reducers import FlowCut, TokenContext
 from torch import Tensor
 
@@ -97,49 +99,81 @@ def test_scores_accumulate() -> None:
 # ---- an encoder -----------------------------------------------------------------------------------------------------
 
 
-def published_flowcut(rows: list[Tensor], values: list[Tensor], target: int) -> list[list[int]]:
-    """The patches left after each layer, of one image; ``rows[l][1+n]`` and ``values[l][1+n,H,D]`` of all of them."""
-    layers, cumulative = len(rows), None
-    ids = list(range(len(rows[0]) - 1))
-    history = []
-    for layer in range(layers):
-        q = layers - layer - 1
-        if len(ids) > target:
-            v = values[layer].double()[[0, *(i + 1 for i in ids)]]
-            r = [float(rows[layer][i + 1]) for i in ids]
-            semantic = (v[0] * v).sum(-1).softmax(0).mean(1)[1:].tolist()
-            norms = v.mean(1).abs().sum(-1)[1:].tolist()
-            s = [(a / sum(r) + b / sum(semantic)) * c for a, b, c in zip(r, semantic, norms, strict=True)]
-            cumulative = s if cumulative is None else [0.5 * a + 0.5 * b for a, b in zip(cumulative, s, strict=True)]
-            if q % 2 == 0:
-                p = [a / sum(r) for a in r]
-                entropy = -sum(a * math.log(a) for a in p) / math.log(len(ids))
-                cut = len(ids) if q == 0 else round((len(ids) - target) / math.sqrt(q) * (1 - entropy**2))
-                best = sorted(range(len(ids)), key=lambda j: (-cumulative[j], j))[: max(len(ids) - cut, target)]
-                ids, cumulative = [ids[j] for j in sorted(best)], [cumulative[j] for j in sorted(best)]
-        history.append(list(ids))
-    return history
+def published_step(
+    row: Tensor, values: Tensor, before: list[float] | None, target: int, q: int
+) -> tuple[list[int], list[float]]:
+    """One image in one layer: ``row[1+n]`` and ``values[1+n,H,D]`` of what is left. The patches that stay, from 0, and
+    their scores so far."""
+    v, r = values.double(), row[1:].tolist()
+    semantic = (v[0] * v).sum(-1).softmax(0).mean(1)[1:].tolist()
+    norms = v.mean(1).abs().sum(-1)[1:].tolist()
+    scores = [(a / sum(r) + b / sum(semantic)) * c for a, b, c in zip(r, semantic, norms, strict=True)]
+    if before is not None:
+        scores = [0.5 * a + 0.5 * b for a, b in zip(before, scores, strict=True)]
+    if q % 2:
+        return list(range(len(r))), scores
+    entropy = -sum(a / sum(r) * math.log(a / sum(r)) for a in r) / math.log(len(r))
+    cut = len(r) if q == 0 else round((len(r) - target) / math.sqrt(q) * (1 - entropy**2))
+    stay = sorted(sorted(range(len(r)), key=lambda j: (-scores[j], j))[: max(len(r) - cut, target)])
+    return stay, [scores[j] for j in stay]
 
 
 @pytest.mark.parametrize("keep", [20, 0.1, 64])
 def test_an_encoder(keep: float) -> None:
-    n, n_layers = 200, 24
-    layers = range(n_layers - 2)
-    rows = [(2.5 * torch.randn(1 + n)).softmax(0) for _ in layers]
-    values = [torch.randn(1 + n, 2, 8) for _ in layers]
-    expected = published_flowcut(rows, values, 64 if keep == 64 else 20)
-    reducer, ids, carried = FlowCut(keep), torch.arange(1 + n), {}
-    for layer in layers:
+    n, n_layers, target = 200, 24, 64 if keep == 64 else 20
+    rows = [(2.5 * torch.randn(1 + n)).softmax(0) for _ in range(n_layers - 2)]
+    values = [torch.randn(1 + n, 2, 8) for _ in range(n_layers - 2)]
+    reducer, carried, before, lengths = FlowCut(keep), {}, None, []
+    ids = torch.arange(1 + n)
+    for layer in range(n_layers - 2):
         assert reducer.reduces(layer, n_layers)
         ctx = context(rows[layer][ids][None], values[layer][ids][None], layer, n_layers)
         ctx.extra, ctx.n_tokens = carried, 1 + n
-        token_map = reducer(ctx)
-        kept = token_map.representative[0]
-        ids = ids[kept]
-        carried = {name: x[:, kept] for name, x in ctx.extra.items()}
-        assert (ids[1:] - 1).tolist() == expected[layer]
-    assert len({len(row) for row in expected}) > 4
+        kept = reducer(ctx).representative[0]
+        if len(ids) - 1 > target:
+            stay, before = published_step(rows[layer][ids], values[layer][ids], before, target, n_layers - 3 - layer)
+            assert kept.tolist() == [0, *(j + 1 for j in stay)]
+        else:
+            assert len(kept) == len(ids)
+        ids, carried = ids[kept], {name: x[:, kept] for name, x in ctx.extra.items()}
+        lengths.append(len(ids) - 1)
+    assert lengths[-1] == target
+    assert len(set(lengths)) > 4
     assert not reducer.reduces(n_layers - 2, n_layers)
+
+
+def test_in_clip() -> None:
+    """The tokens of a CLIP encoder cut by `apply`, against its layers run by hand with their attention written out."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=8, num_attention_heads=4, intermediate_size=48, image_size=28, patch_size=4
+    )
+    model = transformers.CLIPVisionModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * 1.5 * parameter.shape[-1] ** -0.5)
+        pixels = torch.randn(1, 3, 28, 28)
+        x, before, lengths = model.pre_layrnorm(model.embeddings(pixels))[0], None, []
+        for index, layer in enumerate(model.encoder.layers):
+            attention, y = layer.self_attn, layer.layer_norm1(x)
+            q, k, v = (
+                projection(y).unflatten(-1, (4, 8)).transpose(0, 1)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            p = (q @ k.mT * 8**-0.5).softmax(-1)
+            x = x + attention.out_proj((p @ v).transpose(0, 1).flatten(1))
+            if index < 6 and len(x) > 11:
+                stay, before = published_step(p[:, 0].mean(0), v.transpose(0, 1), before, 10, 5 - index)
+                x = x[[0, *(j + 1 for j in stay)]]
+            x = x + layer.mlp(layer.layer_norm2(x))
+            lengths.append(len(x))
+        with apply(model, FlowCut(10)) as handle:
+            tokens = model(pixels).last_hidden_state[0]
+            assert handle.stats.tokens == lengths
+    assert lengths[-1] == 11
+    assert len(set(lengths)) > 2
+    torch.testing.assert_close(tokens, x, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_zeros_and_errors() -> None:

@@ -24,7 +24,8 @@ inline Scratch allocate(size_t bytes) {
 
 inline int64_t workers() { return torch::stable::get_num_threads(); }
 
-// Calls body(worker, task) for every task, each when a thread is free. A worker is one thread's number, below workers().
+// Calls body(worker, task) for every task, each when a thread is free. A worker is one thread's number, below
+// workers().
 template <class Body>
 void share_out(int64_t tasks, const Body& body) {
   std::atomic<int64_t> next{0};

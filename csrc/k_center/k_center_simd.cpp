@@ -135,8 +135,9 @@ void multiply_tiles(const void* row_panel, const void* col_panel, int64_t width,
   multiply_panels(static_cast<const bf16*>(row_panel), static_cast<const bf16*>(col_panel), blocks(width), out, pitch);
 }
 
-constexpr ScreenEngine kTileEngine = {kTilePanel,     kTilePanel,  tile_panel_bytes, tile_panel_bytes, pack_tile_rows,
-                                      pack_tile_cols, configure_tiles, end_tiles,        multiply_tiles};
+constexpr ScreenEngine kTileEngine = {kTilePanel,       kTilePanel,     tile_panel_bytes,
+                                      tile_panel_bytes, pack_tile_rows, pack_tile_cols,
+                                      configure_tiles,  end_tiles,      multiply_tiles};
 #endif
 
 // ---- from products to bounds ----------------------------------------------------------------------------------------

@@ -146,6 +146,50 @@ def nearest(
     return value, index
 
 
+def k_center(
+    x: Tensor,
+    k: int,
+    metric: str,
+    objective: str,
+    start: str,
+    first: Tensor | None,
+    mask: Tensor | None,
+    candidates_scored: int,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fastok.k_center``."""
+    batch = x.shape[0]
+    results = {"index": torch.empty(batch, k, dtype=torch.int64), "distance": torch.empty(batch, k)}
+    options = {"metric": metric, "objective": objective, "start": start}
+    call("k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k, **options)
+    return results["index"], results["distance"]
+
+
+def top_tokens(
+    scores: Tensor, k: list[int], protect: int, mask: Tensor | None, segments: Tensor | None, by_score: bool
+) -> Tensor:
+    """``torch.ops.fastok.top_tokens``."""
+    out = torch.empty(scores.shape[0], protect + sum(k), dtype=torch.int64)
+    inputs = {"scores": scores, "mask": mask, "segments": segments, "k": torch.tensor(k, dtype=torch.int64)}
+    call("top_tokens", inputs, {"out": out}, dtype=_name(scores), protect=protect, by_score=by_score)
+    return out
+
+
+def sample_cdf(scores: Tensor, k: int, protect: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.fastok.sample_cdf``."""
+    batch, n = scores.shape
+    shapes = {"assign": (batch, n), "counts": (batch,), "offsets": (batch, min(k, n) + 1), "members": (batch, n)}
+    results = {name: torch.empty(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    call("sample_cdf", {"scores": scores}, results, dtype=_name(scores), k=k, protect=protect)
+    return results["assign"], results["counts"], results["offsets"], results["members"]
+
+
+def density_peaks(x: Tensor, k: int, neighbors: int) -> Tensor:
+    """``torch.ops.fastok.density_peaks``."""
+    out = torch.empty(x.shape[0], k, dtype=torch.int64)
+    call("density_peaks", {"x": _dense(x)}, {"out": out}, dtype=_name(x), neighbors=neighbors)
+    return out
+
+
 def build_map(assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
     """``torch.ops.fastok.build_map``."""
     offsets = torch.empty((assign.shape[0], n_out + 1), dtype=torch.int32)

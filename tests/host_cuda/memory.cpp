@@ -112,13 +112,13 @@ void Memory::begin_call(bool rewind) {
 
 void Memory::add(Array array) {
   if (array.empty()) return;
-  if (array.role == Role::output) array.watch();
+  if (array.role != Role::input) array.watch();
   arrays_.push_back(std::move(array));
 }
 
 void Memory::end_call() {
   for (const Array& array : arrays_)
-    for (size_t offset = 0; offset < array.written.size(); ++offset)
+    for (size_t offset = 0; array.role == Role::output && offset < array.written.size(); ++offset)
       if (!array.written[offset] && array.owns(offset, 1))
         throw Failure("output " + array.element_at(offset) + " was never written");
 }
@@ -143,7 +143,7 @@ void Memory::begin_block(size_t shared_bytes) {
 void Memory::zero(void* p, size_t bytes) {
   for (Array& array : arrays_) {
     const size_t offset = size_t(static_cast<unsigned char*>(p) - array.data);
-    if (array.role != Role::output || offset >= array.extent || !array.owns(offset, bytes)) continue;
+    if (array.role == Role::input || offset >= array.extent || !array.owns(offset, bytes)) continue;
     std::memset(p, 0, bytes);
     std::fill_n(array.written.begin() + std::ptrdiff_t(offset), bytes, uint8_t(1));
     return;

@@ -35,7 +35,8 @@ struct alignas(64) Cell {
 };
 constexpr size_t kWordBytes = 4;
 
-enum class Role { input, output };
+// Working memory is written before it is read, as an output is, but need not be written entirely.
+enum class Role { input, output, working };
 
 // An array in global memory, as the kernels' caller described it. Strides are in elements.
 struct Array {

@@ -14,6 +14,10 @@ namespace {
 using Op = void (*)(const simt::Call&);
 const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"nearest", simt::nearest},
+                                     {"k_center", simt::k_center},
+                                     {"top_tokens", simt::top_tokens},
+                                     {"sample_cdf", simt::sample_cdf},
+                                     {"density_peaks", simt::density_peaks},
                                      {"build_map", simt::build_map},
                                      {"rows", simt::rows},
                                      {"attention", simt::attention},
@@ -48,6 +52,10 @@ void call(const std::string& op, uint64_t seed, const Arrays& inputs, const Arra
 
 void simt::add_output(const char* name, void* data, int64_t count, size_t element) {
   Machine::get().memory().add({name, static_cast<unsigned char*>(data), {count}, {1}, element, Role::output});
+}
+
+void simt::add_working(const char* name, void* data, int64_t count, size_t element) {
+  Machine::get().memory().add({name, static_cast<unsigned char*>(data), {count}, {1}, element, Role::working});
 }
 
 PYBIND11_MODULE(_host_cuda, m) {

@@ -103,7 +103,7 @@ def _over_chunks(
         most = peak
     lse = torch.where(most == -math.inf, -math.inf, most + total.log())
     out = out / torch.where(total == 0, 1, total)[..., None]
-    return out.flatten(1, 2).transpose(1, 2).to(q.dtype), lse.flatten(1, 2)
+    return out.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2)
 
 
 def _listed(tokens: Tensor, groups: int, ratio: int, place: Tensor) -> Tensor:

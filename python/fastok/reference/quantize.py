@@ -347,5 +347,5 @@ def kv_unseal(
     place = torch.where(entry < hot_len[..., None], length.sum(-1, keepdim=True) + entry, total)[..., None]
     for which, hot in enumerate((hot_k, hot_v)):
         out[which].scatter_(2, place.expand(hot.shape), hot)
-    k, v = out[..., :total, :].transpose(2, 3).contiguous()
+    k, v = (x[..., :total, :].transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in out)
     return k, v

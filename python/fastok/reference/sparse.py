@@ -28,12 +28,12 @@ def heaviest(statistic: Tensor, r: int) -> Tensor:
     return ranked.indices[..., :r]
 
 
-def unpacked_labels(data: Tensor, scale: Tensor | None, r: int) -> Tensor:
-    """fp32 (fp64 for fp64) labels ``[B,L,r,T]`` of what a `LabelCache` stores: 4-bit codes are two in a byte."""
+def unpacked_labels(data: Tensor, scale: Tensor | None, r: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Labels ``[B,L,r,T]`` of what a `LabelCache` stores: 4-bit codes are two in a byte."""
     if data.dtype == torch.uint8:
         data = torch.cat([data & 15, data >> 4], 2)[:, :, :r].int() - 8
-    labels = data if data.dtype == torch.float64 else data.float()
-    return labels if scale is None else labels * scale.float()[:, :, None]
+    labels = data.to(dtype)
+    return labels if scale is None else labels * scale.to(dtype)[:, :, None]
 
 
 def label_scores(
@@ -47,7 +47,8 @@ def label_scores(
     """
     heads = q.shape[2]
     own = channels.repeat_interleave(heads // channels.shape[0], 0)
-    labels = unpacked_labels(data, scale, channels.shape[1])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    labels = unpacked_labels(data, scale, channels.shape[1], dtype)
     labels = labels.repeat_interleave(heads // labels.shape[1], 1)
     picked = q.gather(3, own.expand(*q.shape[:2], *own.shape)).to(labels.dtype)
     scores = (picked.transpose(1, 2) @ labels).amax(2)
