@@ -211,6 +211,15 @@ float fold(const float* q, const float* scale, const float* zero, int64_t width,
   return sum;
 }
 
+// Released numerics code real components 0 or s and imaginary ones +-s/2.
+bool released_spectrum(const KvSide& side, const KvPart& part) { return side.compat && part.fourier; }
+
+// Of the channels of a group that begins at `first`, the first one that is not code * scale alone.
+int64_t shifted_from(const KvSide& side, const KvPart& part, int64_t first) {
+  const int64_t imaginary = part.first + part.channels / 2 + 1;
+  return released_spectrum(side, part) && first < imaginary ? imaginary : first;
+}
+
 void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
   const KvFormat& fmt = *keys.fmt;
   const KvSide& side = fmt.key;
@@ -239,13 +248,13 @@ void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
       for (int64_t i = 0; i < chosen.n; ++i) {
         token_parameters(fmt, side, keys.page.key, part, s.rank[i], scales, zeros);
         s.scale[i] = scales[g];
-        s.zero[i] = zeros[g];
+        s.zero[i] = released_spectrum(side, of) ? -0.5f * scales[g] : zeros[g];
       }
       dots<uint8_t, false>(s.code_rows, chosen.n, first, rows.q + first, pitch, rows.count, count, s.weights,
                            s.p_pitch);
       for (int64_t r = 0; r < rows.count; ++r) {
         float whole = 0;
-        for (int64_t d = first; d < first + count; ++d) whole += rows.q[r * pitch + d];
+        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) whole += rows.q[r * pitch + d];
         float *const x = s.logits + r * s.p_pitch, *const dot = s.weights + r * s.p_pitch;
         for (int64_t i = 0; i < chosen.n; ++i) x[i] += dot[i] * s.scale[i] + whole * s.zero[i];
       }
@@ -283,7 +292,7 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
       for (int64_t i = 0; i < chosen.n; ++i) {
         token_parameters(fmt, side, keys.page.value, part, s.rank[i], scales, zeros);
         s.scale[i] = scales[g];
-        s.zero[i] = zeros[g];
+        s.zero[i] = released_spectrum(side, of) ? -0.5f * scales[g] : zeros[g];
       }
       for (int64_t r = 0; r < rows.count; ++r) {
         const float* const p = s.logits + r * s.p_pitch;
@@ -292,7 +301,7 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
           s.weights[r * s.p_pitch + i] = p[i] * s.scale[i];
           whole += p[i] * s.zero[i];
         }
-        for (int64_t d = first; d < first + count; ++d) state.sum[r * pitch + d] += whole;
+        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) state.sum[r * pitch + d] += whole;
       }
       weighted_sum(s.code_rows, chosen.n, first, s.weights, s.p_pitch, rows.count, count, state.sum + first, pitch);
     }
