@@ -1,4 +1,5 @@
-// Decode attention on the CPU: what the binding (decode_cpu.cpp) and the SIMD cores (decode_simd.cpp) share. Torch-free.
+// Decode attention on the CPU: what the binding (decode_cpu.cpp) and the SIMD cores (decode_simd.cpp) share.
+// Torch-free.
 #pragma once
 #include "attention/attention.h"
 #include "cpu/dispatch.h"
@@ -14,9 +15,9 @@ FASTOK_INLINE int64_t decode_pitch(int64_t width) { return (width + 15) / 16 * 1
 // Query rows that attend to the same keys.
 struct DecodeRows {
   int64_t count;
-  const float* q;             // [count][decode_pitch(width)], scaled, 0 behind the width
-  const int64_t* last;        // of each row, the newest place that it sees
-  const float* const* bias;   // of each row, by place; nullptr: none
+  const float* q;            // [count][decode_pitch(width)], scaled, 0 behind the width
+  const int64_t* last;       // of each row, the newest place that it sees
+  const float* const* bias;  // of each row, by place; nullptr: none
   float softcap;
 };
 
@@ -42,6 +43,7 @@ struct PackedKeys {
   int64_t first;  // place of the first entry
   const int32_t* listed;
   int64_t n_listed;
+  bool integers;  // queries and probabilities of 16 bits are accurate enough
 };
 
 struct DecodeKernels {

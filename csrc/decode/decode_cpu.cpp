@@ -14,8 +14,8 @@ constexpr int64_t kSplitKeys = 2048;
 // What all caches have in common: queries, what they may see, results.
 struct DecodeCall {
   Tensor q, bias;
-  std::vector<int32_t> listed;         // ascending places of each list, one after the other
-  std::vector<int64_t> listed_begin;   // [lists + 1]
+  std::vector<int32_t> listed;        // ascending places of each list, one after the other
+  std::vector<int64_t> listed_begin;  // [lists + 1]
   Dtype dtype;
   int64_t batch, rows, heads, width, groups, v_width, units, lists = 0, bias_places = 0;
   bool per_head_bias = false, has_bias;
@@ -38,9 +38,9 @@ struct DecodeCall {
     if (has_bias) {
       bias = checked_contiguous(*key_bias, ScalarType::Float, "key_bias");
       per_head_bias = bias.dim() == 3;
-      STD_TORCH_CHECK((per_head_bias || bias.dim() == 2) && bias.size(0) == batch &&
-                          (!per_head_bias || bias.size(1) == heads),
-                      "key_bias must be [B,T] or [B,H,T]");
+      STD_TORCH_CHECK(
+          (per_head_bias || bias.dim() == 2) && bias.size(0) == batch && (!per_head_bias || bias.size(1) == heads),
+          "key_bias must be [B,T] or [B,H,T]");
       bias_places = bias.size(bias.dim() - 1);
     }
     if (tokens) list(*tokens);
@@ -66,8 +66,9 @@ struct DecodeCall {
  private:
   // Places listed for each query head make units of single heads.
   void list(const Tensor& tokens) {
-    STD_TORCH_CHECK(tokens.dim() == 3 && tokens.size(0) == batch && (tokens.size(1) == groups || tokens.size(1) == heads),
-                    "tokens must be [B,G,K] or [B,H,K]");
+    STD_TORCH_CHECK(
+        tokens.dim() == 3 && tokens.size(0) == batch && (tokens.size(1) == groups || tokens.size(1) == heads),
+        "tokens must be [B,G,K] or [B,H,K]");
     lists = units = tokens.size(1);
     const bool wide = tokens.scalar_type() == ScalarType::Long;
     const Tensor dense = checked_contiguous(tokens, wide ? ScalarType::Long : ScalarType::Int, "tokens");
@@ -107,7 +108,8 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
   }
   const int64_t unit_rows = call.unit_rows(), pitch = decode_pitch(call.width), v_pitch = decode_pitch(call.v_width);
   const int64_t element = int64_t(element_size(call.dtype)), widest = std::max(call.width, call.v_width);
-  std::vector<float> partial(tasks.size() * size_t(unit_rows * call.v_width)), partial_lse(tasks.size() * size_t(unit_rows));
+  std::vector<float> partial(tasks.size() * size_t(unit_rows * call.v_width)),
+      partial_lse(tasks.size() * size_t(unit_rows));
   const DecodeKernels& kernels = pick_decode_kernels();
   torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     const size_t floats = size_t(unit_rows * (pitch + v_pitch + 2));
@@ -130,8 +132,8 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
                         call.scale, key_side, key_channels, q + r * pitch);
         last[size_t(r)] = length - call.rows + row;
         if (call.has_bias)
-          bias[size_t(r)] = const_data<float>(call.bias) +
-                            (call.per_head_bias ? t.b * call.heads + h : t.b) * call.bias_places;
+          bias[size_t(r)] =
+              const_data<float>(call.bias) + (call.per_head_bias ? t.b * call.heads + h : t.b) * call.bias_places;
         state.peak[r] = -std::numeric_limits<float>::infinity();
         state.total[r] = 0;
       }
@@ -147,9 +149,8 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % call.rows, h = i / call.rows % call.heads, b = i / call.rows / call.heads;
       const int64_t unit = h / call.ratio(), r = h % call.ratio() * call.rows + row;
-      const auto task = std::lower_bound(tasks.begin(), tasks.end(), std::pair(b, unit), [](const UnitTask& t, auto of) {
-        return std::pair(t.b, t.unit) < of;
-      });
+      const auto task = std::lower_bound(tasks.begin(), tasks.end(), std::pair(b, unit),
+                                         [](const UnitTask& t, auto of) { return std::pair(t.b, t.unit) < of; });
       const int64_t first = task - tasks.begin();
       const bool some = task != tasks.end() && task->b == b && task->unit == unit;
       char* const to = static_cast<char*>(out.mutable_data_ptr()) +
@@ -194,9 +195,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
                                   std::optional<Tensor> key_bias, std::optional<Tensor> tokens) {
   k = with_dense_rows(k);
   v = with_dense_rows(v);
-  STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.scalar_type() == q.scalar_type() &&
-                      v.scalar_type() == q.scalar_type(),
-                  "k and v must be [B,T,G,D] or [pages,P,G,D] in the dtype of q");
+  STD_TORCH_CHECK(
+      k.dim() == 4 && v.dim() == 4 && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+      "k and v must be [B,T,G,D] or [pages,P,G,D] in the dtype of q");
   for (int64_t d = 0; d < 3; ++d) STD_TORCH_CHECK(v.size(d) == k.size(d), "v must go with k");
   STD_TORCH_CHECK(k.size(3) == q.size(q.dim() - 1) && v.size(3) <= 256 && v.size(3) % 8 == 0,
                   "k must have the head dim of q, and v a multiple of 8");
@@ -283,7 +284,8 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
         const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
         const int64_t left = listed ? listed + n_listed - from : 0;
         if (listed && (left == 0 || *from >= first + page.n)) continue;
-        kernels.packed(rows, {&cache.fmt, page, cache.data_end(), first, from, left}, state, scratch);
+        kernels.packed(rows, {&cache.fmt, page, cache.data_end(), first, from, left, call.dtype != Dtype::f32}, state,
+                       scratch);
       }
       return;
     }

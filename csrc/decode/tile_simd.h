@@ -1,5 +1,5 @@
-// The two products of decode attention for a few query rows: dot products with keys, and weighted sums of values. Elements
-// are fp32, 16-bit floats, or codes of one byte. See cpu/dispatch.h for the rule about linkage.
+// The two products of decode attention for a few query rows: dot products with keys, and weighted sums of values.
+// Elements are fp32, 16-bit floats, or codes of one byte. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "cpu/simd.h"
 
@@ -36,10 +36,10 @@ inline __attribute__((always_inline)) void store_sums(const vf (&sum)[kRows][kTo
       const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
       quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    const vf low = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44),
-                                 _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
-    const vf high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
-                                  _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
+    const vf low =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44), _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
+    const vf high =
+        _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44), _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
     const vf all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
     _mm_storeu_ps(out, _mm512_castps512_ps128(all));
     _mm_storeu_ps(out + pitch, _mm512_extractf32x4_ps(all, 1));
