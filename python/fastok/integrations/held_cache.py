@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -36,6 +36,8 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     most_rows: int = MOST_ROWS
     """New tokens that can be attended with in place."""
+    whole = False
+    """See `Held`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,6 +146,9 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError(f"{type(self).__name__}: required, offloading; supported, the model's device")
 
     # ---- for the attention function ----------------------------------------------------------------------------------
+
+    def called_by(self, attention: nn.Module, position: Tensor | None) -> None:
+        """See `Held`."""
 
     @property
     def observes(self) -> bool:

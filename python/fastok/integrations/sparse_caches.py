@@ -10,7 +10,7 @@ from torch import Tensor
 from ..caches.dense import DenseKV
 from ..caches.labels import BITS, LabelCache
 from ..ops.attention import attention, attention_scores
-from ..ops.checks import check_int
+from ..ops.checks import check_at_least
 from ..ops.decode import attention_decode
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
@@ -75,12 +75,6 @@ def _hidden(scores: Tensor, key_bias: Tensor | None) -> Tensor:
     return scores.masked_fill((seen == -torch.inf)[:, None], -torch.inf)
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    check_int(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
-
 # ---- Double Sparsity -------------------------------------------------------------------------------------------------
 
 
@@ -116,13 +110,13 @@ class DoubleSparseCache(HeldCache):
     ) -> None:
         if not isinstance(calibration, Calibration):
             raise TypeError(f"calibration must be a fastok.sparse.Calibration, got {type(calibration).__name__}")
-        _check_at_least("sink", sink, 0)
-        _check_at_least("recent", recent, 0)
+        check_at_least("sink", sink, 0)
+        check_at_least("recent", recent, 0)
         if isinstance(n_keep, float) and n_keep < 1:
             if not n_keep > 0:
                 raise ValueError(f"n_keep must be above 0, got {n_keep}")
         else:
-            _check_at_least("n_keep", n_keep, max(1, sink + recent))  # type: ignore[arg-type]
+            check_at_least("n_keep", n_keep, max(1, sink + recent))  # type: ignore[arg-type]
         if bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits}")
 
@@ -198,7 +192,7 @@ class TidalCache(HeldCache):
     """
 
     def __init__(self, n_keep: int, *, select_layers: tuple[int, ...] = (2, 13), shared: bool = True) -> None:
-        _check_at_least("n_keep", n_keep, 1)
+        check_at_least("n_keep", n_keep, 1)
         if not select_layers or any(layer < 0 for layer in select_layers):
             raise ValueError(f"select_layers must name at least one layer, from 0; got {select_layers}")
         tokens = _Chosen()
@@ -263,9 +257,9 @@ class SnapKVCache(HeldCache):
     """
 
     def __init__(self, capacity: int, *, window: int = 32, pool: int = 5) -> None:
-        _check_at_least("window", window, 1)
-        _check_at_least("capacity", capacity, window + 1)
-        _check_at_least("pool", pool, 1)
+        check_at_least("window", window, 1)
+        check_at_least("capacity", capacity, window + 1)
+        check_at_least("pool", pool, 1)
         if pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {pool}")
         super().__init__(layer_class_to_replicate=lambda: EvictingLayer(lambda total: capacity, window, pool))
@@ -285,8 +279,8 @@ class PyramidKVCache(HeldCache):
     """
 
     def __init__(self, capacity: int, n_layers: int, *, beta: int = 20, window: int = 32, pool: int = 5) -> None:
-        _check_at_least("n_layers", n_layers, 1)
-        _check_at_least("beta", beta, 1)
+        check_at_least("n_layers", n_layers, 1)
+        check_at_least("beta", beta, 1)
         SnapKVCache(capacity, window=window, pool=pool)  # the same checks
         count = iter(range(1 << 30))
 
