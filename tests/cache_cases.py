@@ -14,6 +14,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": H, "num_key_value_heads": G, "head_dim": D, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": None,
 }  # fmt: skip
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Make = Callable[[Any], Any]
 """From a model to a cache for it."""
 
@@ -46,6 +47,36 @@ def run(model: Any, cache: Any, tokens: Tensor, cuts: tuple[int, ...] = (), mask
             }  # fmt: skip
         logits.append(model(tokens[:, begin:end], past_key_values=cache, **options).logits)
     return torch.cat(logits, 1)
+
+
+def turned(x: Tensor, place: Tensor) -> Tensor:
+    """``x[…,T,D]`` with Llama's rotary embedding at ``place[T]``."""
+    angle = place[:, None] * 10000.0 ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
+    cos, sin, (a, b) = angle.cos(), angle.sin(), x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def emulated(model: Any, tokens: Tensor, cuts: tuple[int, ...], attend: Attend, rope: bool = True) -> Tensor:
+    """Logits of one stream ``[T]`` given to a Llama in pieces, with another attention, in plain PyTorch.
+
+    ``attend(layer, q[H,S,D], k[H,S,D], v[H,S,D]) -> [H,S,D]`` keeps what it needs of earlier pieces.
+    """
+    logits = []
+    for begin, end in zip((0, *cuts), (*cuts, len(tokens)), strict=True):
+        x = model.model.embed_tokens(tokens[begin:end])
+        for index, layer in enumerate(model.model.layers):
+            states, own = layer.input_layernorm(x), layer.self_attn
+            q, k, v = (
+                project(states).view(end - begin, -1, D).transpose(0, 1)
+                for project in (own.q_proj, own.k_proj, own.v_proj)
+            )
+            if rope:
+                q, k = (turned(y, torch.arange(begin, end, dtype=x.dtype)) for y in (q, k))
+            k, v = k.repeat_interleave(H // G, 0), v.repeat_interleave(H // G, 0)
+            x = x + own.o_proj(attend(index, q, k, v).transpose(0, 1).flatten(1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        logits.append(model.lm_head(model.model.norm(x)))
+    return torch.cat(logits)
 
 
 def left_padding(tokens: Tensor, *missing: int) -> Tensor:

@@ -19,6 +19,7 @@ from cache_cases import (
     ids,
     left_padding,
     run,
+    turned,
 )  # fmt: skip
 from fastok.sparse import StreamingCache
 from fastok.testing import assert_accurate, assert_same
@@ -31,13 +32,6 @@ with_and_without_model = pytest.mark.parametrize("given", [True, False], ids=["m
 
 def streaming(model: Any, given: bool, sink: int = 3, recent: int = 9) -> StreamingCache:
     return StreamingCache(sink, recent, model if given else None)
-
-
-def turned(x: Tensor, place: Tensor) -> Tensor:
-    """``x[…,T,D]`` with Llama's rotary embedding at ``place[T]``."""
-    angle = place[:, None] * 10000.0 ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
-    cos, sin, (a, b) = angle.cos(), angle.sin(), x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def recomputed(model: Any, tokens: Tensor, sink: int, recent: int) -> Tensor:

@@ -16,6 +16,7 @@ def __getattr__(name: str) -> object:
 
 CACHES = {
     "DoubleSparseCache": "sparse_caches",
+    "H2OCache": "h2o_cache",
     "PyramidKVCache": "sparse_caches",
     "SnapKVCache": "sparse_caches",
     "StreamingCache": "streaming_cache",

@@ -51,6 +51,11 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         """All that is stored."""
         raise NotImplementedError
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored, spare capacity included."""
+        return sum(store.nbytes for store in self.stores)
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
         raise NotImplementedError
@@ -170,7 +175,7 @@ class HeldCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored, spare capacity included."""
-        return sum(store.nbytes for layer in self.filled() for store in layer.stores)
+        return sum(layer.nbytes for layer in self.filled())
 
     def filled(self) -> list[Any]:
         """The layers that hold something."""
