@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..caches.labels import BITS, LabelCache
@@ -12,7 +11,7 @@ from ..ops.checks import check_at_least
 from ..ops.scores import ScoreSpec
 from ..ops.sparse import label_scores, select_tokens
 from .calibrate import Calibration
-from .dense_layer import DenseLayer, HeadwiseLayer, hidden
+from .dense_layer import DenseLayer, HeadwiseLayer, hidden, wider
 from .held_cache import HeldCache, HeldLayer, Store
 
 # ---- Double Sparsity -------------------------------------------------------------------------------------------------
@@ -166,7 +165,7 @@ class TidalLayer(DenseLayer):
             return super().attend(q, scale, softcap, key_bias)
         if not self.chooses:
             return self.to_tokens(self.chosen.tokens, q, scale, softcap, key_bias)
-        rows = F.pad(q, (0, -q.shape[-1] % 8)).to(self.dtype)
+        rows = wider(q).to(self.dtype)
         spec = ScoreSpec(rows="last", heads="none", logits=True)
         scores = hidden(attention_scores(rows, self.kv.k, spec=spec, scale=scale), key_bias)
         if self.shared:
