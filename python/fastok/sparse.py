@@ -17,6 +17,7 @@ def __getattr__(name: str) -> object:
 
 CACHES = {
     "DoubleSparseCache": "sparse_caches",
+    "EMASinkCache": "ema_sink_cache",
     "H2OCache": "h2o_cache",
     "PyramidKVCache": "sparse_caches",
     "RazorCache": "razor_cache",

@@ -62,7 +62,7 @@ class StreamingCache(HeldCache):
         self._begin(model, lambda: StreamingLayer(sink, recent, self._tables))
 
     def _begin(self, model: nn.Module | None, layer: Any) -> None:
-        self._tables = _Tables(None if model is None else Rotary.of(model))
+        self._tables = Tables(None if model is None else Rotary.of(model))
         super().__init__(layer_class_to_replicate=layer)
         if model is not None:
             _unturned(model, self)
@@ -89,7 +89,7 @@ def _unturned(model: nn.Module, cache: StreamingCache) -> None:
     weakref.finalize(cache, decoder.register_forward_pre_hook(place, with_kwargs=True).remove)
 
 
-class _Tables:
+class Tables:
     """The angles of all places of a window, by kind of layer, for all layers of a cache."""
 
     def __init__(self, rotary: Rotary | None) -> None:
@@ -98,6 +98,7 @@ class _Tables:
 
     @property
     def nbytes(self) -> int:
+        """Bytes allocated."""
         return sum(x.numel() * x.element_size() for angles in self._made.values() for x in (angles.cos, angles.sin))
 
     def of(self, attention: nn.Module, places: int, device: torch.device) -> Angles:
@@ -116,7 +117,7 @@ class StreamingLayer(HeldLayer):
     most_rows = 1 << 30
     whole = True
 
-    def __init__(self, sink: int, recent: int, tables: _Tables) -> None:
+    def __init__(self, sink: int, recent: int, tables: Tables) -> None:
         super().__init__()
         self.sink, self.recent, self._tables = sink, recent, tables
         self.window: Window
@@ -236,7 +237,7 @@ class StreamingLayer(HeldLayer):
             return out, lse
         # A query at column c has seen columns up to c - recent leave its window.
         left = torch.arange(begin, begin + new, device=q.device) - self.recent
-        asking = _Rows(q, seen[:, -new:], left, table, scale, softcap)
+        asking = Rows(q, seen[:, -new:], left, table, scale, softcap)
         more, more_lse = self.to_sinks(asking, gone)
         return merge_states(out.float(), lse, more, more_lse)
 
@@ -245,7 +246,7 @@ class StreamingLayer(HeldLayer):
     def forget(self, gone: Gone | None) -> None:
         """Tokens are gone, and no query is still to see them leave."""
 
-    def to_sinks(self, rows: "_Rows", gone: Gone | None) -> tuple[Tensor, Tensor]:
+    def to_sinks(self, rows: "Rows", gone: Gone | None) -> tuple[Tensor, Tensor]:
         """fp32 ``out[B,S,H,D_v]`` and ``lse[B,H,S]`` of queries over the sinks, of which some are ``gone`` since."""
         column = self.window.sink_column[:, None]
         there = (column >= 0) & (column <= rows.left[:, None])
@@ -253,7 +254,7 @@ class StreamingLayer(HeldLayer):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Queries ``q[B,H,S,D]`` without rotary embedding, before sinks.
 
     ``seen[B or 1,S]`` tokens are in the window of each, and column ``left[S]`` is the newest that left it.
@@ -266,7 +267,7 @@ class _Rows:
     scale: float
     softcap: float | None
 
-    def part(self, begin: int, end: int) -> "_Rows":
+    def part(self, begin: int, end: int) -> "Rows":
         """Some of the queries."""
         q, seen, left = self.q[:, :, begin:end], self.seen[:, begin:end], self.left[begin:end]
         return replace(self, q=q, seen=seen, left=left)
