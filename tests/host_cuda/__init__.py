@@ -328,6 +328,22 @@ def select_tokens(
     return index, count
 
 
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor | None, block_table: Tensor | None, scale: float, softcap: float,
+    key_bias: Tensor | None, tokens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.decode``."""
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    integers = {"seq_lens": seq_lens, "block_table": block_table, "tokens": tokens}
+    call(
+        "decode", {"q": _aligned(q), "k": _aligned(k), "v": _aligned(v), "key_bias": key_bias, **integers},
+        {"out": out, "lse": lse}, dtype=_name(q), scale=scale, softcap=softcap,
+        **{f"{name}_wide": _wide(x) for name, x in integers.items()},
+    )  # fmt: skip
+    return out, lse
+
+
 def _wide(x: Tensor | None) -> bool:
     return x is not None and x.dtype == torch.int64
 

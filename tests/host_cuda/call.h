@@ -74,6 +74,7 @@ void attention_backward(const Call& call);
 void attention_scores(const Call& call);
 void label_scores(const Call& call);
 void select_tokens(const Call& call);
+void decode(const Call& call);
 void sample(const Call& call);
 
 }  // namespace simt

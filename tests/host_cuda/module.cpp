@@ -25,6 +25,7 @@ const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"attention_scores", simt::attention_scores},
                                      {"label_scores", simt::label_scores},
                                      {"select_tokens", simt::select_tokens},
+                                     {"decode", simt::decode},
                                      {"sample", simt::sample}};
 
 // Address, shape, strides, bytes of an element.
