@@ -37,7 +37,7 @@ def test_import_loads_nothing_heavy() -> None:
 def test_every_op_has_a_backend_and_a_reason() -> None:
     rows = _library.backends()
     assert [row[0] for row in rows] == list(_library.REFERENCE)
-    without_cpu_kernels = {"kv_seal", "kv_unseal", "decode", "decode_packed"}
+    without_cpu_kernels = {"decode", "decode_packed"}
     for op, cpu, cuda, why in rows:
         assert cpu == ("reference" if op in without_cpu_kernels else "cpu")
         assert cuda in ("cuda", "triton", "reference")
