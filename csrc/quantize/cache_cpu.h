@@ -11,7 +11,8 @@ namespace fastok {
 
 inline KvFormat checked_format(const std::vector<int64_t>& ints, int64_t width) {
   KvFormat fmt;
-  STD_TORCH_CHECK(KvFormat::of(ints.data(), ints.size(), width, fmt), "fmt is no packed KV format for head dim ", width);
+  STD_TORCH_CHECK(KvFormat::of(ints.data(), ints.size(), width, fmt), "fmt is no packed KV format for head dim ",
+                  width);
   return fmt;
 }
 
@@ -47,8 +48,8 @@ class SideChannels {
 
   KvChannels of(int64_t b, int64_t g) const {
     const int64_t at = (b * groups_ + g) * side_.width;
-    return {side_.channel_scale ? const_data<f16>(channels_) + at : nullptr,
-            side_.hard ? orders_.data() + at : nullptr, basis_};
+    return {side_.channel_scale ? const_data<f16>(channels_) + at : nullptr, side_.hard ? orders_.data() + at : nullptr,
+            basis_};
   }
 
  private:
@@ -158,8 +159,8 @@ class PackedCall {
           }
           if (n == 0) continue;
           const int64_t at = offset_of(b, g, i);
-          STD_TORCH_CHECK(at >= 0 && at % 16 == 0 && at < bytes, "offset must be a multiple of 16 within data; page ", i,
-                          " of head ", g, " of sequence ", b, " is at ", at);
+          STD_TORCH_CHECK(at >= 0 && at % 16 == 0 && at < bytes, "offset must be a multiple of 16 within data; page ",
+                          i, " of head ", g, " of sequence ", b, " is at ", at);
           STD_TORCH_CHECK(at + page(b, g, i).size <= bytes, "data is too short: page ", i, " of head ", g,
                           " of sequence ", b, " ends at byte ", at + page(b, g, i).size, " of ", bytes);
           place += n;

@@ -48,7 +48,8 @@ inline __attribute__((always_inline)) void expand_trits(const uint8_t* row, int6
   }
 }
 
-// The codes of `channels` channels, one byte each. Writes up to kSlack bytes more and reads up to kSlack behind `bytes`.
+// The codes of `channels` channels, one byte each. Writes up to kSlack bytes more and reads up to kSlack behind
+// `bytes`.
 inline void expand_row(const uint8_t* row, int bits, int64_t channels, uint8_t* out) {
   const int64_t bytes = kv_code_bytes(bits, channels);
   switch (bits) {

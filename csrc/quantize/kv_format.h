@@ -77,7 +77,7 @@ struct KvHalf {
 
 // One page of one head: how many entries it has, and where they are.
 struct KvPage {
-  int64_t n, n_high, filled;  // filled: token groups that have entries
+  int64_t n, n_high, filled;             // filled: token groups that have entries
   int64_t groups_end[kMostTokenGroups];  // of the filled ones, one behind the last entry
   const uint8_t* classes;                // bits, nullptr: one class
   KvHalf key, value;

@@ -33,8 +33,8 @@ struct QuantizeKernels {
 
 FASTOK_DECLARE_KERNELS(QuantizeKernels, quantize_kernels)
 
-// [n,n]: row i times column j, summed over i, is component j of the half spectrum of n reals: Re F_0 .. Re F_{n/2}, then
-// Im F_1 .. Im F_{n/2-1}. Kept for the life of the process.
+// [n,n]: row i times column j, summed over i, is component j of the half spectrum of n reals: Re F_0 .. Re F_{n/2},
+// then Im F_1 .. Im F_{n/2-1}. Kept for the life of the process.
 const float* fourier_basis(int64_t n);
 // What component j counts in an inner product.
 FASTOK_INLINE float fourier_weight(int64_t n, int64_t j) { return (j == 0 || j == n / 2 ? 1.0f : 2.0f) / float(n); }

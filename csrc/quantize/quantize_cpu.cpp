@@ -109,8 +109,7 @@ std::tuple<Tensor, Tensor> kv_unseal(Tensor data_in, Tensor offset, Tensor count
       STD_TORCH_CHECK(call.length(b, g) <= total, "total must be at least the longest length, ", call.length(b, g),
                       "; got ", total);
   const auto place = [&](int which, int64_t b, int64_t token, int64_t g) {
-    return static_cast<char*>(outs[which].mutable_data_ptr()) +
-           ((b * total + token) * call.groups + g) * row_bytes;
+    return static_cast<char*>(outs[which].mutable_data_ptr()) + ((b * total + token) * call.groups + g) * row_bytes;
   };
   const QuantizeKernels& kernels = pick_quantize_kernels();
   const int64_t tasks = call.pages + 1;  // the last one: the hot tokens, and zeros behind them

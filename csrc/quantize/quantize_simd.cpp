@@ -1,5 +1,5 @@
-// One page at a time, in cache: rows to fp32 in the codes' order and basis, statistics of the groups, codes. Sums are in
-// ascending order and nothing is fused, so that the bytes are those of the specification.
+// One page at a time, in cache: rows to fp32 in the codes' order and basis, statistics of the groups, codes. Sums are
+// in ascending order and nothing is fused, so that the bytes are those of the specification.
 #include "quantize/quantize.h"
 
 #include "quantize/codes_simd.h"
@@ -12,10 +12,10 @@ constexpr float kMost = std::numeric_limits<float>::max();
 int64_t pitch_of(int64_t width) { return (width + 15) / 16 * 16; }
 
 struct Scratch {
-  float* rows;       // [page][pitch]
-  float *lo, *hi;    // [kMostChannels] per group along channels, and what comes of them
+  float* rows;     // [page][pitch]
+  float *lo, *hi;  // [kMostChannels] per group along channels, and what comes of them
   float *step, *top;
-  float* line;       // [2 * kMostChannels]
+  float* line;  // [2 * kMostChannels]
 
   Scratch(const KvFormat& fmt, void* memory) {
     rows = static_cast<float*>(memory);
@@ -77,7 +77,8 @@ void read_rows(const KvFormat& fmt, const KvSide& side, Dtype dtype, const KvRow
   }
 }
 
-// ---- parameters ------------------------------------------------------------------------------------------------------
+// ---- parameters
+// ------------------------------------------------------------------------------------------------------
 
 // One step towards -inf (direction < 0) or inf, on sign-and-magnitude bits.
 template <class Bits>
@@ -182,7 +183,8 @@ void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part,
       }
     }
     if (!side.compat)
-      for (int64_t i = 0; i < n; ++i) s.step[i] = finite(s.step[i]) ? total[i] / (count[i] > 1 ? count[i] : 1) : kMost * 2;
+      for (int64_t i = 0; i < n; ++i)
+        s.step[i] = finite(s.step[i]) ? total[i] / (count[i] > 1 ? count[i] : 1) : kMost * 2;
   }
   write_scales(fmt.scale, s.step, n, 0, first);
   for (int64_t i = 0; i < n; ++i) s.top[i] = s.step[i] == s.step[i] ? 1.0f : 0.0f;
@@ -249,7 +251,8 @@ void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
   }
 }
 
-// ---- codes -----------------------------------------------------------------------------------------------------------
+// ---- codes
+// -----------------------------------------------------------------------------------------------------------
 
 constexpr float kRound = 0x1p23f;  // adding it rounds to an integer, half to even
 
@@ -341,7 +344,8 @@ void seal(const KvFormat& fmt, Dtype dtype, const KvRows rows[2], const KvChanne
   }
 }
 
-// ---- unpacking -------------------------------------------------------------------------------------------------------
+// ---- unpacking
+// -------------------------------------------------------------------------------------------------------
 
 // One row to fp32 in the order and the basis of the codes.
 void dequantize_row(const KvFormat& fmt, const KvSide& side, const KvHalf& half, const uint8_t* codes, bool high,
