@@ -1,6 +1,8 @@
 // CPU backend of decode attention: sharing out heads and keys, merging. The arithmetic is in decode_simd.cpp.
 #include "decode/decode.h"
 
+#include <atomic>
+#include <numeric>
 #include <tuple>
 
 #include "quantize/cache_cpu.h"
@@ -53,6 +55,9 @@ struct DecodeCall {
     STD_TORCH_CHECK(!has_bias || bias_places >= length, "key_bias must have at least ", length, " places, got ",
                     bias_places);
   }
+  const float* bias_of(int64_t b, int64_t h) const {
+    return has_bias ? const_data<float>(bias) + (per_head_bias ? b * heads + h : b) * bias_places : nullptr;
+  }
   // The list of a unit, nullptr: all places.
   const int32_t* list_of(int64_t b, int64_t unit, int64_t& count) const {
     count = 0;
@@ -92,7 +97,7 @@ struct UnitTask {
   int64_t b, unit, split, n_splits;
 };
 
-// Some keys of a unit: `run` adds them to the state; `side` says in which basis the queries and the sums are.
+// Some keys of a unit: `run` adds them to the state; `sides_of` says in which basis the queries and the sums are.
 template <class Splits, class Length, class Run, class Sides>
 std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& splits_of, const Length& length_of,
                                        const Run& run, const Sides& sides_of) {
@@ -106,12 +111,20 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
       for (int64_t split = 0; split < n; ++split) tasks.push_back({b, unit, split, n});
     }
   }
+  // All heads of some tokens, then the next tokens: in caches [B,T,G,D] they share pages of memory.
+  std::vector<size_t> order(tasks.size());
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
+    return std::pair(tasks[x].b, tasks[x].split) < std::pair(tasks[y].b, tasks[y].split);
+  });
   const int64_t unit_rows = call.unit_rows(), pitch = decode_pitch(call.width), v_pitch = decode_pitch(call.v_width);
   const int64_t element = int64_t(element_size(call.dtype)), widest = std::max(call.width, call.v_width);
   std::vector<float> partial(tasks.size() * size_t(unit_rows * call.v_width)),
       partial_lse(tasks.size() * size_t(unit_rows));
   const DecodeKernels& kernels = pick_decode_kernels();
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t begin, int64_t end) {
+  const AttentionKernels& attention = pick_attention_kernels();
+  std::atomic<size_t> taken{0};  // by whoever is free: splits differ in length
+  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t, int64_t) {
     const size_t floats = size_t(unit_rows * (pitch + v_pitch + 2));
     const AlignedMemory memory(floats * sizeof(float)), scratch(kernels.scratch_bytes(unit_rows, widest));
     float* const q = static_cast<float*>(memory.get());
@@ -119,8 +132,11 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
                             q + unit_rows * (pitch + v_pitch + 1)};
     std::vector<int64_t> last(size_t(unit_rows), 0);
     std::vector<const float*> bias(size_t(unit_rows), nullptr);
-    for (int64_t i = begin; i < end; ++i) {
-      const UnitTask& t = tasks[size_t(i)];
+    for (size_t i = taken++; i < order.size(); i = taken++) {
+      const size_t task = order[i];
+      const UnitTask& t = tasks[task];
+      float* const part = partial.data() + task * size_t(unit_rows * call.v_width);
+      float* const part_lse = partial_lse.data() + task * size_t(unit_rows);
       const int64_t g = call.group_of(t.unit), length = length_of(t.b, g);
       const KvSide *key_side = nullptr, *value_side = nullptr;
       KvChannels key_channels{}, value_channels{};
@@ -131,20 +147,16 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
         kernels.prepare(static_cast<const char*>(call.q.const_data_ptr()) + at * element, call.dtype, call.width,
                         call.scale, key_side, key_channels, q + r * pitch);
         last[size_t(r)] = length - call.rows + row;
-        if (call.has_bias)
-          bias[size_t(r)] =
-              const_data<float>(call.bias) + (call.per_head_bias ? t.b * call.heads + h : t.b) * call.bias_places;
+        bias[size_t(r)] = call.bias_of(t.b, h);
         state.peak[r] = -std::numeric_limits<float>::infinity();
         state.total[r] = 0;
       }
       std::fill(state.sum, state.sum + unit_rows * v_pitch, 0.0f);
       const DecodeRows rows{unit_rows, q, last.data(), call.has_bias ? bias.data() : nullptr, call.softcap};
       run(t.b, t.unit, t.split, rows, state, scratch.get());
-      kernels.finish(state, unit_rows, call.v_width, value_side, value_channels,
-                     partial.data() + i * unit_rows * call.v_width, partial_lse.data() + i * unit_rows);
+      kernels.finish(state, unit_rows, call.v_width, value_side, value_channels, part, part_lse);
     }
   });
-  const AttentionKernels& attention = pick_attention_kernels();
   torch::stable::parallel_for(0, call.batch * call.heads * call.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % call.rows, h = i / call.rows % call.heads, b = i / call.rows / call.heads;
@@ -172,18 +184,14 @@ struct RowPointers {
 
   template <class At>
   RowPointers(int64_t begin, int64_t end, const int32_t* listed, int64_t n_listed, const At& at) {
-    const auto add = [&](int64_t i) {
-      place.push_back(int32_t(i));
-      at(i, k, v);
-    };
-    k.reserve(size_t(end - begin)), v.reserve(size_t(end - begin)), place.reserve(size_t(end - begin));
-    if (!listed) {
-      for (int64_t i = begin; i < end; ++i) add(i);
-      return;
+    const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(begin)) : nullptr;
+    const int64_t n =
+        listed ? std::lower_bound(from, listed + n_listed, int32_t(end)) - from : std::max<int64_t>(end - begin, 0);
+    k.resize(size_t(n)), v.resize(size_t(n)), place.resize(size_t(n));
+    for (size_t i = 0; i < size_t(n); ++i) {
+      place[i] = listed ? from[i] : int32_t(begin + int64_t(i));
+      at(place[i], k[i], v[i]);
     }
-    for (const int32_t* p = std::lower_bound(listed, listed + n_listed, int32_t(begin));
-         p != listed + n_listed && *p < end; ++p)
-      add(*p);
   }
   DenseKeys keys(Dtype dtype, int64_t width, int64_t v_width) const {
     return {dtype, k.data(), v.data(), place.data(), int64_t(place.size()), width, v_width};
@@ -245,11 +253,11 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
       return static_cast<const char*>(x.const_data_ptr()) + at * element;
     };
     const RowPointers pointers(begin, std::min(length_of(b, g), begin + kSplitKeys), listed, n_listed,
-                               [&](int64_t i, std::vector<const void*>& ks, std::vector<const void*>& vs) {
+                               [&](int64_t i, const void*& key, const void*& value) {
                                  const int64_t block = blocks_of ? blocks_of[b * table.size(1) + i / page] : b;
                                  const int64_t token = blocks_of ? i % page : i;
-                                 ks.push_back(row_of(k, block, token));
-                                 vs.push_back(row_of(v, block, token));
+                                 key = row_of(k, block, token);
+                                 value = row_of(v, block, token);
                                });
     kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
   };
@@ -295,9 +303,9 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
       return static_cast<const char*>(x.data) + i * x.stride * x.element_bytes;
     };
     const RowPointers pointers(sealed + begin, sealed + std::min(ks.count, begin + kSplitKeys), listed, n_listed,
-                               [&](int64_t i, std::vector<const void*>& k, std::vector<const void*>& v) {
-                                 k.push_back(row_of(ks, i - sealed));
-                                 v.push_back(row_of(vs, i - sealed));
+                               [&](int64_t i, const void*& key, const void*& value) {
+                                 key = row_of(ks, i - sealed);
+                                 value = row_of(vs, i - sealed);
                                });
     kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
   };

@@ -113,14 +113,18 @@ void dense(const DecodeRows& rows, const DenseKeys& keys, const DecodeState& sta
   const Scratch s(rows.count, keys.width > keys.v_width ? keys.width : keys.v_width, memory);
   const T* const* const k = reinterpret_cast<const T* const*>(keys.k);
   const T* const* const v = reinterpret_cast<const T* const*>(keys.v);
+  const auto next = [&](const void* const* rows_of, int64_t begin, int64_t width) {
+    const int64_t left = keys.count - begin;
+    return NextRows{rows_of + begin, left < kDecodeBlock ? left : kDecodeBlock, width * int64_t(sizeof(T))};
+  };
+  for (int64_t i = 0; i < kDecodeBlock; ++i) next(keys.k, 0, keys.width).fetch(i);
   for (int64_t begin = 0; begin < keys.count; begin += kDecodeBlock) {
     const int64_t left = keys.count - begin, n = left < kDecodeBlock ? left : kDecodeBlock;
-    dots<T, true>(k + begin, n, 0, rows.q, decode_pitch(keys.width), rows.count, keys.width, s.logits, Scratch::kPitch,
-                  left - n);
-    for (int64_t i = 0; i < n; ++i) prefetch_row(v[begin + i], keys.v_width);
+    dots(k + begin, n, 0, rows.q, decode_pitch(keys.width), rows.count, keys.width, s.logits, Scratch::kPitch,
+         next(keys.v, begin, keys.v_width));
     soften(rows, n, keys.place + begin, keys.place[begin + n - 1], keys.v_width, s.logits, Scratch::kPitch, state);
     weighted_sum(v + begin, n, 0, s.logits, Scratch::kPitch, rows.count, keys.v_width, state.sum,
-                 decode_pitch(keys.v_width));
+                 decode_pitch(keys.v_width), next(keys.k, begin + n, keys.width));
   }
 }
 
@@ -148,7 +152,22 @@ struct Chosen {
 
 Chosen choose(const PackedKeys& keys, Scratch& s) {
   const KvPage& page = keys.page;
-  Chosen chosen{};
+  Chosen chosen;
+  chosen.n = chosen.segments = 0;
+  if (!keys.listed && !page.classes) {
+    for (int64_t entry = 0; entry < page.n; ++entry) {
+      s.place[entry] = int32_t(keys.first + entry);
+      s.rank[entry] = int32_t(entry);
+    }
+    for (int64_t slot = 0; slot < page.filled; ++slot) {
+      chosen.end[slot] = page.groups_end[slot];
+      chosen.slot[slot] = slot;
+      chosen.high[slot] = true;
+    }
+    chosen.n = page.n;
+    chosen.segments = page.filled;
+    return chosen;
+  }
   const auto add = [&](int64_t entry, int64_t rank, int64_t slot, bool high) {
     s.place[chosen.n] = int32_t(keys.first + entry);
     s.rank[chosen.n++] = int32_t(rank);
@@ -188,12 +207,32 @@ void expand(const KvSide& side, const KvPage& page, const KvHalf& half, const Ch
             Scratch& s) {
   const int64_t pitch = decode_pitch(side.width), high_bytes = side.row_bytes(true);
   const int64_t low_bytes = side.low_bits ? side.row_bytes(false) : 0;
+  // While these codes are read, those of the values, or of the next page's keys, are fetched; and now what will be
+  // wanted in between.
+  const int64_t distance = page.size / 2;
+  for (int64_t byte = 0; byte < half.param_rows * side.arrays_width() * side.scale_bytes; byte += 64)
+    __builtin_prefetch(half.params + byte);
+  const uint8_t* ahead = half.codes + distance;
+  // A page of one code that is read as a whole, not too near the end of the data.
+  if (chosen.n == page.n && page.n_high == page.n && side.n_parts == 1 && data_end - half.params >= kSlack) {
+    constexpr int64_t kRun = 8;
+    for (int64_t i = 0; i < chosen.n; i += kRun) {
+      const int64_t n = chosen.n - i < kRun ? chosen.n - i : kRun;
+      const CodeRows rows{half.codes + i * high_bytes, high_bytes, n, s.codes + i * pitch, pitch};
+      for (; ahead < rows.row + n * high_bytes + distance; ahead += 64) __builtin_prefetch(ahead);
+      for (int64_t j = i; j < i + n; ++j) s.code_rows[j] = s.codes + j * pitch;
+      if (!expand_at_once(rows, side.part[0].bits, high_bytes))
+        rows.each([&](const uint8_t* row, uint8_t* out) { expand_row(row, side.part[0].bits, side.width, out); });
+    }
+    return;
+  }
   for (int64_t i = 0; i < chosen.n; ++i) {
     const int64_t rank = s.rank[i];
     const bool high = rank < page.n_high;
     const uint8_t* row =
         half.codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes);
     const int64_t bytes = high ? high_bytes : low_bytes;
+    for (; ahead < row + bytes + distance; ahead += 64) __builtin_prefetch(ahead);
     uint8_t copy[kMostChannels + kSlack];
     if (data_end - row < bytes + kSlack) row = static_cast<const uint8_t*>(std::memcpy(copy, row, size_t(bytes)));
     uint8_t* const out = s.codes + i * pitch;
@@ -223,6 +262,8 @@ float fold(const float* q, const float* scale, const float* zero, int64_t width,
   return sum;
 }
 
+constexpr NextRows kNoRows = {nullptr, 0, 0};
+
 // Rows x[row * pitch ..] of n numbers as integers, what they stand for to s.step. False if that would not do.
 bool integer_rows(const PackedKeys& keys, const float* x, int64_t pitch, int64_t rows, int64_t n, Scratch& s) {
   if constexpr (kIntegers) {
@@ -243,7 +284,7 @@ void code_dots(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   if constexpr (kIntegers) {
     if (integers) integer_dots(codes, n, first, s.integers, Scratch::kPitch, rows, width, out, Scratch::kPitch);
   }
-  if (!integers) dots<uint8_t, false>(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch);
+  if (!integers) dots(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch, kNoRows);
   for (int64_t r = 0; r < rows && (integers || bias); ++r) {
     const vf unit = splat(integers ? s.step[r] : 1.0f), more = splat(bias ? bias[r] : 0.0f);
     float* const x = out + r * Scratch::kPitch;
@@ -259,7 +300,7 @@ void code_sums(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   if constexpr (kIntegers) {
     if (integers) integer_sums(codes, n, first, s.integers, Scratch::kPitch, s.step, rows, width, out, pitch);
   }
-  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch);
+  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch, kNoRows);
 }
 
 // Released numerics code real components 0 or s and imaginary ones +-s/2.

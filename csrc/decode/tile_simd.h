@@ -6,7 +6,17 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
-constexpr int64_t kRowsAhead = 16;  // token rows lie a page apart, more than the hardware foresees
+// Rows that are read next: fetched one by one while others are worked on. They may lie a page apart, which the hardware
+// does not foresee, and more than a few at once would stall.
+struct NextRows {
+  const void* const* row;
+  int64_t count, bytes;
+
+  void fetch(int64_t i) const {
+    if (i >= count) return;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row[i]) + byte);
+  }
+};
 
 // `count` elements, then zeros.
 template <class T>
@@ -14,11 +24,6 @@ inline vf load_part(const T* p, int64_t count) {
   T part[kLanes] = {};
   std::memcpy(part, p, size_t(count) * sizeof(T));
   return load(part);
-}
-
-template <class T>
-inline void prefetch_row(const T* row, int64_t width) {
-  for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
 }
 
 // sum[row][token] of kRows * kTokens vectors' lanes, to out[row * pitch + token].
@@ -80,14 +85,12 @@ inline __attribute__((always_inline)) void dot_tile(const T* const* keys, int64_
 }
 
 // out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels.
-template <class T, bool kPrefetch>
+template <class T>
 void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows, int64_t width,
-          float* out, int64_t pitch, int64_t n_behind = 0) {
+          float* out, int64_t pitch, const NextRows& next) {
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
-    if constexpr (kPrefetch)
-      for (int64_t t = i + kRowsAhead; t < i + kRowsAhead + 4 && t < n + n_behind; ++t)
-        prefetch_row(keys[t] + first, width);
+    for (int64_t t = i; t < i + 4; ++t) next.fetch(t);
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
       dot_tile<T, 4, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
@@ -101,13 +104,14 @@ void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_
 
 template <class T, int kRows, int kVectors>
 inline __attribute__((always_inline)) void sum_tile(const T* const* values, int64_t n, int64_t first, const float* p,
-                                                    int64_t p_pitch, float* out, int64_t pitch) {
+                                                    int64_t p_pitch, float* out, int64_t pitch, const NextRows& next) {
   vf sum[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * pitch + v * kLanes);
   for (int64_t i = 0; i < n; ++i) {
+    next.fetch(i);
     vf x[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = load(values[i] + first + v * kLanes);
@@ -134,29 +138,26 @@ inline void sum_part(const T* const* values, int64_t n, int64_t first, int64_t c
 }
 
 // out[row * pitch + d] += sum over i of p[row * p_pitch + i] * values[i][first + d], for d < width, i ascending.
+template <class T, int kRows>
+void weighted_rows(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t width,
+                   float* out, int64_t pitch, NextRows next) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes, next.count = 0)
+    sum_tile<T, kRows, 4>(values, n, first + d, p, p_pitch, out + d, pitch, next);
+  for (; d + kLanes <= width; d += kLanes, next.count = 0)
+    sum_tile<T, kRows, 1>(values, n, first + d, p, p_pitch, out + d, pitch, next);
+  for (int64_t row = 0; row < kRows && d < width; ++row)
+    sum_part(values, n, first + d, width - d, p + row * p_pitch, out + row * pitch + d);
+}
+
 template <class T>
 void weighted_sum(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t rows,
-                  int64_t width, float* out, int64_t pitch) {
+                  int64_t width, float* out, int64_t pitch, NextRows next) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    const float* const weights = p + r * p_pitch;
-    float* const to = out + r * pitch;
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= width; d += 4 * kLanes)
-      sum_tile<T, 4, 4>(values, n, first + d, weights, p_pitch, to + d, pitch);
-    for (; d + kLanes <= width; d += kLanes) sum_tile<T, 4, 1>(values, n, first + d, weights, p_pitch, to + d, pitch);
-    for (int64_t row = 0; row < 4 && d < width; ++row)
-      sum_part(values, n, first + d, width - d, weights + row * p_pitch, to + row * pitch + d);
-  }
-  for (; r < rows; ++r) {
-    const float* const weights = p + r * p_pitch;
-    float* const to = out + r * pitch;
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= width; d += 4 * kLanes)
-      sum_tile<T, 1, 4>(values, n, first + d, weights, p_pitch, to + d, pitch);
-    for (; d + kLanes <= width; d += kLanes) sum_tile<T, 1, 1>(values, n, first + d, weights, p_pitch, to + d, pitch);
-    if (d < width) sum_part(values, n, first + d, width - d, weights, to + d);
-  }
+  for (; r + 4 <= rows; r += 4, next.count = 0)
+    weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, next);
+  for (; r < rows; ++r, next.count = 0)
+    weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, next);
 }
 
 }  // namespace
