@@ -199,7 +199,7 @@ def test_dense(backend: Backend, total: int, ratio: int, rows: int, width: int, 
 @pytest.mark.parametrize("page", [1, 16, 48])
 @over_dense
 def test_paged_is_contiguous(backend: Backend, page: int) -> None:
-    """Shuffled tables, either order of heads and tokens, one tensor for both; stale bytes behind the end are not read."""
+    """Shuffled tables, either order of heads and tokens, one tensor for both; stale bytes behind the end are unread."""
     lengths = torch.tensor([0, 5, 97, 144], dtype=torch.int32)
     most = 144 // page
     pages = torch.randperm(4 * most + 3)
@@ -352,3 +352,54 @@ def test_dense_opcheck_and_compile() -> None:
 
     k = k[:2]
     assert_same(compiled(q, k), attention_decode(q, (k, k, None))[0])
+
+
+# ---- numbers and bytes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["int8", "kivi-4", "kivi-2", "vidkv-2"])
+@over_packed
+def test_integer_products_err_no_more_than_stated(backend: Backend, name: str) -> None:
+    """Queries and probabilities in 15 bits and a sign: 2^-16 of the largest term of a group, for every term."""
+    fmt = KVFormat.preset(name)
+    k, v = (x.half() for x in keys_values(1, fmt.page, 2, 128))
+    cache = kv_pack(k, v, KVFormat(fmt.key, fmt.value, fmt.group, fmt.page, 0))
+    q = torch.randn(1, 1, 8, 128).half()
+    wide_k, wide_v = exactly(cache)
+    truth = dense_decode(q.double(), wide_k, wide_v, cache.seq_lens)
+    with through(backend):
+        out, lse = attention_decode(q, cache)
+    of_keys, of_values = (2 * float(x.abs().amax()) for x in (wide_k, wide_v))
+    of_logits = 2**-16 * 128 * float(q.abs().amax()) * of_keys * 128**-0.5
+    assert float((lse - truth[1]).abs().max()) <= of_logits + 1e-5
+    bound = (2 * of_logits + 2**-16 * fmt.page) * of_values + 2**-11 * truth[0].abs() + 1e-6
+    assert (out.double() - truth[0]).abs().le(bound).all()
+
+
+@over_backends("decode_packed", without=("reference", "cuda", "cuda-on-host"))
+def test_directories_that_contradict_the_data_are_errors(backend: Backend) -> None:
+    cache, _, _ = packed("kivi-2", 1, 400, 2, 64)
+    q = torch.randn(1, 1, 4, 64)
+    data, offset, counts, *rest = cache.arguments
+    spoilt = [
+        ((data[: data.numel() // 2], offset, counts), "data is too short|within data"),
+        ((data, offset + 8, counts), "multiple of 16"),
+        ((data, offset - 1024 * 1024, counts), "offset must be"),
+        ((data, offset + 16 * 1024 * 1024, counts), "offset must be"),
+        ((data, offset, counts + 1), "counts must be within"),
+        ((data, offset, -counts), "counts must be within"),
+    ]
+    for arguments, message in spoilt:
+        with pytest.raises(RuntimeError, match=message):
+            backend.decode_packed(q, *arguments, *rest, cache.format.flat, 0.125, 0.0, None, None)
+
+
+@over_formats
+@over_backends("decode_packed", without=("reference", "cuda", "cuda-on-host"))
+def test_any_bytes_can_be_read(backend: Backend, name: str) -> None:
+    cache, _, _ = packed(name, 1, 2 * FORMATS[name].page + FORMATS[name].hot, 2, 128, torch.bfloat16)
+    cache.data.random_(0, 256)
+    with through(backend):
+        out, lse = attention_decode(torch.randn(1, 2, 4, 128).bfloat16(), cache)
+    assert out.shape == (1, 2, 4, 128)
+    assert lse.shape == (1, 4, 2)

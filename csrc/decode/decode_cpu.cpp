@@ -198,6 +198,19 @@ struct RowPointers {
   }
 };
 
+// Tokens of x[blocks,tokens,G,*], in bytes.
+struct TokenRows {
+  const char* base;
+  int64_t block, token, head;
+
+  TokenRows(const Tensor& x, int64_t element)
+      : base(static_cast<const char*>(x.const_data_ptr())),
+        block(x.stride(0) * element),
+        token(x.stride(1) * element),
+        head(x.stride(2) * element) {}
+  const void* at(int64_t b, int64_t t, int64_t g) const { return base + b * block + t * token + g * head; }
+};
+
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seq_lens,
                                   std::optional<Tensor> block_table, double scale, double softcap,
                                   std::optional<Tensor> key_bias, std::optional<Tensor> tokens) {
@@ -242,22 +255,19 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
       STD_TORCH_CHECK(block >= 0 && block < blocks, "block_table must be within [0, ", blocks, "), got ", block);
     }
   }
+  const TokenRows k_rows(k, element), v_rows(v, element);
   const DecodeKernels& kernels = pick_decode_kernels();
   const auto run = [&](int64_t b, int64_t unit, int64_t split, const DecodeRows& rows, const DecodeState& state,
                        void* scratch) {
     const int64_t g = call.group_of(unit), begin = split * kSplitKeys;
     int64_t n_listed;
     const int32_t* const listed = call.list_of(b, unit, n_listed);
-    const auto row_of = [&](const Tensor& x, int64_t block, int64_t token) -> const void* {
-      const int64_t at = block * x.stride(0) + token * x.stride(1) + g * x.stride(2);
-      return static_cast<const char*>(x.const_data_ptr()) + at * element;
-    };
     const RowPointers pointers(begin, std::min(length_of(b, g), begin + kSplitKeys), listed, n_listed,
                                [&](int64_t i, const void*& key, const void*& value) {
                                  const int64_t block = blocks_of ? blocks_of[b * table.size(1) + i / page] : b;
                                  const int64_t token = blocks_of ? i % page : i;
-                                 key = row_of(k, block, token);
-                                 value = row_of(v, block, token);
+                                 key = k_rows.at(block, token, g);
+                                 value = v_rows.at(block, token, g);
                                });
     kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
   };

@@ -213,16 +213,28 @@ void expand(const KvSide& side, const KvPage& page, const KvHalf& half, const Ch
   for (int64_t byte = 0; byte < half.param_rows * side.arrays_width() * side.scale_bytes; byte += 64)
     __builtin_prefetch(half.params + byte);
   const uint8_t* ahead = half.codes + distance;
-  // A page of one code that is read as a whole, not too near the end of the data.
-  if (chosen.n == page.n && page.n_high == page.n && side.n_parts == 1 && data_end - half.params >= kSlack) {
+  // Pages that are read as a whole, not too near the end of the data: several rows at a time, where one part's rows do
+  // not write over another's.
+  bool apart = side.n_parts == 1;
+  for (int i = 0; i < side.n_parts && !apart; ++i) {
+    const KvPart& part = side.part[i];
+    if (!expands_exactly(part.bits, part.bytes(), part.channels)) break;
+    apart = i + 1 == side.n_parts;
+  }
+  if (apart && chosen.n == page.n && page.n_high == page.n && data_end - half.params >= kSlack) {
     constexpr int64_t kRun = 8;
     for (int64_t i = 0; i < chosen.n; i += kRun) {
       const int64_t n = chosen.n - i < kRun ? chosen.n - i : kRun;
-      const CodeRows rows{half.codes + i * high_bytes, high_bytes, n, s.codes + i * pitch, pitch};
-      for (; ahead < rows.row + n * high_bytes + distance; ahead += 64) __builtin_prefetch(ahead);
+      const uint8_t* row = half.codes + i * high_bytes;
+      for (; ahead < row + n * high_bytes + distance; ahead += 64) __builtin_prefetch(ahead);
       for (int64_t j = i; j < i + n; ++j) s.code_rows[j] = s.codes + j * pitch;
-      if (!expand_at_once(rows, side.part[0].bits, high_bytes))
-        rows.each([&](const uint8_t* row, uint8_t* out) { expand_row(row, side.part[0].bits, side.width, out); });
+      for (int p = 0; p < side.n_parts; ++p) {
+        const KvPart& part = side.part[p];
+        const CodeRows rows{row, high_bytes, n, s.codes + i * pitch + part.first, pitch};
+        if (!expand_at_once(rows, part.bits, part.bytes()))
+          rows.each([&](const uint8_t* from, uint8_t* out) { expand_row(from, part.bits, part.channels, out); });
+        row += part.bytes();
+      }
     }
     return;
   }

@@ -21,6 +21,11 @@ struct CodeRows {
 };
 
 #if defined(__AVX512F__)
+// Whether expand_at_once writes these codes and nothing else.
+inline bool expands_exactly(int bits, int64_t bytes, int64_t channels) {
+  const bool known = bits == 1 ? bytes == 8 : bits == 2 ? bytes == 16 || bytes == 32 : bits == 4 && bytes == 64;
+  return known && channels * bits == bytes * 8;
+}
 // Reads and writes nothing beyond the rows, except that trits read 32 bytes and write as many from each plane on.
 inline bool expand_at_once(const CodeRows& rows, int bits, int64_t bytes) {
   if (bits == 0 && bytes <= 32) {  // x / 3 is the upper half of x * 21846 for all bytes
@@ -76,6 +81,7 @@ inline bool expand_at_once(const CodeRows& rows, int bits, int64_t bytes) {
   return false;
 }
 #else
+inline bool expands_exactly(int, int64_t, int64_t) { return false; }
 inline bool expand_at_once(const CodeRows&, int, int64_t) { return false; }
 #endif
 
