@@ -3,8 +3,8 @@
     python examples/train_recall_lm.py
 
 Takes under an hour on two cores, writes config.json and model.safetensors (bf16), and prints the perplexity of held-out
-text and the share of values recalled, at several lengths. Short sequences come first: looking back is learned there
-and stretched later.
+text and the share of values recalled, at several lengths. Short sequences dense with pairs come first: looking back is
+learned there and stretched later.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS = 8192
 """Tokens per optimiser step."""
-STAGES = ((0.30, 256), (0.55, 512), (0.75, 1024), (0.92, 2048), (1.0, 4096))
-"""Up to which share of the steps sequences have which length."""
+STAGES = ((0.15, 64, 4), (0.30, 256, 8), (0.50, 512, 16), (0.75, 1024, 32), (0.92, 2048, 64), (1.0, 4096, 64))
+"""Up to which share of the steps sequences have which length and which spacing of keys: at first nothing but pairs."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,9 +64,9 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def length_at(progress: float) -> int:
-    """Tokens per sequence."""
-    return next(length for end, length in STAGES if progress < end or end == 1.0)
+def stage_at(progress: float) -> tuple[int, int]:
+    """Tokens per sequence and per key."""
+    return next((length, spacing) for end, length, spacing in STAGES if progress < end or end == 1.0)
 
 
 def schedule(step: int, steps: int) -> float:
@@ -112,12 +112,13 @@ def train(arguments: argparse.Namespace) -> LlamaForCausalLM:
         task = progress.add_task("training", total=arguments.steps, completed=first)
         loss_mean, recall = 6.0, 0.0
         for step in range(first, arguments.steps):
-            length = length_at(step / arguments.steps)
+            length, spacing = stage_at(step / arguments.steps)
             for name, optimiser in optimisers.items():
                 optimiser.param_groups[0]["lr"] = peaks[name] * schedule(step, arguments.steps)
             # One random stream per step, so that a continued run sees the texts it would have seen.
             stream = np.random.SeedSequence([arguments.seed, step]).generate_state(1)
-            batch = texts.batch(TOKENS // length, length, Generator().manual_seed(int(stream[0])))
+            generator = Generator().manual_seed(int(stream[0]))
+            batch = texts.batch(TOKENS // length, length, generator, spacing=spacing)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(batch.tokens).logits[:, :-1]
             target, recalled = batch.tokens[:, 1:], batch.recalled[:, 1:]

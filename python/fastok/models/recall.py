@@ -24,8 +24,8 @@ VOCABULARY = BYTES + KEYS + VALUES
 MODEL_DIR = Path(__file__).resolve().parent / "recall_lm"
 """Folder of the shipped language model, ready for ``LlamaForCausalLM.from_pretrained``."""
 
-SPACING = 32
-"""Tokens per key-value pair, repeated ones included."""
+SPACING = 64
+"""Tokens per key, which comes twice."""
 
 Split = Literal["train", "test"]
 
@@ -49,8 +49,10 @@ class RecallTexts:
     def __init__(self, split: Split) -> None:
         self.text = _text(split)
 
-    def batch(self, n: int, length: int, generator: Generator, *, recall_last: float = 0.0) -> Sequences:
-        """``n`` sequences of ``length`` tokens.
+    def batch(
+        self, n: int, length: int, generator: Generator, *, spacing: int = SPACING, recall_last: float = 0.0
+    ) -> Sequences:
+        """``n`` sequences of ``length`` tokens, a multiple of ``spacing``, which is at least 4.
 
         ``recall_last``: of the sequence, this share at the end has all the repeated keys, and no other pair; 0: they
         come anywhere behind the first.
@@ -59,7 +61,7 @@ class RecallTexts:
         tokens = self.text[starts[:, None] + torch.arange(length)].long()
         recalled = torch.zeros_like(tokens, dtype=torch.bool)
         for row in range(n):
-            pairs = min(max(1, length // (2 * SPACING)), KEYS)
+            pairs = min(max(1, length // spacing), KEYS)
             keys = BYTES + torch.randperm(KEYS, generator=generator)[:pairs]
             values = BYTES + KEYS + torch.randint(VALUES, (pairs,), generator=generator)
             first, second = _places(pairs, length, recall_last, generator)
