@@ -14,11 +14,11 @@ cpp_code = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 demo: $(VENV)/.demo $(VENV)/.build
 	$(BIN)/fastok demo
 
-test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda nvcc
+test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda nvcc $(VENV)/.cutlass
 	$(BIN)/python -m pytest tests
 
 # What the CUDA kernels' machine code takes and uses, as the tests will hold it to: look at the difference.
-cuda-table: $(VENV)/.test nvcc
+cuda-table: $(VENV)/.test nvcc $(VENV)/.cutlass
 	PYTHONPATH=tests $(BIN)/python -m cuda_build
 	git --no-pager diff --stat -- tests/cuda_build
 
@@ -47,8 +47,8 @@ asan: $(VENV)/.test
 	cp -r $$(find python/fastok -mindepth 1 -maxdepth 1 ! -name '*.so') build/asan/package/fastok/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=$(CURDIR)/build/asan/package $(BIN)/python -m pytest tests/test_sanitizer.py tests/test_match.py \
-	  tests/test_merge.py tests/test_attention.py tests/test_attention_scores.py -k "not triton and not host and not opcheck and not compile" --sanitized
+	  PYTHONPATH=$(CURDIR)/build/asan/package $(BIN)/python -m pytest tests/test_sanitizer.py tests/test_match.py tests/test_select.py \
+	  tests/test_merge.py tests/test_attention.py tests/test_attention_backward.py tests/test_attention_scores.py -k "not triton and not host and not opcheck and not compile" --sanitized
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel --no-isolation
@@ -89,6 +89,11 @@ nvcc:
 $(VENV)/.cuda: requirements/cuda.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/cuda -r requirements/cuda.txt
 	ln -sfn lib $(VENV)/cuda/nvidia/cu13/lib64  # where nvcc looks
+	touch $@
+
+# CUTLASS's headers, for Hopper's kernels.
+$(VENV)/.cutlass: requirements/cutlass.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/cutlass -r requirements/cutlass.txt
 	touch $@
 
 clean:

@@ -52,10 +52,11 @@ def sized(
 
 
 def packed(
-    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], behind: int = 0, heads: int = 4, **mask: Any
-) -> Case:
-    q = torch.randn(sum(lengths_q) + behind, heads, 32)
-    k, v = torch.randn(2, sum(lengths_k) + behind, 2, 32)
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], behind: int = 0, heads: int = 4, width: int = 32,
+    **mask: Any,
+) -> Case:  # fmt: skip
+    q = torch.randn(sum(lengths_q) + behind, heads, width)
+    k, v = torch.randn(2, sum(lengths_k) + behind, 2, width)
     if "key_bias" in mask:
         mask["key_bias"] = mask["key_bias"](*((heads,) if mask.pop("per_head", False) else ()), k.shape[0])
     return Case(q, k, v, {"cu_seqlens_q": cu(*lengths_q), "cu_seqlens_k": cu(*lengths_k), **mask})
@@ -86,10 +87,14 @@ MASKS: dict[str, Callable[[], Case]] = {
     "mqa-two-widths": lambda: sized(heads=6, groups=1, width=72, v_width=40, causal=True),
     "one-row": lambda: sized(s=1, t=150, heads=8, width=64, causal=True),
     "several-tiles": lambda: sized(batch=1, s=140, t=203, width=64, causal=True),
+    "tiles-bias": lambda: sized(
+        batch=1, s=150, t=140, heads=2, width=128, window=(-1, 3), key_bias=torch.randn(1, 140)
+    ),
     "wide": lambda: sized(batch=1, s=70, t=65, heads=2, groups=2, width=256, window=(30, 7)),
     "packed": lambda: packed((5, 0, 33, 1), (9, 12, 30, 0)),
     "packed-causal-behind": lambda: packed((0, 5, 20, 7, 0), (3, 9, 12, 7, 0), behind=4, causal=True),
     "packed-window": lambda: packed((40, 3), (35, 11), window=(5, 1), max_seqlen_q=40, max_seqlen_k=35),
+    "packed-tiles": lambda: packed((70, 0, 3), (150, 20, 9), behind=3, heads=2, width=64, causal=True),
     "packed-bias": lambda: packed((4, 11), (9, 10), behind=2, key_bias=some_hidden, per_head=True, softcap=2.0),
 }
 over_masks = pytest.mark.parametrize("mask", MASKS)

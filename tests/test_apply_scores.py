@@ -190,3 +190,93 @@ def test_a_model_without_a_class_token_has_none_of_its_scores() -> None:
         with pytest.raises(ValueError, match="Watch needs a class token, of which"):
             apply(model, Watch())
         assert all("_fastok" not in vars(module) for module in model.modules())
+
+
+class Last:
+    """A method that acts behind an encoder, and notes what it is shown; or wherever ``layers`` says."""
+
+    def __init__(
+        self, needs: tuple[str, ...], layers: tuple[int, ...] | None = None, **listed: tuple[int, ...]
+    ) -> None:
+        self.needs, self.layers, self.listed = needs, layers, listed
+        self.seen: list[TokenContext] = []
+
+    def reduces(self, layer: int, n_layers: int) -> bool:
+        return layer == n_layers - 1 if self.layers is None else layer in self.layers
+
+    def score_layers(self, n_layers: int) -> dict[str, tuple[int, ...]]:
+        return {name.replace("_", ":"): layers for name, layers in self.listed.items()}
+
+    def __call__(self, ctx: TokenContext) -> TokenMap:
+        self.seen.append(ctx)
+        kept = torch.cat([torch.arange(ctx.protect), torch.arange(ctx.protect, ctx.hidden.shape[1], 2)])
+        shown = ctx.extra.get("Last")
+        place = torch.arange(ctx.hidden.shape[1], dtype=torch.float32).repeat(len(ctx.hidden), 1)
+        ctx.extra["Last"] = place if shown is None else shown + 100
+        return TokenMap.keep(kept.repeat(len(ctx.hidden), 1), ctx.hidden.shape[1])
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "ViT", "CLIP"])
+def test_a_method_behind_an_encoder_sees_all_that_its_layers_have(name: str) -> None:
+    model = build(MODELS[name])
+    needs = ("cls", "column", "column:early", "cls:logit", "keys", "values", "vision", "vision_cls", "valid", "crops")
+    reducer, pixels = Last(needs, column_early=(0, -2)), images()
+    probabilities, logits, values = [], [], []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logits.append(q @ k.mT * q.shape[-1] ** -0.5)
+        probabilities.append(logits[-1].softmax(-1))
+        values.append(v.transpose(1, 2))
+        return plain(q, k, v, *args, **kwargs)
+
+    plain, torch.nn.functional.scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention, spy
+    try:
+        model(pixels)
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = plain
+    with apply(model, reducer) as handle:
+        out = model(pixels)
+    (ctx,) = reducer.seen
+    torch.testing.assert_close(ctx.scores["cls"], probabilities[2].mean(1)[:, 0])
+    torch.testing.assert_close(ctx.scores["column"], probabilities[2].mean((1, 2)))
+    torch.testing.assert_close(
+        ctx.scores["column:early"], probabilities[0].mean((1, 2)) + probabilities[1].mean((1, 2))
+    )
+    torch.testing.assert_close(ctx.scores["cls:logit"], logits[2].mean(1)[:, 0])
+    torch.testing.assert_close(ctx.values, values[2])
+    assert ctx.keys.shape == ctx.values.shape
+    assert torch.equal(ctx.extra["vision"], ctx.hidden)
+    assert torch.equal(ctx.extra["vision_cls"], ctx.hidden[:, 0])
+    assert (ctx.protect, ctx.layer, ctx.n_layers, ctx.n_tokens) == (1, 2, 3, 50)
+    assert handle.stats.tokens == [50, 50, 26]
+    if name != "timm ViT":
+        assert out.last_hidden_state.shape[1] == 26
+
+
+def test_what_a_method_accumulates_goes_with_the_tokens() -> None:
+    model, reducer = build(MODELS["CLIP"]), Last(("column",), (0, 2), column=(0, 1))
+    with apply(model, reducer):
+        model(images())
+        model(images())
+    for first, second in (reducer.seen[:2], reducer.seen[2:]):
+        kept = torch.tensor([0, *range(1, 50, 2)])
+        assert torch.equal(second.extra["Last"][0], kept + 100.0)
+        assert second.n_tokens == 50
+        assert second.scores["column"].shape == (len(images()), 26)
+        assert bool((second.scores["column"] > first.scores["column"][:, kept]).all())  # a layer more
+
+
+def test_grids_and_encoders_without_a_class_token() -> None:
+    siglip = build(lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF)))
+    reducer = Last(("cls", "column", "grid"))
+    with apply(siglip, reducer):
+        siglip(images())
+        siglip(torch.randn(1, 3, 16, 36), interpolate_pos_encoding=True)
+    assert torch.equal(reducer.seen[0].scores["cls"], reducer.seen[0].scores["column"])
+    assert [ctx.grid for ctx in reducer.seen] == [(1, 7, 7), (1, 4, 9)]
+    with pytest.raises(ValueError, match="Last needs a class token, of which SiglipVisionModel has none"):
+        apply(siglip, Last(("vision_cls",)))
+    with pytest.raises(NotImplementedError, match=r"required, grid; supported, .*; missing, grid"):
+        apply(build(MODELS["timm ViT"]), Last(("grid",)))
+    with pytest.raises(ValueError, match=r"score_layers: column of layers \(3,\), of which there are 3"):
+        apply(siglip, Last(("column",), column=(3,)))

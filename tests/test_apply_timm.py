@@ -533,8 +533,8 @@ def test_any_reducer_can_be_applied() -> None:
     with apply(rotary, Average()), pytest.raises(NotImplementedError, match="one position per token"):
         rotary(images())
     scored = KeepHalf()
-    scored.needs = ("column",)
-    with pytest.raises(NotImplementedError, match="required column; supported hidden, keys, size, cls; missing column"):
+    scored.needs = ("last",)
+    with pytest.raises(NotImplementedError, match=r"required, last; supported, hidden, keys, .*; missing, last"):
         apply(model, scored)
 
 

@@ -1,6 +1,7 @@
 """attention and merge_states on every backend: against the specification in fp64, which is held against dense code."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import fastok
@@ -77,6 +78,34 @@ def test_errs_no_more_than_torch(
     q, k, v = (x.transpose(1, 2) for x in case.qkv)
     peer = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=heads != groups)
     assert_accurate(out, truth, peer.transpose(1, 2))
+
+
+# On the CPU up to 4 rows read their keys in place, 512 at a time, and up to 16 rows pack them, 2048 at a time.
+FEW: dict[str, Callable[[], Case]] = {
+    "decoding": lambda: sized(2, 1, 1030, heads=8, groups=2, width=128),
+    "a-row-that-sees-nothing": lambda: sized(1, 3, 2, width=16, causal=True),
+    "causal-wide-group": lambda: sized(1, 4, 545, heads=21, groups=1, width=40, v_width=24, causal=True),
+    "window": lambda: sized(1, 3, 1100, width=64, window=(530, 0)),
+    "bias-hides-a-part": lambda: sized(2, 2, 1060, softcap=3.0, key_bias=first_hidden(2, 4, 1060)),
+    "packed": lambda: packed((1, 0, 4, 20, 2, 7), (600, 5, 33, 40, 0, 2100), behind=1, causal=True),
+    "split": lambda: sized(1, 16, 2070, heads=2, groups=1, width=32, causal=True),
+}
+
+
+def first_hidden(*shape: int) -> Tensor:
+    """A bias that hides the first 600 keys."""
+    bias = torch.randn(shape)
+    bias[..., :600] = -math.inf
+    return bias
+
+
+@over_dtypes
+@pytest.mark.parametrize("few", FEW)
+@over_backends("attention", without=("reference", *SLOW))
+def test_few_rows(backend: Backend, few: str, dtype: torch.dtype) -> None:
+    with through(backend):
+        out, _ = attend(FEW[few]().to(dtype))
+    assert torch.isfinite(out).all()
 
 
 def backend_attention(backend: Backend, case: Case) -> tuple[Tensor, Tensor]:
@@ -176,12 +205,12 @@ def test_nothing_leaks_between_packed_sequences(backend: Backend) -> None:
     assert_same(lse[:, others], clean_lse[:, others])
 
 
-@pytest.mark.parametrize("mask", ["none", "causal-S>T", "bias-heads", "several-tiles", "one-row"])
+@pytest.mark.parametrize("mask", ["none", "causal-S>T", "bias-heads", "several-tiles", "one-row", "decoding", "split"])
 @over_backends("attention", without=("reference", "triton-interpreter"))
 def test_batch_invariant_and_repeatable(backend: Backend, mask: str) -> None:
     some_masks(backend, mask)
     for dtype in (torch.float32, torch.bfloat16):
-        case = MASKS[mask]().to(dtype)
+        case = (MASKS | FEW)[mask]().to(dtype)
         bias = case.mask.get("key_bias")
         repeat = {**case.mask, "key_bias": None if bias is None else bias.repeat(3, *([1] * (bias.dim() - 1)))}
         bigger = Case(*(x.repeat(3, 1, 1, 1) for x in case.qkv), repeat)
@@ -192,7 +221,7 @@ def test_batch_invariant_and_repeatable(backend: Backend, mask: str) -> None:
 
 
 def test_thread_count_does_not_change_results() -> None:
-    cases = [make().to(dtype) for make in MASKS.values() for dtype in (torch.float32, torch.bfloat16)]
+    cases = [make().to(dtype) for make in (MASKS | FEW).values() for dtype in (torch.float32, torch.bfloat16)]
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)  # and afterwards what it was: one_thread

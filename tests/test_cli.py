@@ -51,9 +51,8 @@ def photo(tmp_path: Path) -> Path:
 def test_info_tells_the_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for op in _library.REFERENCE:
-        on_cpu = "reference" if op == "attention_backward" else "cpu"
-        assert re.search(rf"^{op} +{on_cpu} +\w+ +\w", out, re.MULTILINE)
+    for op, on_cpu, on_cuda, _ in _library.backends():
+        assert re.search(rf"^{op} +{on_cpu} +{on_cuda} +\w", out, re.MULTILINE)
     assert torch.__version__ in out
     assert "CPU kernels" in out
     assert "transformers" in out

@@ -110,7 +110,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="layers must be >= 0, got -1"):
         EViT(layers=(-1,))
     hidden = torch.randn(1, 9, 8)
-    with pytest.raises(ValueError, match="EViT needs the class token's scores"):
+    with pytest.raises(ValueError, match=r'EViT needs scores\["cls"\]: TokenContext'):
         EViT()(TokenContext(hidden))
     with pytest.raises(ValueError, match=r"cls must be \[B,N\] for hidden"):
         EViT()(TokenContext(hidden, scores={"cls": torch.rand(1, 8)}))

@@ -1,6 +1,6 @@
 // Attention's bf16 engine, on AMX tiles: packing, and the two products of a block of rows with a block of keys.
 #pragma once
-#include "attention/rows_simd.h"
+#include "attention/bf16_simd.h"
 
 #if defined(__AMX_BF16__)
 #define FASTOK_AMX 1
@@ -14,13 +14,24 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Scores of bf16 products are exact up to fp32 summation; weights of values are rounded to bf16.
+// A constant: the compiler takes only the first bytes of what _tile_loadconfig is given for read, and may not have
+// written the others of a variable by then.
+constexpr TileConfig kTileConfig;
+
+// The tile registers, for as long as it lives.
+struct Tiles {
+  Tiles() { _tile_loadconfig(&kTileConfig); }
+  ~Tiles() { _tile_release(); }
+};
+
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;
   static constexpr int kTileRows = 32;
-  static constexpr int kRows = 32, kKeys = 640;
+  static constexpr int kRows = 64, kKeys = 320;
+  static_assert(kRows % kTileRows == 0 && kKeys % kStep == 0);
   static constexpr bool kScaledRows = false;
   using Weight = bf16;
+  static constexpr int kWeightPitch = 2 * kKeys;
 
   static int64_t padded(int64_t width) { return round_up(width, 32); }
   static size_t row_bytes(int64_t width) { return size_t(kRows * padded(width)) * sizeof(bf16); }
@@ -43,42 +54,20 @@ struct Bf16 {
     }
   }
   // [16 keys][depth block][pair of depths][key][2]
-  static void pack_keys(const HeadRows& k, Dtype, int64_t begin, int64_t end, void* out_bytes) {
-    uint32_t* const out = static_cast<uint32_t*>(out_bytes);
-    const int64_t blocks = padded(k.width) / kDepth;
-    alignas(64) uint32_t row[256 / 2];
-    for (int64_t j = 0; j < round_up(end - begin, kStep); ++j) {
-      prefetch_row(k, begin + j + kAhead);
-      std::memset(row, 0, size_t(blocks) * kDepth * sizeof(bf16));
-      if (begin + j < end)
-        std::memcpy(row, static_cast<const bf16*>(k.data) + (begin + j) * k.stride, size_t(k.width) * sizeof(bf16));
-      uint32_t* const column = out + j / kTile * blocks * (kBlock / 2) + j % kTile;
-      for (int64_t pair = 0; pair < blocks * kDepth / 2; ++pair) column[pair * kTile] = row[pair];
-    }
+  static void pack_keys(const HeadRows& k, Dtype, int64_t begin, int64_t end, void* out) {
+    const int64_t words = padded(k.width) / 2;
+    for (int64_t j = 0; j < round_up(end - begin, kStep); j += kTile)
+      transpose_pairs<kTile>(k, begin + j, end, words, static_cast<float*>(out) + j * words);
   }
-  // [16 channels][32 keys][pair of keys][channel][2]
-  static void pack_values(const HeadRows& v, Dtype, int64_t begin, int64_t end, void* out_bytes) {
-    bf16* const out = static_cast<bf16*>(out_bytes);
-    const int64_t n = round_up(end - begin, kStep), channels = padded(v.width);
-    // Two keys at a time, whose elements lie side by side.
-    alignas(64) uint16_t rows[2][256];
-    std::memset(rows, 0, sizeof rows);
-    for (int64_t key = 0; key < n; key += 2) {
-      for (int i = 0; i < 2; ++i) {
-        const int64_t j = begin + key + i;
-        prefetch_row(v, j + kAhead);
-        if (j < end) {
-          std::memcpy(rows[i], static_cast<const bf16*>(v.data) + j * v.stride, size_t(v.width) * sizeof(bf16));
-        } else {
-          std::memset(rows[i], 0, sizeof rows[i]);
-        }
-      }
-      bf16* const at = out + key / kDepth * kBlock + key % kDepth / 2 * kTile * 2;
-      for (int64_t c = 0; c < channels; c += kTile) {
-        uint32_t pairs[kTile];
-        for (int i = 0; i < kTile; ++i) pairs[i] = rows[0][c + i] | uint32_t(rows[1][c + i]) << 16;
-        std::memcpy(at + c / kTile * (n / kDepth) * kBlock, pairs, sizeof pairs);
-      }
+  // [32 keys][16 channels][pair of keys][channel][2]
+  static void pack_values(const HeadRows& v, Dtype, int64_t begin, int64_t end, void* out) {
+    const int64_t channels = padded(v.width);
+    for (int64_t key = 0; key < round_up(end - begin, kStep); key += 2) {
+      prefetch_row(v, begin + key + kAhead);
+      prefetch_row(v, begin + key + kAhead + 1);
+      int32_t* const at = static_cast<int32_t*>(out) + (key / kDepth * channels * kDepth + key % kDepth * kTile) / 2;
+      for (int64_t c = 0; c < channels; c += kTile)
+        store(at + c / kTile * (kBlock / 2), pair_values(v, begin + key, end, c));
     }
   }
 
@@ -86,12 +75,12 @@ struct Bf16 {
                        float* out, int64_t pitch) {
     const int64_t depth = padded(width), blocks = depth / kDepth;
     const size_t row_pitch = size_t(depth) * sizeof(bf16), out_pitch = size_t(pitch) * sizeof(float);
-    for (int64_t i = 0; i < n_rows; i += kTileRows) {
-      const bf16* const a0 = static_cast<const bf16*>(rows) + i * depth;
-      const bf16* const a1 = a0 + kTile * depth;
-      for (int64_t j = 0; j < n_keys; j += kStep) {
-        const bf16* const b0 = static_cast<const bf16*>(keys) + (key + j) / kTile * blocks * kBlock;
-        const bf16* const b1 = b0 + blocks * kBlock;
+    for (int64_t j = 0; j < n_keys; j += kStep) {
+      const bf16* const b0 = static_cast<const bf16*>(keys) + (key + j) / kTile * blocks * kBlock;
+      const bf16* const b1 = b0 + blocks * kBlock;
+      for (int64_t i = 0; i < n_rows; i += kTileRows) {
+        const bf16* const a0 = static_cast<const bf16*>(rows) + i * depth;
+        const bf16* const a1 = a0 + kTile * depth;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -117,36 +106,50 @@ struct Bf16 {
     _tile_stored(3, out + kTile * pitch + kTile, pitch_bytes);
   }
 
-  static void add_values(const bf16* weight, int64_t n_rows, const void* values, int64_t n_packed, int64_t key,
-                         int64_t n_keys, int64_t width, float* out) {
-    const size_t out_pitch = size_t(width) * sizeof(float);
-    constexpr size_t weight_pitch = kKeys * sizeof(bf16);
-    for (int64_t c = 0; c < width; c += 2 * kTile) {
-      const bf16* const b0 =
-          static_cast<const bf16*>(values) + (c / kTile * (n_packed / kDepth) + key / kDepth) * kBlock;
-      const bf16* const b1 = b0 + n_packed / kDepth * kBlock;
+  // out[i][c] += the sum over `depth` of a[i][j] * b[j][c]; b is [32 summands][b_width / 16][pair][16 columns][2].
+  static void add_product(const bf16* a, int64_t a_pitch, int64_t n_rows, const bf16* b, int64_t b_width, int64_t depth,
+                          int64_t n_columns, float* out, int64_t pitch) {
+    const size_t a_bytes = size_t(a_pitch) * sizeof(bf16), out_bytes = size_t(pitch) * sizeof(float);
+    for (int64_t c = 0; c < n_columns; c += 2 * kTile) {
       for (int64_t i = 0; i < n_rows; i += kTileRows) {
-        float* const to = out + i * width + c;
-        _tile_loadd(0, to, out_pitch);
-        _tile_loadd(1, to + kTile, out_pitch);
-        _tile_loadd(2, to + kTile * width, out_pitch);
-        _tile_loadd(3, to + kTile * width + kTile, out_pitch);
-        for (int64_t block = 0; block < n_keys / kDepth; ++block) {
-          _tile_loadd(4, weight + i * kKeys + block * kDepth, weight_pitch);
-          _tile_loadd(6, b0 + block * kBlock, 64);
+        const bf16* const a0 = a + i * a_pitch;
+        const bf16* const a1 = a0 + kTile * a_pitch;
+        const bf16* at = b + c / kTile * kBlock;
+        float* const to = out + i * pitch + c;
+        _tile_loadd(0, to, out_bytes);
+        _tile_loadd(1, to + kTile, out_bytes);
+        _tile_loadd(2, to + kTile * pitch, out_bytes);
+        _tile_loadd(3, to + kTile * pitch + kTile, out_bytes);
+        for (int64_t j = 0; j < depth; j += kDepth, at += b_width / kTile * kBlock) {
+          _tile_loadd(4, a0 + j, a_bytes);
+          _tile_loadd(6, at, 64);
           _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, b1 + block * kBlock, 64);
+          _tile_loadd(7, at + kBlock, 64);
           _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, weight + (i + kTile) * kKeys + block * kDepth, weight_pitch);
+          _tile_loadd(5, a1 + j, a_bytes);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        store_tiles(to, width, out_pitch);
+        store_tiles(to, pitch, out_bytes);
       }
     }
   }
-  static bf16* weights(float*, void* scratch) { return static_cast<bf16*>(scratch); }
+  static void add_values(const bf16* weight, int64_t n_rows, const void* values, int64_t key, int64_t n_keys,
+                         int64_t width, float* out) {
+    add_product(weight, kWeightPitch, n_rows, static_cast<const bf16*>(values) + key * width, width, n_keys, width, out,
+                width);
+  }
 };
+
+}  // namespace
+}  // namespace fastok::FASTOK_ISA
+
+#else
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+struct Tiles {};
 
 }  // namespace
 }  // namespace fastok::FASTOK_ISA

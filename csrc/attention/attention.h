@@ -50,8 +50,8 @@ struct RowList {
   }
 };
 
-// One way of doing it: fp32 vectors, or bf16 tiles where the machine has them. Keys and values are packed once per head
-// and thread.
+// One way of doing it: fp32 vectors, or bf16 products on vectors or tiles where the machine has them. Keys and values
+// are packed once per head and thread.
 struct AttentionEngine {
   int64_t row_block;  // rows that share a pass over the keys
   int64_t key_step;   // packed keys start at multiples of this
@@ -70,14 +70,24 @@ struct AttentionEngine {
   // next multiple of key_step.
   void (*scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
                  const float* lse, float* out, int64_t pitch, void* scratch);
+  // total[key - key_begin] += the sum of these probabilities over the rows, in ascending order. `block` is as `out` of
+  // `scores`, to work in.
+  void (*sum_scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
+                     const float* lse, float* block, int64_t pitch, float* total, void* scratch);
 };
 
 struct AttentionKernels {
   // The engines' `scores`, for few rows: from keys that are not packed.
   void (*few_scores)(const AttentionHead&, int64_t key_begin, int64_t key_end, const RowList&, const float* lse,
                      float* out, int64_t pitch);
+  // Attention of few rows: all rows of query heads that share a KV head, up to `decode_rows` together, over the keys
+  // [key_begin, key_end), which are read once, where they lie. out[head][row][v width] and lse[head][row] are fp32.
+  void (*decode)(const AttentionHead* heads, int64_t n_heads, int64_t key_begin, int64_t key_end, float* out,
+                 float* lse, void* scratch);
+  int64_t decode_rows;
+  size_t decode_scratch_bytes;
   AttentionEngine fp32;
-  const AttentionEngine* bf16;  // for bf16 input; nullptr without tile instructions
+  const AttentionEngine* bf16;  // for bf16 input; nullptr without bf16 instructions
   // Adds (or takes the maximum of) a block's rows to total[key], in ascending order. Whole vectors: blocks and totals
   // are padded to key_step. Sums leave -inf out.
   void (*fold_rows)(const float* block, int64_t rows, int64_t pitch, int64_t keys, bool max, float* total);

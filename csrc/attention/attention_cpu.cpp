@@ -8,35 +8,73 @@ namespace fastok {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Few rows leave threads idle and caches unused: their keys are taken in parts, and the partial results merged. By the
-// shape of the sequence alone, so that results do not depend on batch or threads.
-constexpr int64_t kFewRows = 16, kSplitKeys = 2048;
+// Few rows leave threads idle and caches unused: their keys are taken in parts, and the partial results merged. Fewer
+// still are bound by reading their keys: these are not packed, but read where they lie, once for all query heads that
+// share them. By the shape of the sequence alone, so that results do not depend on batch or threads.
+constexpr int64_t kFewRows = 16, kSplitKeys = 2048, kInPlaceRows = 4, kInPlaceSplitKeys = 512;
 
-// Part of the work: some rows of one head against some of its keys.
+// Part of the work: some rows of some heads, which share a KV head, against the keys [key_begin, key_end).
 struct Task {
-  int64_t b, h, row_begin, row_end, split, n_splits;
+  int64_t b, h, n_heads, row_begin, row_end, key_begin, key_end;
+  int64_t n_splits, step;  // step: tasks from one part of the keys to the next
+  bool in_place;
+
+  int64_t n_rows() const { return row_end - row_begin; }
+  bool partial() const { return in_place || n_splits > 1; }
 };
 
-int64_t splits_of(int64_t n_q, int64_t n_k) {
-  return n_q > 0 && n_q <= kFewRows ? std::max<int64_t>(1, (n_k + kSplitKeys - 1) / kSplitKeys) : 1;
+// Query heads of one KV head that read its keys together.
+int64_t heads_together(const AttentionCall& call, int64_t n_q) {
+  const int64_t group = call.heads / call.groups,
+                most = pick_attention_kernels().decode_rows / std::max<int64_t>(n_q, 1);
+  const int64_t parts = (group + most - 1) / most;
+  return (group + parts - 1) / parts;
 }
 
 std::vector<Task> tasks_of(const AttentionCall& call, int64_t row_block) {
   std::vector<Task> tasks;
   for (int64_t b = 0; b < call.sequences; ++b) {
-    const int64_t n_q = call.n_q(b), blocks = (n_q + row_block - 1) / row_block, splits = splits_of(n_q, call.n_k(b));
-    for (int64_t split = 0; split < splits; ++split) {
-      for (int64_t h = 0; h < call.heads; ++h) {
-        for (int64_t i = 0; i < blocks; ++i) {
-          // From both ends in turn: under a causal mask the last rows cost most, and threads take neighbouring tasks.
-          const int64_t block = i % 2 == 0 ? i / 2 : blocks - 1 - i / 2;
-          tasks.push_back({b, h, block * row_block, std::min(n_q, (block + 1) * row_block), split, splits});
-        }
+    const int64_t n_q = call.n_q(b), n_k = call.n_k(b);
+    if (n_q > 0 && n_q <= kFewRows) {
+      const bool in_place = n_q <= kInPlaceRows;
+      const int64_t group = call.heads / call.groups, together = in_place ? heads_together(call, n_q) : 1;
+      const int64_t step = call.groups * ((group + together - 1) / together);
+      const int64_t size = in_place ? kInPlaceSplitKeys : kSplitKeys;
+      const int64_t splits = std::max<int64_t>(1, (n_k + size - 1) / size);
+      for (int64_t s = 0; s < splits; ++s)
+        for (int64_t g = 0; g < call.groups; ++g)
+          for (int64_t h = 0; h < group; h += together)
+            tasks.push_back({b, g * group + h, std::min(together, group - h), 0, n_q, s * size,
+                             std::min(n_k, (s + 1) * size), splits, step, in_place});
+      continue;
+    }
+    const int64_t blocks = (n_q + row_block - 1) / row_block;
+    for (int64_t h = 0; h < call.heads; ++h) {
+      for (int64_t i = 0; i < blocks; ++i) {
+        // From both ends in turn: under a causal mask the last rows cost most, and threads take neighbouring tasks.
+        const int64_t block = i % 2 == 0 ? i / 2 : blocks - 1 - i / 2;
+        tasks.push_back({b, h, 1, block * row_block, std::min(n_q, (block + 1) * row_block), 0, n_k, 1, 1, false});
       }
     }
   }
   return tasks;
 }
+
+// Partial results, which follow each other: [head][row][v width] and [head][row] of each task.
+struct Partial {
+  std::vector<int64_t> at;  // rows before each task's
+  std::vector<float> out, lse;
+
+  Partial(const std::vector<Task>& tasks, int64_t v_width) {
+    int64_t rows = 0;
+    for (const Task& t : tasks) {
+      at.push_back(rows);
+      if (t.partial()) rows += t.n_heads * t.n_rows();
+    }
+    out.resize(size_t(rows * v_width));
+    lse.resize(size_t(rows));
+  }
+};
 
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale, int64_t left, int64_t right,
                                      double softcap, std::optional<Tensor> key_bias, std::optional<Tensor> cu_seqlens_q,
@@ -62,50 +100,58 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
     }
   }
 
+  const AttentionKernels& kernels = pick_attention_kernels();
   const AttentionEngine& engine = call.engine();
   const std::vector<Task> tasks = tasks_of(call, engine.row_block);
-  // Partial results, [task][row][value width] and [task][row], of the tasks whose keys are split.
-  const bool split = std::any_of(tasks.begin(), tasks.end(), [](const Task& t) { return t.n_splits > 1; });
-  std::vector<float> partial(split ? tasks.size() * size_t(kFewRows * call.v_width) : 0);
-  std::vector<float> partial_lse(split ? tasks.size() * size_t(kFewRows) : 0);
-  const double mean_keys = double(call.packed ? call.total_k / std::max<int64_t>(call.sequences, 1) : call.total_k);
-  const int64_t grain =
-      1 + int64_t(100e3 / (double(engine.row_block) * mean_keys * double(call.width + call.v_width) + 1));
-  torch::stable::parallel_for(0, int64_t(tasks.size()), grain, [&](int64_t begin, int64_t end) {
-    const AlignedMemory scratch(engine.scratch_bytes(call.width, call.v_width));
+  Partial partial(tasks, call.v_width);
+  double work = 0;
+  for (const Task& t : tasks) work += double(t.n_heads * t.n_rows()) * double(t.key_end - t.key_begin);
+  work *= double(call.width + call.v_width) / double(std::max<size_t>(tasks.size(), 1));
+  const size_t scratch_bytes = std::max(engine.scratch_bytes(call.width, call.v_width), kernels.decode_scratch_bytes);
+  const int64_t n_tasks = int64_t(tasks.size()), grain = 1 + int64_t(100e3 / (work + 1));
+  torch::stable::parallel_for(0, n_tasks, grain, [&](int64_t begin, int64_t end) {
+    const AlignedMemory scratch(scratch_bytes);
     PackedHead packed(call, engine);
+    std::vector<AttentionHead> heads;
     for (int64_t i = begin; i < end; ++i) {
       const Task& t = tasks[i];
       const AttentionHead head = call.head(t.b, t.h);
-      const bool whole = t.n_splits == 1;
-      const int64_t key_begin = whole ? 0 : t.split * kSplitKeys;
-      const int64_t key_end = whole ? head.k.count : std::min(head.k.count, key_begin + kSplitKeys);
-      packed.pack(t.b, t.h / (call.heads / call.groups), head, key_begin, key_end);
-      const RowList rows{nullptr, t.row_begin, t.row_end - t.row_begin};
-      if (whole) {
-        char* const to = outs + (call.row_at(t.b, t.h) + t.row_begin * call.heads) * row_bytes;
-        engine.forward(head, packed.keys, packed.values, key_begin, key_end, rows, to, call.heads * call.v_width, false,
-                       lses + call.lse_at(t.b, t.h) + t.row_begin, scratch.get());
+      float* const part = partial.out.data() + partial.at[i] * call.v_width;
+      float* const part_lse = partial.lse.data() + partial.at[i];
+      if (t.in_place) {
+        heads.clear();
+        for (int64_t h = 0; h < t.n_heads; ++h) heads.push_back(call.head(t.b, t.h + h));
+        kernels.decode(heads.data(), t.n_heads, t.key_begin, t.key_end, part, part_lse, scratch.get());
+        continue;
+      }
+      packed.pack(t.b, t.h / (call.heads / call.groups), head, t.key_begin, t.key_end);
+      const RowList rows{nullptr, t.row_begin, t.n_rows()};
+      if (t.partial()) {
+        engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, part, call.v_width, true,
+                       part_lse, scratch.get());
       } else {
-        engine.forward(head, packed.keys, packed.values, key_begin, key_end, rows,
-                       partial.data() + i * kFewRows * call.v_width, call.v_width, true,
-                       partial_lse.data() + i * kFewRows, scratch.get());
+        char* const to = outs + (call.row_at(t.b, t.h) + t.row_begin * call.heads) * row_bytes;
+        engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, to, call.heads * call.v_width,
+                       false, lses + call.lse_at(t.b, t.h) + t.row_begin, scratch.get());
       }
     }
   });
 
-  // Tasks of one head's splits lie `heads` apart.
-  for (size_t i = 0; i < tasks.size() && split; ++i) {
-    const Task& t = tasks[i];
-    if (t.n_splits == 1 || t.split > 0) continue;
-    for (int64_t row = 0; row < t.row_end - t.row_begin; ++row) {
-      const size_t at = i * kFewRows + size_t(row), apart = size_t(call.heads * kFewRows);
-      pick_attention_kernels().merge_parts(partial.data() + at * size_t(call.v_width), int64_t(apart) * call.v_width,
-                                           partial_lse.data() + at, int64_t(apart), t.n_splits, call.v_width,
-                                           call.dtype, outs + (call.row_at(t.b, t.h) + row * call.heads) * row_bytes,
-                                           lses + call.lse_at(t.b, t.h) + row);
+  torch::stable::parallel_for(0, partial.lse.empty() ? 0 : n_tasks, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Task& t = tasks[i];
+      if (!t.partial() || t.key_begin > 0) continue;
+      const int64_t n_rows = t.n_rows(), rows = t.n_heads * n_rows;
+      const int64_t apart = t.n_splits > 1 ? partial.at[i + t.step] - partial.at[i] : rows;
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t h = t.h + row / n_rows, at = partial.at[i] + row;
+        kernels.merge_parts(partial.out.data() + at * call.v_width, apart * call.v_width, partial.lse.data() + at,
+                            apart, t.n_splits, call.v_width, call.dtype,
+                            outs + (call.row_at(t.b, h) + row % n_rows * call.heads) * row_bytes,
+                            lses + call.lse_at(t.b, h) + row % n_rows);
+      }
     }
-  }
+  });
   return {out, lse};
 }
 

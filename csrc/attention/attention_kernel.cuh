@@ -38,9 +38,11 @@ struct OnlineSoftmax {
     for (int t = 0; t < kTiles; ++t) peak[t][0] = peak[t][1] = -kUnbounded, sum[t][0] = sum[t][1] = 0;
   }
 
-  // Turns logits into powers relative to the new peaks. `shrink`: what earlier results are to be multiplied by.
+  // Turns logits, in multiples of `unit` > 0, into powers relative to the new peaks. `shrink`: what earlier results are
+  // to be multiplied by.
   template <class T, int kColumns>
-  __device__ __forceinline__ void advance(float (&x)[kTiles][kColumns][4], float (&shrink)[kTiles][2]) {
+  __device__ __forceinline__ void advance(float (&x)[kTiles][kColumns][4], float (&shrink)[kTiles][2],
+                                          float unit = 1.0f) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -51,8 +53,8 @@ struct OnlineSoftmax {
         top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
         // While nothing has been seen every logit is -inf, and any finite number serves as the peak.
-        const float base = top == -kUnbounded ? 0.0f : top;
-        shrink[t][half] = power_of_two<T>(peak[t][half] - base);
+        const float base = top == -kUnbounded ? 0.0f : top * unit;
+        shrink[t][half] = power_of_two<T>(fmaf(peak[t][half], unit, -base));
         peak[t][half] = top;
         float added = 0;
 #pragma unroll
@@ -60,7 +62,7 @@ struct OnlineSoftmax {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             float& p = x[t][n][2 * half + j];
-            p = power_of_two<T>(p - base);
+            p = power_of_two<T>(fmaf(p, unit, -base));
             added += p;
           }
         }
@@ -80,9 +82,9 @@ struct OnlineSoftmax {
   }
 
   // Logarithm to base 2 of the sum over all keys; an infinite logit outweighs everything.
-  __device__ float log_sum(int t, int half) const {
+  __device__ float log_sum(int t, int half, float unit = 1.0f) const {
     if (sum[t][half] == 0) return -kUnbounded;
-    return peak[t][half] == kUnbounded ? kUnbounded : peak[t][half] + log2f(sum[t][half]);
+    return peak[t][half] == kUnbounded ? kUnbounded : fmaf(peak[t][half], unit, log2f(sum[t][half]));
   }
   __device__ float inverse(int t, int half) const { return sum[t][half] == 0 ? 0.0f : 1.0f / sum[t][half]; }
 };

@@ -61,6 +61,7 @@ inline constexpr int most_splits(int64_t n_k) {
 }
 
 struct AttentionPlan {
+  bool sm90;   // by Hopper's kernel (attention_sm90.h); the rest is then not used, but for one split
   int tiles;   // of 16 rows per warp
   int width;   // of the instance
   int pack;    // query heads that share a block, row by row: those of one KV head, or 1
@@ -100,6 +101,7 @@ constexpr int kFewScoreRows = 16;
 FASTOK_HOST_DEVICE constexpr int score_row_tile(size_t element_size) { return element_size == 2 ? 64 : 32; }
 
 struct ScorePlan {
+  bool sm90;      // by Hopper's kernel (attention_sm90.h): of the rest, parts and pieces
   bool by_row;    // heads are reduced within a row before rows are: one block walks over all of them
   int row_tile;   // kFewScoreRows or score_row_tile()
   int heads;      // query heads that a block walks over

@@ -2,79 +2,22 @@
 // meets one block of keys at a time: products, then the softmax on vectors, then the values.
 #include "attention/amx_simd.h"
 #include "attention/attention.h"
-#include "attention/exp_simd.h"
+#include "attention/bf16_simd.h"
+#include "attention/decode_simd.h"
 #include "attention/fp32_simd.h"
+#include "attention/softmax_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
-
-// ---- the softmax on a block of scores -------------------------------------------------------------------------------
-
-// Logits of one row in place: scale (if it is not in the rows already), softcap, bias, and -inf for the keys that the
-// row does not see. x[0] is key `begin` of `n`, in whole vectors. Returns the factor that is left to apply.
-template <class E>
-inline __attribute__((always_inline)) float finish_logits(const AttentionHead& head, int64_t row, int64_t begin,
-                                                          int64_t end, int64_t n, float* x) {
-  float factor = E::kScaledRows ? 1.0f : head.scale;
-  if (head.softcap > 0 || head.bias || !(factor > 0)) {
-    const vf inner = splat(head.softcap > 0 ? factor / head.softcap : factor), cap = splat(head.softcap);
-    for (int64_t j = 0; j < n; j += kLanes) {
-      vf logits = load(x + j) * inner;
-      if (head.softcap > 0) logits = tanh_of(logits) * cap;
-      store(x + j, logits);
-    }
-    for (int64_t j = 0; head.bias && j < end - begin; ++j) x[j] += head.bias[begin + j];
-    factor = 1.0f;
-  }
-  const int64_t first = head.first_key(row) - begin,
-                last = (head.last_key(row) < end ? head.last_key(row) : end) - begin;
-  for (int64_t j = 0; j < first && j < n; ++j) x[j] = -kInfinity;
-  for (int64_t j = last > 0 ? last : 0; j < n; ++j) x[j] = -kInfinity;
-  return factor;
-}
-
-inline float peak_of(const float* x, int64_t n) {
-  vf peak = splat(-kInfinity);
-  for (int64_t j = 0; j < n; j += kLanes) peak = maximum(load(x + j), peak);
-  return horizontal_max(peak);
-}
-
-inline void store_weights(float* p, vf x) { store(p, x); }
-#if defined(FASTOK_AMX)
-// The machine's own rounding makes subnormal numbers 0, which weights may be.
-inline void store_weights(bf16* p, vf x) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(x);
-  std::memcpy(p, &rounded, sizeof rounded);
-}
-#endif
-
-// exp(x * factor - shift), stored as weights. Returns the sum.
-template <class Weight>
-float exponentials(const float* x, int64_t n, float factor, float shift, Weight* weights) {
-  vf sum = splat(0.0f);
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const vf e = exp2_of(fma(load(x + j), splat(factor * kLog2E), splat(-shift * kLog2E)));
-    store_weights(weights + j, e);
-    sum = sum + e;
-  }
-  return horizontal_sum(sum);
-}
-
-// The running softmax of a block's rows.
-struct Running {
-  float peak[64], total[64];
-};
 
 template <class E>
 struct Scratch {
   void* rows;
   float* scores;  // [kRows][kKeys]
-  void* weights;  // [kRows][kKeys]
   float* out;     // [kRows][padded value width]
   static size_t part(size_t bytes) { return (bytes + 63) / 64 * 64; }
   static size_t bytes(int64_t width, int64_t v_width) {
     return part(E::row_bytes(width)) + part(E::kRows * E::kKeys * sizeof(float)) +
-           part(E::kRows * E::kKeys * sizeof(typename E::Weight)) +
            part(size_t(E::kRows * E::padded(v_width)) * sizeof(float));
   }
   Scratch(void* memory, int64_t width) {
@@ -83,91 +26,54 @@ struct Scratch {
     at += part(E::row_bytes(width));
     scores = reinterpret_cast<float*>(at);
     at += part(E::kRows * E::kKeys * sizeof(float));
-    weights = at;
-    at += part(E::kRows * E::kKeys * sizeof(typename E::Weight));
     out = reinterpret_cast<float*>(at);
   }
 };
-
-#if defined(FASTOK_AMX)
-struct Tiles {
-  Tiles() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-#else
-struct Tiles {};
-#endif
-
-template <class T>
-void write_row(const float* x, float factor, int64_t width, T* out) {
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(out + c, load(x + c) * splat(factor));
-  for (; c < width; ++c) narrow(x[c] * factor, out[c]);
-}
-
-void write_row(const float* x, float factor, int64_t width, Dtype dtype, void* out, int64_t at) {
-  switch (dtype) {
-    case Dtype::f16:
-      return write_row(x, factor, width, static_cast<f16*>(out) + at);
-    case Dtype::bf16:
-      return write_row(x, factor, width, static_cast<bf16*>(out) + at);
-    default:
-      return write_row(x, factor, width, static_cast<float*>(out) + at);
-  }
-}
 
 template <class E>
 void forward(const AttentionHead& head, const void* keys, const void* values, int64_t key_begin, int64_t key_end,
              const RowList& all_rows, void* out, int64_t out_stride, bool wide, float* lse, void* memory) {
   [[maybe_unused]] const Tiles tiles;
   const Scratch<E> scratch(memory, head.q.width);
-  auto* const weights = E::weights(scratch.scores, scratch.weights);
+  // In place of the scores.
+  auto* const weights = reinterpret_cast<typename E::Weight*>(scratch.scores);
+  const float factor = factor_left<E>(head);
+  const bool touched = touches<E>(head);
   const int64_t width = head.q.width, v_width = E::padded(head.v.width);
-  const int64_t n_packed = round_up(key_end - key_begin, E::kStep);
   for (int64_t done = 0; done < all_rows.count; done += E::kRows) {
     const RowList rows = all_rows.part(done, E::kRows);
     const int64_t n_rows = round_up(rows.count, E::kTileRows);
     E::pack_rows(head, rows, scratch.rows);
-    Running running;
-    int64_t first = key_end, last = key_begin;
-    for (int64_t i = 0; i < rows.count; ++i) {
-      running.peak[i] = -kInfinity;
-      running.total[i] = 0;
-      const int64_t from = head.first_key(rows.at(i)), to = head.last_key(rows.at(i));
-      first = from < first ? from : first;
-      last = to > last ? to : last;
-    }
-    first = first > key_begin ? key_begin + (first - key_begin) / E::kKeys * E::kKeys : key_begin;
-    last = last < key_end ? last : key_end;
+    const Seen seen(head, rows, key_begin, key_end, E::kStep);
+    const int64_t first = seen.first, last = seen.last;
     std::memset(scratch.out, 0, size_t(n_rows * v_width) * sizeof(float));
 
-    for (int64_t begin = first; begin < last; begin += E::kKeys) {
-      const int64_t end = begin + E::kKeys < key_end ? begin + E::kKeys : key_end;
-      const int64_t n = round_up(end - begin, E::kStep);
+    // Blocks of keys of one size.
+    const int64_t blocks = last > first ? (last - first + E::kKeys - 1) / E::kKeys : 1;
+    const int64_t size = round_up((last - first + blocks - 1) / blocks, E::kStep);
+    Running<E::kRows> running;
+    for (int64_t begin = first; begin < last; begin += size) {
+      const int64_t end = begin + size < last ? begin + size : last, n = round_up(end - begin, E::kStep);
       E::multiply(scratch.rows, n_rows, keys, begin - key_begin, n, width, scratch.scores, E::kKeys);
+      if (touched || !seen.by_all(begin, end) || n > end - begin)
+        for (int64_t i = 0; i < rows.count; ++i)
+          finish_logits<E>(head, rows.at(i), begin, end, n, scratch.scores + i * E::kKeys);
+      peaks_of(scratch.scores, E::kKeys, rows.count, n, running.here);
+      const bool shrinks = running.advance(rows.count, factor);
       for (int64_t i = 0; i < rows.count; ++i) {
-        float* const x = scratch.scores + i * E::kKeys;
-        const float factor = finish_logits<E>(head, rows.at(i), begin, end, n, x);
-        const float before = running.peak[i], here = peak_of(x, n) * factor;
-        const float peak = here > before ? here : before;
-        // A row that has seen nothing yet: its NaN, if any, must show.
-        const float shift = peak == -kInfinity ? 0.0f : peak;
-        const float shrink = before == -kInfinity ? 0.0f : __builtin_expf(before - shift);
-        running.total[i] = running.total[i] * shrink + exponentials(x, n, factor, shift, weights + i * E::kKeys);
-        running.peak[i] = peak;
-        if (shrink != 1.0f && begin > first) {
-          float* const o = scratch.out + i * v_width;
-          for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(shrink));
-        }
+        const vf sum =
+            exponentials(scratch.scores + i * E::kKeys, n, factor, running.shift[i], weights + i * E::kWeightPitch);
+        store(running.total[i], fma(load(running.total[i]), splat(running.shrink[i]), sum));
       }
-      if (v_width > 0) E::add_values(weights, n_rows, values, n_packed, begin - key_begin, n, v_width, scratch.out);
+      for (int64_t i = 0; i < rows.count && shrinks && begin > first; ++i) {
+        float* const o = scratch.out + i * v_width;
+        for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(running.shrink[i]));
+      }
+      if (v_width > 0) E::add_values(weights, n_rows, values, begin - key_begin, n, v_width, scratch.out);
     }
 
     for (int64_t i = 0; i < rows.count; ++i) {
-      const float total = running.total[i];
+      const float total = horizontal_sum(load(running.total[i]));
       lse[done + i] = total == 0 ? -kInfinity : running.peak[i] + __builtin_logf(total);
       if (v_width > 0)
         write_row(scratch.out + i * v_width, total == 0 ? 0.0f : 1.0f / total, head.v.width,
@@ -197,8 +103,27 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
   E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, 0, n, head.q.width, out, pitch);
   for (int64_t i = 0; i < rows.count; ++i) {
     float* const x = out + i * pitch;
-    const float factor = finish_logits<E>(head, rows.at(i), key_begin, key_end, n, x);
-    finish_scores(x, n, factor, lse ? lse + i : nullptr);
+    finish_logits<E>(head, rows.at(i), key_begin, key_end, n, x);
+    finish_scores(x, n, factor_left<E>(head), lse ? lse + i : nullptr);
+  }
+}
+
+template <class E>
+void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, int64_t key_end, const RowList& rows,
+                const float* lse, float* block, int64_t pitch, float* total, void* memory) {
+  [[maybe_unused]] const Tiles tiles;
+  const Scratch<E> scratch(memory, head.q.width);
+  const Seen seen(head, rows, key_begin, key_end, E::kStep);
+  if (seen.first >= seen.last) return;
+  const int64_t skipped = seen.first - key_begin, n = round_up(seen.last - seen.first, E::kStep);
+  E::pack_rows(head, rows, scratch.rows);
+  E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, skipped, n, head.q.width, block, pitch);
+  const bool as_it_is = !touches<E>(head) && seen.by_all(seen.first, seen.last) && n == seen.last - seen.first;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (lse[i] == -kInfinity) continue;
+    float* const x = block + i * pitch;
+    if (!as_it_is) finish_logits<E>(head, rows.at(i), seen.first, seen.last, n, x);
+    add_exponentials(x, n, factor_left<E>(head), lse[i], total + skipped);
   }
 }
 
@@ -234,15 +159,15 @@ void few_scores(const AttentionHead& head, int64_t key_begin, int64_t key_end, c
       default:
         dot_products(q, static_cast<const float*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
     }
-    const float factor = finish_logits<Fp32>(head, rows.at(i), key_begin, key_end, pitch, x);
-    finish_scores(x, pitch, factor, lse ? lse + i : nullptr);
+    finish_logits<Fp32>(head, rows.at(i), key_begin, key_end, pitch, x);
+    finish_scores(x, pitch, factor_left<Fp32>(head), lse ? lse + i : nullptr);
   }
 }
 
 template <class E>
 constexpr AttentionEngine engine_of() {
   return {E::kRows,     E::kStep,       E::key_bytes, E::value_bytes, Scratch<E>::bytes,
-          E::pack_keys, E::pack_values, forward<E>,   scores<E>};
+          E::pack_keys, E::pack_values, forward<E>,   scores<E>,      sum_scores<E>};
 }
 
 // ---- reductions -----------------------------------------------------------------------------------------------------
@@ -293,13 +218,15 @@ void merge_parts(const float* part, int64_t part_stride, const float* part_lse, 
 constexpr AttentionEngine kFp32 = engine_of<Fp32>();
 #if defined(FASTOK_AMX)
 constexpr AttentionEngine kBf16 = engine_of<Bf16>();
+#elif defined(__AVX512BF16__)
+constexpr AttentionEngine kBf16 = engine_of<Bf16Vectors>();
 #endif
 
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {few_scores, kFp32,
-#if defined(FASTOK_AMX)
+const AttentionKernels attention_kernels = {few_scores, decode,      Decode::kRows, Decode::scratch_bytes(), kFp32,
+#if defined(__AVX512BF16__)
                                             &kBf16,
 #else
                                             nullptr,

@@ -98,18 +98,20 @@ struct AttentionCall {
             of_head};
   }
 
-  // bf16 tiles where there are some.
+  // bf16 products where the machine has them.
   const AttentionEngine& engine() const {
     const AttentionKernels& kernels = pick_attention_kernels();
     return dtype == Dtype::bf16 && kernels.bf16 ? *kernels.bf16 : kernels.fp32;
   }
 
- private:
+  // Of one head, `count` tokens of x from `begin` on.
   HeadRows rows_of(const Tensor& x, int64_t b, int64_t begin, int64_t count, int64_t head) const {
     const int64_t at = (packed ? 0 : b * x.stride(0)) + begin * x.stride(x.dim() - 3) + head * x.stride(x.dim() - 2);
     const char* base = static_cast<const char*>(x.const_data_ptr()) + at * int64_t(element_size(dtype));
     return {base, x.stride(x.dim() - 3), count, x.size(x.dim() - 1), int64_t(element_size(dtype))};
   }
+
+ private:
   static void check_ascending(const Tensor& cu, int64_t most, const char* name) {
     const int32_t* p = const_data<int32_t>(cu);
     for (int64_t i = 0; i < cu.size(0); ++i)

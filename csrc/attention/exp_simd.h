@@ -1,5 +1,5 @@
-// 2**x and tanh on vectors, to about one unit in the last place. The coefficients are least-squares fits over Chebyshev
-// points. See cpu/simd.h for the rule about linkage.
+// 2**x and tanh on vectors, to about one unit in the last place. The coefficients are minimax or least-squares fits
+// over Chebyshev points. See cpu/simd.h for the rule about linkage.
 #pragma once
 #include "cpu/simd.h"
 
@@ -20,15 +20,25 @@ inline vf add_exponent(vf x, vf shifted) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// 2**x: 0 below the smallest normal number, infinity above the largest, NaN for NaN.
-inline __attribute__((always_inline)) vf exp2_of(vf x) {
-  constexpr float kSmallest = -126.0f;
+// 2**x: 0 below the smallest normal number, infinity above the largest, NaN for NaN; exactly 1 for 0. `coarse`: to
+// 3e-6, for results that are rounded to bf16, whose unit is a thousand times that.
 #if defined(__AVX512F__)
-  const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline __attribute__((always_inline)) vf exp2_of(vf x) {
+  // From the next lower integer, which scalef takes by itself. Of infinity there remains 0.
+  const vf rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = splat(1.867130087e-3f);
+  p = fma(p, rest, splat(9.017030275e-3f));
+  p = fma(p, rest, splat(5.579991315e-2f));
+  p = fma(p, rest, splat(2.401644501e-1f));
+  p = fma(p, rest, splat(6.931513118e-1f));
+  p = fma(p, rest, splat(1.0f));
+  // Subnormal results would take hundreds of cycles. "Not less" is also true for NaN.
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, x);
+}
 #else
-  constexpr float kShift = 0x1.8p23f;
+inline __attribute__((always_inline)) vf exp2_of(vf x) {
+  constexpr float kSmallest = -126.0f, kShift = 0x1.8p23f;
   const vf shifted = x + splat(kShift), n = shifted - splat(kShift);
-#endif
   const vf rest = x - n;
   vf p = splat(1.546147105e-4f);
   p = fma(p, rest, splat(1.339089009e-3f));
@@ -37,16 +47,12 @@ inline __attribute__((always_inline)) vf exp2_of(vf x) {
   p = fma(p, rest, splat(2.402265072e-1f));
   p = fma(p, rest, splat(6.931471825e-1f));
   p = fma(p, rest, splat(1.0f));
-#if defined(__AVX512F__)
-  // "Not less" is also true for NaN.
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(kSmallest), _CMP_NLT_UQ), p, n);
-#else
   vf result = add_exponent(p, shifted);
   result = select(greater(splat(128.0f), x), result, splat(std::numeric_limits<float>::infinity()));
   result = select(greater(splat(kSmallest), x), splat(0.0f), result);
   return select(unordered(x), x, result);
-#endif
 }
+#endif
 
 inline __attribute__((always_inline)) vf tanh_of(vf x) {
   const vf square = x * x;

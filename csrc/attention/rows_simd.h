@@ -1,4 +1,4 @@
-// How the engines of attention read the rows of one head. See cpu/simd.h for the rule about linkage.
+// How the engines of attention read and write the rows of one head. See cpu/simd.h for the rule about linkage.
 #pragma once
 #include "attention/attention.h"
 #include "cpu/simd.h"
@@ -24,6 +24,24 @@ void widen_row(const HeadRows& rows, Dtype dtype, int64_t row, float factor, flo
       return widen_row(static_cast<const bf16*>(rows.data) + at, rows.width, factor, out);
     default:
       return widen_row(static_cast<const float*>(rows.data) + at, rows.width, factor, out);
+  }
+}
+
+template <class T>
+void write_row(const float* x, float factor, int64_t width, T* out) {
+  int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) store(out + c, load(x + c) * splat(factor));
+  for (; c < width; ++c) narrow(x[c] * factor, out[c]);
+}
+
+void write_row(const float* x, float factor, int64_t width, Dtype dtype, void* out, int64_t at) {
+  switch (dtype) {
+    case Dtype::f16:
+      return write_row(x, factor, width, static_cast<f16*>(out) + at);
+    case Dtype::bf16:
+      return write_row(x, factor, width, static_cast<bf16*>(out) + at);
+    default:
+      return write_row(x, factor, width, static_cast<float*>(out) + at);
   }
 }
 

@@ -9,7 +9,8 @@ namespace fastok {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kManyKeys = 512, kFewKeys = 128;
+// Keys of a task: as many as leave each thread several.
+constexpr int64_t kManyKeys = 512, kFewKeys = 128, kTasksPerThread = 4;
 // Up to so many rows, packing the keys costs more than it saves.
 constexpr int64_t kFewRows = 4;
 
@@ -126,6 +127,11 @@ class Block {
       for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
         const RowList rows = all.part(done, job_.engine.row_block);
         if (!any_sees(head, rows, begin_, end_)) continue;
+        if (job_.reduce == Reduce::sum && !job_.logits && all.count > kFewRows) {
+          job_.engine.sum_scores(head, keys_of(h, head, true), begin_, end_, rows,
+                                 job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_, total, scratch_.get());
+          continue;
+        }
         make_scores(head, h, rows, done, lse.data(), true);
         job_.kernels.fold_rows(scores(), rows.count, pitch_, pitch_, job_.reduce == Reduce::max, total);
       }
@@ -290,10 +296,10 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
     int64_t b, o, begin, end;
   };
   std::vector<Task> tasks;
-  const int64_t wide_tasks = call.sequences * n_out * ((n_cols + kManyKeys - 1) / kManyKeys);
-  // Narrow blocks waste less of what a mask hides.
-  const bool wide = wide_tasks >= 4 * int64_t(torch::stable::get_num_threads()) && left < 0 && right < 0;
-  const int64_t most = wide ? kManyKeys : kFewKeys;
+  int64_t most = kManyKeys;
+  while (most > kFewKeys && call.sequences * n_out * ((n_cols + most - 1) / most) <
+                                kTasksPerThread * int64_t(torch::stable::get_num_threads()))
+    most /= 2;
   for (int64_t b = 0; b < call.sequences; ++b) {
     const int64_t n = job.n_cols(b), blocks = (n + most - 1) / most, even = blocks > 0 ? (n + blocks - 1) / blocks : 0;
     const int64_t size = (even + job.engine.key_step - 1) / job.engine.key_step * job.engine.key_step;

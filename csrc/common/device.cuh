@@ -13,6 +13,8 @@
 #include <cuda_runtime.h>
 // The block's dynamic shared memory: the only kind that kernels use.
 #define FASTOK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// The same where tiles begin at multiples of what their swizzling repeats after.
+#define FASTOK_SHARED_TILES(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 namespace fastok::cuda {
@@ -53,20 +55,23 @@ struct alignas(sizeof(T) * kCount) Pack {
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 // The block's dynamic shared memory, divided into named arrays in the order of the calls; shared_bytes() in
-// common/plan.h tells what each takes. Another object divides the whole anew, once nobody uses the old arrays.
+// common/plan.h tells what each takes, if what lies before it ends at its alignment. Another object divides the whole
+// anew, once nobody uses the old arrays.
 class SharedMemory {
  public:
 #if defined(FASTOK_HOST)
   // The host machine knows where every array ends.
   explicit SharedMemory(unsigned char*) { simt::start_sharing(); }
   template <class T>
-  T* take(int count, const char* name) {
-    return reinterpret_cast<T*>(simt::share(size_t(count) * sizeof(T), name));
+  T* take(int count, const char* name, int alignment = 16) {
+    return reinterpret_cast<T*>(simt::share(size_t(count) * sizeof(T), name, size_t(alignment)));
   }
 #else
   __device__ __forceinline__ explicit SharedMemory(unsigned char* memory) : next_(memory) {}
   template <class T>
-  __device__ __forceinline__ T* take(int count, const char*) {
+  __device__ __forceinline__ T* take(int count, const char*, int alignment = 16) {
+    if (alignment > 16)
+      next_ += (alignment - static_cast<int>(__cvta_generic_to_shared(next_)) % alignment) % alignment;
     T* const array = reinterpret_cast<T*>(next_);
     next_ += (count * int(sizeof(T)) + 15) & ~15;
     return array;

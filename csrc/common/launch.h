@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "common/encode_tensor_map.h"
 #include "common/tensor.h"
 
 namespace fastok::cuda {
@@ -27,11 +28,20 @@ class Launcher {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   void zero(void* p, size_t bytes) { STD_CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, stream_)); }
+  TensorMap tensor_map(const TiledArray& array) { return encode_tensor_map(array); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
+
+// Of the tensor's device: 90 is compute capability 9.0.
+inline int capability_of(const Tensor& x) {
+  int major = 0, minor = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index()));
+  return 10 * major + minor;
+}
 
 inline void check_on_device(const Tensor& x, const char* name, const Tensor& like, const char* like_name) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " must be on the device of ",

@@ -17,7 +17,7 @@ constexpr size_t kMostSharedBytes = 99 << 10;
 
 // What an array takes of a block's shared memory (SharedMemory::take).
 template <class T>
-constexpr size_t shared_bytes(size_t count) {
+FASTOK_HOST_DEVICE constexpr size_t shared_bytes(size_t count) {
   return (count * sizeof(T) + 15) / 16 * 16;
 }
 

@@ -9,7 +9,7 @@
 
 namespace fastok {
 
-enum class Isa { baseline, avx2, avx512, amx };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set of this machine, unless `set_isa` chose another.
 FASTOK_EXPORT Isa active_isa();
@@ -28,6 +28,9 @@ FASTOK_EXPORT bool has_isa(Isa isa);
   namespace avx512 {                        \
   extern const Table name;                  \
   }                                         \
+  namespace avx512_bf16 {                   \
+  extern const Table name;                  \
+  }                                         \
   namespace amx {                           \
   extern const Table name;                  \
   }                                         \
@@ -35,6 +38,8 @@ FASTOK_EXPORT bool has_isa(Isa isa);
     switch (active_isa()) {                 \
       case Isa::amx:                        \
         return amx::name;                   \
+      case Isa::avx512_bf16:                \
+        return avx512_bf16::name;           \
       case Isa::avx512:                     \
         return avx512::name;                \
       case Isa::avx2:                       \

@@ -202,6 +202,29 @@ inline void store(T* p, vf x) {
 // In the same order as below.
 inline float horizontal_sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float horizontal_max(vf x) { return _mm512_reduce_max_ps(x); }
+// All lanes of each vector combined, in the order of the vectors.
+template <class Combine>
+inline __attribute__((always_inline)) vf horizontal(vf (&x)[16], Combine combine) {
+  const auto halves = [&](vf a, vf b) {
+    const __m512d p = _mm512_castps_pd(a), q = _mm512_castps_pd(b);
+    return combine(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  };
+  const auto quarters = [&](vf a, vf b) {
+    return combine(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    x[i] = combine(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) x[i] = halves(x[2 * i], x[2 * i + 1]);
+  return quarters(quarters(x[0], x[1]), quarters(x[2], x[3]));
+}
+inline vf horizontal_max(vf (&x)[16]) {
+  return horizontal(x, [](vf a, vf b) { return maximum(a, b); });
+}
+inline vf horizontal_sum(vf (&x)[16]) {
+  return horizontal(x, [](vf a, vf b) { return a + b; });
+}
 #else
 inline float horizontal_sum(vf x) {
   float lane[kLanes];

@@ -29,7 +29,7 @@ struct PanelEngine {
   int rows, cols;
   size_t (*row_panel_bytes)(int64_t width);
   size_t (*col_panel_bytes)(int64_t width);
-  // `scratch` holds `width` floats.
+  // `scratch` holds `width` floats for each row or column of a panel.
   void (*pack_rows)(const Rows&, int64_t panel, Similarity, void* out, float* scratch);
   void (*pack_cols)(const Rows&, int64_t panel, Similarity, void* out, float* scratch);
   // For each row of the row panels: the best score and its column, lowest column first among equals; -inf and -1 if no
@@ -39,6 +39,9 @@ struct PanelEngine {
   // For each of the first `n_rows` rows of one row panel: the k best columns, best first, the rest -inf and -1.
   void (*best_k)(const void* row_panel, int64_t n_rows, const void* col_panels, int64_t n_col_panels, int64_t width,
                  Similarity, int64_t k, float* score, int64_t* index);
+  // The dot products of a block of panels: out[row * pitch + column].
+  void (*dots)(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels,
+               int64_t width, float* out, int64_t pitch);
 };
 
 struct MatchKernels {

@@ -1,7 +1,6 @@
 // CPU backend of bipartite_match and nearest: scheduling over torch's threads, selection, and map building. The
 // arithmetic is in match_simd.cpp.
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <string>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/scratch.h"
 #include "match/match.h"
 #include "merge/merge.h"
 
@@ -16,17 +16,6 @@ namespace fastok {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<std::byte, Free>;
-
-Scratch allocate(size_t bytes) {
-  void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
-  STD_TORCH_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
-  return Scratch(static_cast<std::byte*>(p));
-}
 
 // ---- panels ---------------------------------------------------------------------------------------------------------
 
@@ -53,7 +42,7 @@ struct Panels {
 
   // `memory` holds bytes(). Panels [begin, end): the rows', then the columns'.
   void pack(const Rows& rows, const Rows& cols, int64_t begin, int64_t end, std::byte* memory) const {
-    const std::unique_ptr<float[]> scratch(new float[width + 1]);
+    const std::unique_ptr<float[]> scratch(new float[size_t(std::max(engine.rows, engine.cols)) * width + 1]);
     for (int64_t p = begin; p < end; ++p) {
       if (p < n_row_panels) {
         engine.pack_rows(rows, p, similarity, memory + size_t(p) * row_bytes, scratch.get());

@@ -2,6 +2,7 @@
 // selects the r best sources and builds the map; for more tokens rank_kernel and slot_kernel do that. There is no
 // memory but the results: until the map is built, `members` holds the sources' sort keys and `assign` their mates.
 #pragma once
+#include "common/order.cuh"
 #include "match/match_tile.cuh"
 #include "merge/csr.cuh"
 
@@ -44,11 +45,6 @@ struct MatchParams {
 // Sort keys: ascending from the best score; then sources without one, then those that may not merge.
 constexpr uint32_t kKeyUnscored = 0xfffffffdu, kKeyProtected = 0xfffffffeu;
 
-__device__ inline uint32_t descending_key(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 and 0 are the same
-  return bits >> 31 ? bits : bits ^ 0x7fffffffu;
-}
-
 struct Choice {
   uint32_t key;
   int mate;  // number of the destination; ~number if the source may not merge
@@ -82,30 +78,6 @@ __device__ inline int find_first_allowed(const TokenList& dst, int protect, int*
 // What becomes of a source: its mate's number if it merges, else ~(its place in order). `all` and `eligible` are how
 // many sources come before it: of all, and of those that may merge.
 __device__ inline int decide(int mate, int all, int eligible, int r) { return mate >= 0 && eligible < r ? mate : ~all; }
-
-// A source's sort key, then its index: equal keys go by index.
-__device__ inline uint64_t ordered(uint32_t key, int i) { return uint64_t(key) << 32 | unsigned(i); }
-
-// Sorts keys[count], a power of two, ascending. Bitonic: each step compares pairs that are `step` apart.
-__device__ inline void sort_in_block(uint64_t* keys, int count) {
-  for (int span = 2; span <= count; span *= 2) {
-    for (int step = span / 2; step > 0; step /= 2) {
-      for (int pair = int(threadIdx.x); pair < count / 2; pair += int(blockDim.x)) {
-        const int low = (pair & ~(step - 1)) * 2 + (pair & (step - 1)), high = low + step;
-        const uint64_t a = keys[low], b = keys[high];
-        if ((a > b) == ((low & span) == 0)) keys[low] = b, keys[high] = a;
-      }
-      // Pairs at most a warp apart stay with their warp as long as the next ones do.
-      const int next = step > 1 ? step / 2 : span;
-      if (step <= kWarpSize && next <= kWarpSize) {
-        __syncwarp();
-      } else {
-        __syncthreads();
-      }
-    }
-  }
-  __syncthreads();
-}
 
 // From the sources' sorted order to what becomes of each, in place of its mate.
 __device__ inline void decide_in_order(const uint64_t* order, int n_src, int r, bool ranks_differ, int* mates,

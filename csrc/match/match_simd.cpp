@@ -1,26 +1,12 @@
 // Similarity fused with the running best, over panels that fit the caches: the score matrix is never written.
-#include "cpu/simd.h"
+#include "cpu/tile_simd.h"
 #include "match/match.h"
-
-#if defined(__AMX_BF16__)
-#define FASTOK_AMX 1
-#endif
 
 namespace fastok::FASTOK_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// A register tile of kRows x (2 vectors): accumulators, two columns and one broadcast fill the register file.
-#if defined(__AVX512F__)
-constexpr int kRows = 12;
-#elif defined(__AVX2__)
-constexpr int kRows = 6;
-#else
-constexpr int kRows = 4;
-#endif
-constexpr int kCols = 2 * kLanes;
 
 // Columns are taken in chunks that stay in the second-level cache while all row panels pass over them.
 constexpr int64_t kChunkBytes = 384 << 10;
@@ -109,13 +95,20 @@ template <int kPanel>
 void pack(const Rows& rows, int64_t panel, Similarity similarity, float filler, float* out, float* scratch) {
   for (int i = 0; i < kPanel; ++i) {
     const int64_t row = panel * kPanel + i;
+    float* const x = scratch + i * rows.width;
     if (row >= rows.count || !is_candidate(rows, row)) {
-      for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = filler;
+      for (int64_t d = 0; d < rows.width; ++d) x[d] = filler;
       continue;
     }
-    widen_row(rows, row, scratch);
-    if (similarity == Similarity::cosine) divide_row(scratch, rows.width, clamped_norm(scratch, rows.width));
-    for (int64_t d = 0; d < rows.width; ++d) out[d * kPanel + i] = scratch[d];
+    widen_row(rows, row, x);
+    if (similarity == Similarity::cosine) divide_row(x, rows.width, clamped_norm(x, rows.width));
+  }
+  // Transposed a few channels at a time, so that the lines written stay in the first-level cache until they are full.
+  constexpr int64_t kChannels = 16;
+  for (int64_t begin = 0; begin < rows.width; begin += kChannels) {
+    const int64_t end = begin + kChannels < rows.width ? begin + kChannels : rows.width;
+    for (int i = 0; i < kPanel; ++i)
+      for (int64_t d = begin; d < end; ++d) out[d * kPanel + i] = scratch[i * rows.width + d];
   }
 }
 
@@ -163,32 +156,14 @@ struct Running {
 // Scores of a kRows x kCols tile; `consume(i, s0, s1)` gets each row's two vectors.
 template <Similarity kSimilarity, class Consume>
 inline __attribute__((always_inline)) void tile(const float* a, const float* b, int64_t width, const Consume& consume) {
-  vf acc[kRows][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = splat(0.0f);
-  for (int64_t d = 0; d < width; ++d) {
-    const vf b0 = load(b + d * kCols), b1 = load(b + d * kCols + kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const vf ai = splat(a[d * kRows + i]);
-      if constexpr (kSimilarity == Similarity::euclidean) {
-        const vf d0 = ai - b0, d1 = ai - b1;
-        acc[i][0] = fma(d0, d0, acc[i][0]);
-        acc[i][1] = fma(d1, d1, acc[i][1]);
-      } else {
-        acc[i][0] = fma(ai, b0, acc[i][0]);
-        acc[i][1] = fma(ai, b1, acc[i][1]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    if constexpr (kSimilarity == Similarity::euclidean) {
-      consume(i, splat(0.0f) - acc[i][0], splat(0.0f) - acc[i][1]);
+  constexpr bool kSquares = kSimilarity == Similarity::euclidean;
+  multiply_panels<kSquares>(a, b, width, [&](int i, vf s0, vf s1) {
+    if constexpr (kSquares) {
+      consume(i, splat(0.0f) - s0, splat(0.0f) - s1);
     } else {
-      consume(i, acc[i][0], acc[i][1]);
+      consume(i, s0, s1);
     }
-  }
+  });
 }
 
 // Row panels are taken in groups whose running best stays in the first-level cache.
@@ -305,14 +280,42 @@ void best_k(const void* row_panel, int64_t n_rows, const void* col_panels, int64
       score, index);
 }
 
+// Depth is taken in slices that fit the first-level cache together with the column panel they meet.
+constexpr int64_t kSlice = 256;
+
+void dots(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels, int64_t width,
+          float* out, int64_t pitch) {
+  const float* a = static_cast<const float*>(row_panels);
+  const float* b = static_cast<const float*>(col_panels);
+  int64_t d = 0;
+  do {
+    const int64_t depth = width - d < kSlice ? width - d : kSlice;
+    for (int64_t c = 0; c < n_col_panels; ++c) {
+      for (int64_t r = 0; r < n_row_panels; ++r) {
+        float* const block = out + r * kRows * pitch + c * kCols;
+        vf acc[kRows][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          acc[i][0] = d == 0 ? splat(0.0f) : load(block + i * pitch);
+          acc[i][1] = d == 0 ? splat(0.0f) : load(block + i * pitch + kLanes);
+        }
+        accumulate<false>(a + (r * width + d) * kRows, b + (c * width + d) * kCols, depth, acc);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          store(block + i * pitch, acc[i][0]);
+          store(block + i * pitch + kLanes, acc[i][1]);
+        }
+      }
+    }
+    d += depth;
+  } while (d < width);
+}
+
 // ---- bf16 engine: AMX tiles -----------------------------------------------------------------------------------------
 #if defined(FASTOK_AMX)
 
-// A panel is two tiles of 16 rows or columns, each [depth/32] blocks of 1 KiB, then 32 inverse norms. Products of bf16
-// are exact in fp32 and the norms are applied to the finished dot products, so nothing is lost against fp32.
-constexpr int kTile = 16, kDepth = 32, kBlock = kTile * kDepth, kTilePanel = 2 * kTile;
-
-int64_t blocks(int64_t width) { return (width + kDepth - 1) / kDepth; }
+// Two tiles, then 32 inverse norms. Products of bf16 are exact in fp32 and the norms are applied to the finished dot
+// products, so nothing is lost against fp32.
 size_t tile_panel_bytes(int64_t width) {
   return size_t(blocks(width)) * 2 * kBlock * sizeof(bf16) + kTilePanel * sizeof(float);
 }
@@ -320,7 +323,6 @@ float* norms_of(void* panel, int64_t width) {
   return reinterpret_cast<float*>(static_cast<bf16*>(panel) + blocks(width) * 2 * kBlock);
 }
 
-// Rows as [16][32]; columns as [16 pairs of depth][16][2], the layout that the tile product wants.
 template <bool kColumns>
 void pack_tiles(const Rows& rows, int64_t panel, Similarity, void* out, float* scratch) {
   const int64_t n_blocks = blocks(rows.width);
@@ -343,27 +345,14 @@ void pack_tiles(const Rows& rows, int64_t panel, Similarity, void* out, float* s
       } else {
         for (int d = 0; d < rest; ++d) narrow(scratch[begin + d], depth[d]);
       }
-      bf16* const tile = base + block * kBlock;
-      if constexpr (kColumns) {
-        for (int pair = 0; pair < kDepth / 2; ++pair)
-          std::memcpy(tile + (pair * kTile + i % kTile) * 2, depth + 2 * pair, 2 * sizeof(bf16));
-      } else {
-        std::memcpy(tile + (i % kTile) * kDepth, depth, sizeof depth);
-      }
+      place_depth<kColumns>(depth, i % kTile, base + block * kBlock);
     }
   }
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 void best_tiles(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels,
                 int64_t width, Similarity, float* score, int32_t* mate) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  configure_tiles();
   const int64_t n_blocks = blocks(width);
   const int64_t panel_bytes = int64_t(tile_panel_bytes(width));
   const int64_t chunk = kChunkBytes / (panel_bytes + 1) + 1;
@@ -379,30 +368,10 @@ void best_tiles(const void* row_panels, int64_t n_row_panels, const void* col_pa
       const int64_t c1 = c0 + chunk < n_col_panels ? c0 + chunk : n_col_panels;
       for (int64_t g = 0; g < group; ++g) {
         const bf16* a0 = reinterpret_cast<const bf16*>(a + (first + g) * panel_bytes);
-        const bf16* a1 = a0 + n_blocks * kBlock;
         for (int64_t c = c0; c < c1; ++c) {
           const bf16* b0 = reinterpret_cast<const bf16*>(b + c * panel_bytes);
-          const bf16* b1 = b0 + n_blocks * kBlock;
-          const float* norms = reinterpret_cast<const float*>(b1 + n_blocks * kBlock);
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-          for (int64_t block = 0; block < n_blocks; ++block) {
-            _tile_loadd(4, a0 + block * kBlock, 64);
-            _tile_loadd(6, b0 + block * kBlock, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b1 + block * kBlock, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a1 + block * kBlock, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-          constexpr int pitch = kTilePanel * sizeof(float);
-          _tile_stored(0, dots[0], pitch);
-          _tile_stored(1, dots[0] + kTile, pitch);
-          _tile_stored(2, dots[kTile], pitch);
-          _tile_stored(3, dots[kTile] + kTile, pitch);
+          const float* norms = reinterpret_cast<const float*>(b0 + 2 * n_blocks * kBlock);
+          multiply_panels(a0, b0, n_blocks, dots[0], kTilePanel);
           const vf norm0 = load(norms), norm1 = load(norms + kLanes);
           const vi column = add(lanes, splat(int32_t(c * kTilePanel)));
           for (int i = 0; i < kTilePanel; ++i)
@@ -424,15 +393,16 @@ void best_tiles(const void* row_panels, int64_t n_row_panels, const void* col_pa
   _tile_release();
 }
 
-constexpr PanelEngine kTileEngine = {kTilePanel,        kTilePanel,       tile_panel_bytes, tile_panel_bytes,
-                                     pack_tiles<false>, pack_tiles<true>, best_tiles,       nullptr};
+constexpr PanelEngine kTileEngine = {kTilePanel,       kTilePanel,        tile_panel_bytes,
+                                     tile_panel_bytes, pack_tiles<false>, pack_tiles<true>,
+                                     best_tiles,       nullptr,           nullptr};
 #endif
 
 }  // namespace
 
 extern const MatchKernels match_kernels;
 const MatchKernels match_kernels = {
-    {kRows, kCols, row_panel_bytes, col_panel_bytes, pack_rows, pack_cols, best, best_k},
+    {kRows, kCols, row_panel_bytes, col_panel_bytes, pack_rows, pack_cols, best, best_k, dots},
 #if defined(FASTOK_AMX)
     &kTileEngine,
 #else

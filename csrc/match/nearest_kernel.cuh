@@ -105,6 +105,42 @@ __device__ void load_slice(const RowList<T>& rows, int begin, int depth, int wid
   }
 }
 
+// Dot products, or negated squared distances, of kListRows rows with as many columns, kListPitch apart: each thread
+// makes 4 x 4 of them. `row_slice` and `column_slice` hold kListDepth * kListPitch. Ends before the results are
+// visible.
+template <class T>
+__device__ void compare_tiles(const RowList<T>& rows, int row_begin, const RowList<T>& columns, int column_begin,
+                              int width, Similarity similarity, const float* row_scale, const float* column_scale,
+                              float* row_slice, float* column_slice, float* out) {
+  const int thread_row = int(threadIdx.x) / 16 * 4, thread_column = int(threadIdx.x) % 16 * 4;
+  float acc[4][4] = {};
+  for (int depth = 0; depth < width; depth += kListDepth) {
+    __syncthreads();
+    load_slice(rows, row_begin, depth, width, row_scale, row_slice);
+    load_slice(columns, column_begin, depth, width, column_scale, column_slice);
+    __syncthreads();
+#pragma unroll 8
+    for (int d = 0; d < kListDepth; ++d) {
+      const auto r = *reinterpret_cast<const Pack<float, 4>*>(row_slice + d * kListPitch + thread_row);
+      const auto c = *reinterpret_cast<const Pack<float, 4>*>(column_slice + d * kListPitch + thread_column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float difference = r.at[i] - c.at[j];
+          acc[i][j] =
+              similarity == Similarity::euclidean ? acc[i][j] - difference * difference : acc[i][j] + r.at[i] * c.at[j];
+        }
+      }
+    }
+  }
+  __syncthreads();  // the scores of the tile before were read
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    *reinterpret_cast<Pack<float, 4>*>(out + (thread_row + i) * kListPitch + thread_column) =
+        Pack<float, 4>{{acc[i][0], acc[i][1], acc[i][2], acc[i][3]}};
+}
+
 // Grid: row_tiles blocks of kListRows rows per sample. Each thread makes 4 x 4 scores of a tile; then warps sort the
 // tile's scores into the lists, which live in the results.
 template <class T>
@@ -124,7 +160,6 @@ __global__ void __launch_bounds__(kListThreads) nearest_list_kernel(const Neares
   const Candidates candidates = p.candidates(b);
   const int lane = lane_index(), warp = warp_index();
   constexpr int kWarps = kListThreads / kWarpSize, kRowsPerWarp = kListRows / kWarps;
-  const int thread_row = int(threadIdx.x) / 16 * 4, thread_column = int(threadIdx.x) % 16 * 4;
 
   // Empty lists. A lane keeps the inverse norm of one of its warp's rows; scales are for all.
   float row_inverse = 1;
@@ -151,36 +186,10 @@ __global__ void __launch_bounds__(kListThreads) nearest_list_kernel(const Neares
       if (lane == j) column_inverse = factors.inverse;
     }
 
-    // Scores.
-    float acc[4][4] = {};
-    for (int depth = 0; depth < p.width; depth += kListDepth) {
-      __syncthreads();
-      load_slice(rows, row_begin, depth, p.width, row_scale, row_slice);
-      load_slice(columns, begin, depth, p.width, column_scale, column_slice);
-      __syncthreads();
-#pragma unroll 8
-      for (int d = 0; d < kListDepth; ++d) {
-        const auto r = *reinterpret_cast<const Pack<float, 4>*>(row_slice + d * kListPitch + thread_row);
-        const auto c = *reinterpret_cast<const Pack<float, 4>*>(column_slice + d * kListPitch + thread_column);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float difference = r.at[i] - c.at[j];
-            acc[i][j] = p.similarity == Similarity::euclidean ? acc[i][j] - difference * difference
-                                                              : acc[i][j] + r.at[i] * c.at[j];
-          }
-        }
-      }
-    }
-
-    // To shared memory, row by row.
-    __syncthreads();
+    // Row by row in shared memory.
+    compare_tiles(rows, row_begin, columns, begin, p.width, p.similarity, row_scale, column_scale, row_slice,
+                  column_slice, scores);
     if (lane < kRowsPerWarp) column_factor[warp * kRowsPerWarp + lane] = column_inverse;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      *reinterpret_cast<Pack<float, 4>*>(scores + (thread_row + i) * kListPitch + thread_column) =
-          Pack<float, 4>{{acc[i][0], acc[i][1], acc[i][2], acc[i][3]}};
     __syncthreads();
 
     // Into the lists, in ascending column order.

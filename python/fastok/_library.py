@@ -1,12 +1,13 @@
 """Loads the compiled libraries, registers the fallbacks, and knows which backend serves which op and why."""
 
+import ctypes
 import importlib.util
 from pathlib import Path
 
 import torch
 
 from . import reference, triton
-from .reference import attention
+from .reference import attention, decode, quantize, sparse
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -16,6 +17,11 @@ CUDA_LIBRARY = FOLDER / "libfastok_cuda.so"
 REFERENCE = {
     "bipartite_match": reference.match_map,
     "nearest": reference.nearest_rows,
+    "top_tokens": reference.top_rows,
+    "sample_cdf": reference.sample_map,
+    "density_peaks": reference.peak_rows,
+    "k_center": reference.k_center_picks,
+    "max_coverage": reference.max_coverage_picks,
     "build_map": reference.build_map,
     "merge": reference.merge,
     "merge_backward": reference.merge_backward,
@@ -23,6 +29,12 @@ REFERENCE = {
     "attention": attention.attention,
     "attention_backward": attention.attention_backward,
     "attention_scores": attention.attention_scores,
+    "kv_seal": quantize.kv_seal,
+    "kv_unseal": quantize.kv_unseal,
+    "decode": decode.decode,
+    "decode_packed": decode.decode_packed,
+    "label_scores": sparse.label_scores,
+    "select_tokens": sparse.select_tokens,
 }
 # Plain PyTorch on every device, autograd included.
 COMPOSITE = {"merge_states": attention.merge_states}
@@ -66,6 +78,30 @@ def cuda_backend(op: str) -> str:
         return "cuda"
     has_triton = op in triton.OPS and importlib.util.find_spec("triton") is not None
     return "triton" if has_triton else "reference"
+
+
+def has_hopper_kernels() -> bool:
+    """Whether the loaded CUDA library was built with kernels of its own for Hopper (sm_90a)."""
+    return bool(NATIVE["CUDA"]) and bool(ctypes.CDLL(str(CUDA_LIBRARY)).fastok_has_sm90())
+
+
+def attention_kernels(capability: tuple[int, int], has_hopper: bool) -> list[tuple[str, str, str]]:
+    """Which kernels of the CUDA library serve which calls of attention on a device: the call, the kernels, and why.
+
+    The same decision as csrc/attention/attention_sm90.h takes for each call (``fastok._native.attention_kernel``).
+    """
+    if capability != (9, 0):
+        why = f"the device is sm_{capability[0]}{capability[1]}, TMA and wgmma kernels are for sm_90"
+    else:
+        why = "Hopper's own" if has_hopper else "built without Hopper's kernels: CUTLASS or 90a was missing"
+    own = "TMA, wgmma" if capability == (9, 0) and has_hopper else "mma.sync"
+    return [
+        ("fp16, bf16; D 40..64, 104..128; > 64 queries; no softcap", own, why),
+        ("column sums of the same, over a range of > 64 rows", own, why),
+        ("other fp16 and bf16", "mma.sync", "few queries split the keys; other widths, softcaps, maxima, listed rows"),
+        ("fp32", "plain arithmetic", "tensor cores do not round fp32 sums to nearest"),
+        ("torch's flash or cuDNN forward", "never", "flash splits keys by the batch: bits of a row would depend on it"),
+    ]
 
 
 def backends() -> list[tuple[str, str, str, str]]:

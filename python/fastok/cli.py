@@ -128,6 +128,10 @@ def info(arguments: argparse.Namespace) -> None:
     _print_columns(rows)
     print()
     _print_columns([("op", "on CPU", "on CUDA", "why on CUDA"), *_library.backends()])
+    if gpus and _library.cuda_backend("attention") == "cuda":
+        print()
+        kernels = _library.attention_kernels(torch.cuda.get_device_capability(), _library.has_hopper_kernels())
+        _print_columns([("attention on CUDA", "kernels", "why"), *kernels])
 
 
 def _build() -> list[tuple[str, str]]:

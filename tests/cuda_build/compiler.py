@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 ARCHS = ("80", "90a", "100")
 FROM_PYPI = Path(sys.prefix) / "cuda" / "nvidia" / "cu13" / "bin" / "nvcc"  # where the Makefile puts it
+CUTLASS = ROOT / ".venv" / "cutlass" / "cutlass_library" / "source" / "include"  # there too
 # Fails where the compiler prints anything. A file that compiled with a remark is then compiled, and reported, again at
 # the next build; warnings as errors would not do, as the assembler's remarks on lost performance are no warnings.
 SILENTLY = ("sh", str(Path(__file__).parent / "silently.sh"))
@@ -40,7 +41,7 @@ def build_library(nvcc: Path) -> Path:
     folder = ROOT / "build" / "cuda" / ("pypi" if nvcc == FROM_PYPI else "system") / nvcc_version(nvcc)
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-        "-DFASTOK_CUDA=ON", "-DFASTOK_WERROR=ON", f"-DFASTOK_CUDA_ARCHS={';'.join(ARCHS)}",
+        "-DFASTOK_CUDA=ON", "-DFASTOK_WERROR=ON", "-DFASTOK_SM90=ON", f"-DFASTOK_CUDA_ARCHS={';'.join(ARCHS)}",
         f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={';'.join(SILENTLY)}",
         f"-DFASTOK_TORCH_DIR={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}",
     ]  # fmt: skip

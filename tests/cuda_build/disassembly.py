@@ -19,6 +19,8 @@ LOCAL_MEMORY = {"LDL", "STL"}
 GLOBAL_LOADS = ("LDG", "LDGSTS")
 GLOBAL_STORES = ("STG",)
 BULK_COPIES = {"UBLKCP", "UTMALDG", "UTMASTG"}
+# Run beside the thread that issues them: how many there are tells what a loop was unrolled to.
+COUNTED = {"HGMMA", "UTMALDG"}
 
 
 @dataclass
@@ -35,10 +37,14 @@ class Kernel:
     """Instructions that move less than 16 bytes per thread between global memory and elsewhere."""
     uses: set[str] = field(default_factory=set)
     """Tensor-core instructions, those that move 16 bytes or more, those on local memory."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of the instructions in COUNTED."""
 
     def note(self, instruction: str) -> None:
         """Take account of an instruction such as ``LDG.E.128.CONSTANT``."""
         opcode, *modifiers = instruction.split(".")
+        if opcode in COUNTED:
+            self.counts[opcode] = self.counts.get(opcode, 0) + 1
         width = next((m for m in modifiers if m in ("128", "256")), None)
         if opcode in LOCAL_MEMORY or opcode in BULK_COPIES or opcode.endswith("MMA"):
             self.uses.add(opcode)

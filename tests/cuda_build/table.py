@@ -12,7 +12,7 @@ HEADER = """\
 # What every kernel takes and uses on each architecture, read from its machine code. Written by `make cuda-table`: look
 # at the difference before committing it. The numbers are ceilings: registers, bytes of static shared memory (1 KiB of
 # it the system's own from sm_90 on), loads from and stores to global memory of less than 16 bytes. The instructions
-# listed must still be there: tensor cores (*MMA) and moves of 16 bytes or more.
+# listed must still be there: tensor cores (*MMA) and moves of 16 bytes or more. Of those with counts just so many.
 """
 CEILINGS = ("registers", "shared", "narrow_loads", "narrow_stores")
 
@@ -34,7 +34,9 @@ class Table:
                 lines += ["", f'["{name}"]']
             ceilings = ", ".join(f"{name} = {getattr(kernel, name)}" for name in CEILINGS)
             uses = ", ".join(f'"{use}"' for use in sorted(kernel.uses - LOCAL_MEMORY))
-            lines.append(f"{arch} = {{ {ceilings}, uses = [{uses}] }}")
+            counts = ", ".join(f"{opcode} = {count}" for opcode, count in sorted(kernel.counts.items()))
+            counted = f", counts = {{ {counts} }}" if counts else ""
+            lines.append(f"{arch} = {{ {ceilings}, uses = [{uses}]{counted} }}")
         path.write_text("\n".join(lines) + "\n")
 
     @staticmethod
@@ -87,6 +89,13 @@ def lost_instructions(kernels: dict[KernelId, Kernel], table: Table) -> Iterator
     for (name, arch), kernel, listed in _pairs(kernels, table):
         if lost := sorted(listed.uses - kernel.uses):
             yield f"{name} on {arch} no longer uses {', '.join(lost)}"
+
+
+def other_counts(kernels: dict[KernelId, Kernel], table: Table) -> Iterator[str]:
+    """More or fewer asynchronous products and copies than the table has."""
+    for (name, arch), kernel, listed in _pairs(kernels, table):
+        if kernel.counts != listed.counts:
+            yield f"{name} on {arch}: {kernel.counts}, in the table {listed.counts}"
 
 
 def _pairs(kernels: dict[KernelId, Kernel], table: Table) -> Iterator[tuple[KernelId, Kernel, Kernel]]:

@@ -15,7 +15,7 @@ from .record import Record
 
 PACKAGE = ROOT / "python" / "fastok"
 LIBRARIES = ("libfastok_cpu.so", "libfastok_cuda.so")
-SOURCES = ("csrc/**/*", "cmake/*", "CMakeLists.txt", "python/fastok/**/*.py", "bench/**/*.py")
+SOURCES = ("csrc/**/*", "cmake/*", "third_party/*", "CMakeLists.txt", "python/fastok/**/*.py", "bench/**/*.py")
 
 # One op of each library on the GPU: the libraries load, register, and hold code for it.
 TRIAL = """
@@ -24,6 +24,8 @@ from fastok import _library
 assert {row[2] for row in _library.backends()} == {"cuda"}, _library.backends()
 x = torch.randn(1, 9, 16, device="cuda")
 print(fastok.bipartite_match(x, 2).merge(x)[0].sum().item())
+for row in _library.attention_kernels(torch.cuda.get_device_capability(), _library.has_hopper_kernels()):
+    print(*row, sep=": ")
 """
 
 
@@ -47,6 +49,7 @@ def trial() -> str | None:
     """None if the libraries serve this GPU, else why not."""
     done = subprocess.run([sys.executable, "-c", TRIAL], capture_output=True, text=True, check=False)
     if done.returncode == 0:
+        print(done.stdout, flush=True)
         return None
     print(done.stderr, flush=True)
     return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -1,7 +1,8 @@
 """The CUDA kernels run on the CPU by the SIMT machine of simt.h, with the op-level signatures of fastok.reference.
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
-blocks and threads run. What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
+blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels.
+What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
 import importlib.util
@@ -23,6 +24,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 SOURCE = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
+capability = 80
 
 
 def load() -> ModuleType:
@@ -90,9 +92,13 @@ def sample(
     shared_bytes: int = 0,
     zeroed: int = 0,
 ) -> Tensor:
-    """Run a kernel of planted.cuh or features.cuh, after zeroing the first bytes of ``out``. Returns ``out``."""
+    """Run a kernel of samples.cpp, after zeroing the first bytes of ``out``. Returns ``out``.
+
+    Of an fp16 matrix ``x`` it can have tiles copied.
+    """
     dimensions = {f"{name}_{'xyz'[i]}": size[i] for name, size in (("grid", grid), ("block", block)) for i in range(3)}
     options = dimensions | {"n": out.numel() if n is None else n, "shared_bytes": shared_bytes, "zeroed": zeroed}
+    options["tiled"] = x.dtype == torch.float16 and x.dim() == 2
     call("sample", {"in": x}, {"out": out}, kernel=kernel, **options)
     return out
 
@@ -138,6 +144,50 @@ def nearest(
     inputs = {"x": _dense(x), "y": _dense(y), "mask": mask}
     call("nearest", inputs, {"value": value, "index": index}, dtype=_name(x), k=k, similarity=similarity)
     return value, index
+
+
+def k_center(
+    x: Tensor,
+    k: int,
+    metric: str,
+    objective: str,
+    start: str,
+    first: Tensor | None,
+    mask: Tensor | None,
+    candidates_scored: int,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fastok.k_center``."""
+    batch = x.shape[0]
+    results = {"index": torch.empty(batch, k, dtype=torch.int64), "distance": torch.empty(batch, k)}
+    options = {"metric": metric, "objective": objective, "start": start}
+    call("k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k, **options)
+    return results["index"], results["distance"]
+
+
+def top_tokens(
+    scores: Tensor, k: list[int], protect: int, mask: Tensor | None, segments: Tensor | None, by_score: bool
+) -> Tensor:
+    """``torch.ops.fastok.top_tokens``."""
+    out = torch.empty(scores.shape[0], protect + sum(k), dtype=torch.int64)
+    inputs = {"scores": scores, "mask": mask, "segments": segments, "k": torch.tensor(k, dtype=torch.int64)}
+    call("top_tokens", inputs, {"out": out}, dtype=_name(scores), protect=protect, by_score=by_score)
+    return out
+
+
+def sample_cdf(scores: Tensor, k: int, protect: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``torch.ops.fastok.sample_cdf``."""
+    batch, n = scores.shape
+    shapes = {"assign": (batch, n), "counts": (batch,), "offsets": (batch, min(k, n) + 1), "members": (batch, n)}
+    results = {name: torch.empty(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    call("sample_cdf", {"scores": scores}, results, dtype=_name(scores), k=k, protect=protect)
+    return results["assign"], results["counts"], results["offsets"], results["members"]
+
+
+def density_peaks(x: Tensor, k: int, neighbors: int) -> Tensor:
+    """``torch.ops.fastok.density_peaks``."""
+    out = torch.empty(x.shape[0], k, dtype=torch.int64)
+    call("density_peaks", {"x": _dense(x)}, {"out": out}, dtype=_name(x), neighbors=neighbors)
+    return out
 
 
 def build_map(assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
@@ -201,9 +251,30 @@ def attention(
     inputs |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     call(
         "attention", inputs, {"out": out, "lse": lse}, dtype=_name(q), scale=scale, left=left, right=right,
-        softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, capability=capability,
     )  # fmt: skip
     return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    left: int, right: int, softcap: float, key_bias: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.attention_backward``."""
+    results = {f"grad_{name}": torch.empty(x.shape, dtype=x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    results["grad_bias"] = torch.empty(0 if key_bias is None else key_bias.shape)
+    inputs = {
+        "q": _aligned(q),
+        "k": _aligned(k),
+        "v": _aligned(v),
+        "out": _aligned(out),
+        "grad_out": _aligned(grad_out),
+    }
+    inputs |= {"lse": lse, "grad_lse": grad_lse, "key_bias": key_bias}
+    inputs |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    call("attention_backward", inputs, results, dtype=_name(q), scale=scale, left=left, right=right, softcap=softcap)
+    return results["grad_q"], results["grad_k"], results["grad_v"], results["grad_bias"]
 
 
 def attention_scores(
@@ -225,6 +296,7 @@ def attention_scores(
         softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, row_begin=row_begin, row_end=row_end,
         n_rows=min(n_rows, q.shape[-3]) if rows is None and reduce != "none" else n_rows, col_begin=col_begin,
         col_end=col_end, over_cols=over_cols, reduce=reduce, head_group=head_group, head_max=head_max, logits=logits,
+        capability=capability,
     )  # fmt: skip
     return out
 

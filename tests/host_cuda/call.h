@@ -48,12 +48,29 @@ struct Call {
 // An array that kernels must write before they read it, besides those that Python described.
 void add_output(const char* name, void* data, int64_t count, size_t element);
 
+// What bindings allocate besides results: kernels must write it before they read it, but not all of it.
+void add_working(const char* name, void* data, int64_t count, size_t element);
+template <class T>
+struct Working {
+  std::vector<T> memory;
+
+  Working(const char* name, int64_t count) : memory(size_t(count)) {
+    if (count > 0) add_working(name, memory.data(), count, sizeof(T));
+  }
+  T* data() { return memory.empty() ? nullptr : memory.data(); }
+};
+
 // The ops that Python can call, each in the file of its family.
 void bipartite_match(const Call& call);
 void nearest(const Call& call);
+void k_center(const Call& call);
+void top_tokens(const Call& call);
+void sample_cdf(const Call& call);
+void density_peaks(const Call& call);
 void build_map(const Call& call);
 void rows(const Call& call);
 void attention(const Call& call);
+void attention_backward(const Call& call);
 void attention_scores(const Call& call);
 void sample(const Call& call);
 

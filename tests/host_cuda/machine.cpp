@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <numeric>
+#include <utility>
 
 namespace simt {
 
@@ -21,7 +22,6 @@ std::string describe(dim3 index) {
 
 namespace {
 
-constexpr size_t kMostSharedBytes = 99 << 10;
 constexpr size_t kPageBytes = 64 << 10;  // the largest that Linux uses
 
 dim3 unflatten(size_t i, dim3 size) {
@@ -42,7 +42,7 @@ std::string lanes_text(unsigned mask) {
 
 void Machine::begin_call(uint64_t seed) {
   call_seed_ = seed;
-  launches_ = 0;
+  launches_.clear();
   constexpr Clock kLate = 1u << 31;
   const bool rewind = latest_ > kLate;
   if (rewind) latest_ = 0;
@@ -57,9 +57,9 @@ void Machine::launch(const Launch& launch) {
         complaint("a block of " + std::to_string(threads()) + " threads: must be 32 to 1024, in whole warps"));
   if (count(launch.grid) == 0) throw Failure(complaint("a grid of no blocks"));
   if (launch.grid.y > 65535 || launch.grid.z > 65535) throw Failure(complaint("a grid of more than 65535 in y or z"));
-  if (launch.shared_bytes > kMostSharedBytes)
-    throw Failure(
-        complaint(std::to_string(launch.shared_bytes) + " bytes of shared memory: some devices grant 99 KiB"));
+  if (launch.shared_bytes > launch.granted_bytes)
+    throw Failure(complaint(std::to_string(launch.shared_bytes) + " bytes of shared memory: some devices grant " +
+                            std::to_string(launch.granted_bytes >> 10) + " KiB"));
   random_.seed(launch.seed);
   launch_begin_ = latest_ + 1;
   block_begins_.clear();
@@ -68,7 +68,7 @@ void Machine::launch(const Launch& launch) {
   std::iota(block_order_.begin(), block_order_.end(), size_t(0));
   std::shuffle(block_order_.begin(), block_order_.end(), random_);
   for (const size_t i : block_order_) run_block(unflatten(i, launch.grid));
-  ++launches_;
+  launches_.push_back(threads());
 }
 
 void Machine::run_block(dim3 index) {
@@ -77,6 +77,7 @@ void Machine::run_block(dim3 index) {
   if (int(fibers_.size()) < threads()) fibers_.resize(size_t(threads()));
   warps_.assign(size_t(threads() / kWarpSize), {});
   barriers_.assign(kNamedBarriers, {});
+  mbarriers_.clear();
   base_ = ++latest_;
   block_begins_.push_back(base_);
   runnable_.clear();
@@ -91,6 +92,11 @@ void Machine::run_block(dim3 index) {
     runnable_.pop_back();
     resume();
     current = nullptr;
+  }
+  const size_t n_warps = size_t(threads() / kWarpSize);
+  for (size_t i = 0; i < n_warps; ++i) {
+    if (warps_[i].products != (i / 4 * 4 + 3 < n_warps ? warps_[i / 4 * 4].products : 0))
+      throw Failure(complaint(std::string("wgmma by some warps of warpgroup ") + std::to_string(i / 4) + " only"));
   }
 }
 
@@ -130,6 +136,8 @@ void Machine::enter() {
 
 // Collectives do not wait for lanes that have exited; a barrier that does is an error.
 void Machine::leave() {
+  if (!current->products.empty())
+    fail("a thread exits and has not waited for its wgmma\n  thread    " + describe(*current));
   current->done = true;
   ++exited_;
   const Barrier& barrier = barriers_[0];
@@ -231,6 +239,59 @@ void Machine::complete(Barrier& barrier) {
   barrier.waiting.clear();
 }
 
+Mbarrier& Machine::mbarrier(const void* place) {
+  Mbarrier& found = mbarriers_[place];
+  if (found.warp == 0) {
+    found.warp = int(warps_.size());
+    warps_.emplace_back();
+  }
+  return found;
+}
+
+void Machine::arrive(Mbarrier& barrier) {
+  barrier.seen.add(own_knowledge(*current));
+  current->clock = ++latest_;
+  complete_if_due(barrier);
+}
+
+void Machine::begin_copy(const Mbarrier& barrier) {
+  copies_for_ = current;
+  if (!copier_.stack) copier_.stack = std::make_unique<Stack>();
+  copier_.number = current->number, copier_.index = current->index, copier_.warp = barrier.warp;
+  copier_.shared = current->shared;
+  copier_.known = std::make_shared<Knowledge>(own_knowledge(*current));
+  current->clock = ++latest_;
+  copier_.clock = ++latest_;
+  current = &copier_;
+}
+
+void Machine::end_copy(Mbarrier& barrier, int64_t bytes) {
+  Row row{};
+  row[0] = copier_.clock;
+  barrier.seen.add(Knowledge(uint32_t(block_begins_.size() - 1), base_, barrier.warp, row));
+  current = copies_for_;
+  barrier.bytes -= bytes;
+  complete_if_due(barrier);
+}
+
+void Machine::complete_if_due(Mbarrier& barrier) {
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  ++barrier.phases;
+  barrier.pending = barrier.expected;
+  barrier.completed = joined(barrier.completed, std::make_shared<Knowledge>(std::exchange(barrier.seen, {})));
+  for (const int i : barrier.waiting) runnable_.push_back(i);
+  barrier.waiting.clear();
+}
+
+void Machine::wait(Mbarrier& barrier, int parity) {
+  if (barrier.phases % 2 == parity) {
+    barrier.waiting.push_back(current->number);
+    current->waits_in = parity ? "mbarrier, odd phase" : "mbarrier, even phase", current->waits_at = {};
+    give_way();
+  }
+  current->known = joined(current->known, barrier.completed);
+}
+
 // ---- warp collectives -----------------------------------------------------------------------------------------------
 
 void Machine::meet(const char* name, unsigned mask, void* given, void (*act)(const Meeting&), Site site) {
@@ -296,8 +357,9 @@ dim3 Machine::block_at(Clock clock) const { return unflatten(block_order_[block_
 
 bool Machine::ordered(const Stamp& stamp, int lane, const void* word) const {
   const Fiber& me = *current;
-  if (stamp.clock >= base_ && stamp.warp == me.warp)
-    return stamp.clock < warps_[size_t(me.warp)].last_sync || me.seen[size_t(lane)] >= stamp.clock || lane == me.lane;
+  if (stamp.clock >= base_ && stamp.warp == me.warp &&
+      (stamp.clock < warps_[size_t(me.warp)].last_sync || me.seen[size_t(lane)] >= stamp.clock || lane == me.lane))
+    return true;
   if (!me.known) return false;
   return me.known->covers(uint32_t(block_of(stamp.clock)), stamp.warp, lane, stamp.clock) ||
          (stamp.access == Access::atomic && me.known->observed(word, stamp.clock));
@@ -377,8 +439,8 @@ std::string Machine::deadlock() const {
 std::string Machine::complaint(const std::string& what) const {
   return what + "\n  kernel    <" + "@" + std::to_string(pc_of(launch_->kernel) + 1) + ">, grid " +
          simt::describe(launch_->grid) + ", block " + simt::describe(launch_->block) +
-         "\n  replay    host_cuda.seed = " + std::to_string(call_seed_) + ", launch " + std::to_string(launches_) +
-         " of the call";
+         "\n  replay    host_cuda.seed = " + std::to_string(call_seed_) + ", launch " +
+         std::to_string(launches_.size()) + " of the call";
 }
 
 // ---- what simt.h promises -------------------------------------------------------------------------------------------
@@ -390,7 +452,9 @@ dim3 grid_dim() { return Machine::get().launched().grid; }
 
 unsigned char* shared_memory() { return Machine::get().memory().shared(); }
 void start_sharing() { Machine::get().memory().start_sharing(); }
-unsigned char* share(size_t bytes, const char* name) { return Machine::get().memory().share(bytes, name); }
+unsigned char* share(size_t bytes, const char* name, size_t alignment) {
+  return Machine::get().memory().share(bytes, name, alignment);
+}
 void launch(const Launch& launch) { Machine::get().launch(launch); }
 void zero(void* p, size_t bytes) { Machine::get().memory().zero(p, bytes); }
 

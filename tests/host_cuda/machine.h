@@ -5,6 +5,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <map>
 #include <memory>
 #include <random>
 #include <span>
@@ -25,6 +26,17 @@ constexpr int kNamedBarriers = 16;
 // What a detector found. Places in the code stand as <+0x1234>, for Python to look up.
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+// A wgmma that nobody has waited for yet: what multiply_async of hopper.h was given.
+struct AsyncProduct {
+  bool f16, add;
+  float* d;
+  int columns;
+  const uint32_t* a;
+  uint64_t a_rows, b;
+  int group;  // -1: not committed yet
+  Pc pc;
 };
 
 // Ends in a page that may not be touched: a thread that needs more does not go on in another's memory.
@@ -63,6 +75,8 @@ struct Fiber {
   SharedLayout shared;
   std::vector<AsyncCopy> copies;
   int copy_groups = 0;
+  std::vector<AsyncProduct> products;
+  int product_groups = 0;
 };
 
 // The lanes of one warp in one collective.
@@ -76,7 +90,8 @@ struct Meeting {
 
 struct Warp {
   unsigned exited = 0;
-  Clock last_sync = 0;  // of all lanes
+  int64_t products = 0;  // that its lanes have started
+  Clock last_sync = 0;   // of all lanes
   std::vector<Meeting> meetings;
 };
 
@@ -86,6 +101,17 @@ struct Barrier {
   int expected = 0, arrived = 0, positive = 0;
   Knowledge seen;  // by all who came, where not all of the block do
   std::vector<int> members, waiting;
+};
+
+// One in shared memory (hopper.h). Counts what the phase still lacks.
+struct Mbarrier {
+  int expected = 0, pending = 0;
+  int64_t bytes = 0;
+  int phases = 0;   // that have ended
+  Knowledge seen;   // by all who came in this one
+  Known completed;  // and in those before
+  int warp = 0;     // as which its copies count: only who waits for the barrier comes after them
+  std::vector<int> waiting;
 };
 
 class Machine {
@@ -102,6 +128,8 @@ class Machine {
 
   Memory& memory() { return memory_; }
   const Launch& launched() const { return *launch_; }
+  // Of each launch of the call: threads of a block.
+  const std::vector<int>& launches() const { return launches_; }
   const dim3& block_index() const { return block_index_; }
   int threads() const { return int(launch_->block.x * launch_->block.y * launch_->block.z); }
   Fiber& fiber(int warp, int lane) { return fibers_[size_t(warp * kWarpSize + lane)]; }
@@ -113,6 +141,14 @@ class Machine {
   int synchronise(const char* name, int id, int count, bool predicate, Site site, bool wait = true);
   // Until all lanes of `mask` that have not exited are here; then act(meeting), once, with what each lane has `given`.
   void meet(const char* name, unsigned mask, void* given, void (*act)(const Meeting&), Site site);
+  // The current fiber's part in a phase is done: what it did so far comes before what follows a wait for the phase.
+  void arrive(Mbarrier& barrier);
+  // Until a phase of this parity has ended.
+  void wait(Mbarrier& barrier, int parity);
+  Mbarrier& mbarrier(const void* place);
+  // What happens in between is a copy's doing, begun by the current fiber.
+  void begin_copy(const Mbarrier& barrier);
+  void end_copy(Mbarrier& barrier, int64_t bytes);
   void order_warp(int warp, unsigned mask);
   void fence();
   void yield();
@@ -143,6 +179,7 @@ class Machine {
   void give_way();
   void complete(const Meeting& meeting);
   void complete(Barrier& barrier);
+  void complete_if_due(Mbarrier& barrier);
   Knowledge own_knowledge(const Fiber& fiber) const;
   void share_knowledge(std::span<const int> fibers);
   size_t block_of(Clock clock) const;  // counting in the order in which they ran
@@ -152,12 +189,15 @@ class Machine {
   Memory memory_;
   std::mt19937_64 random_;
   uint64_t call_seed_ = 0;
-  int launches_ = 0;
+  std::vector<int> launches_;
   const Launch* launch_ = nullptr;
   dim3 block_index_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
+  std::map<const void*, Mbarrier> mbarriers_;
+  Fiber copier_;
+  Fiber* copies_for_ = nullptr;
   std::vector<int> runnable_;
   int exited_ = 0, epoch_ = 0;
   Site last_barrier_;

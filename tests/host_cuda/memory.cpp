@@ -15,6 +15,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kRedZone = 64, kMostArrays = 64;
+// Of shared memory, and what the red zones before arrays so aligned take besides.
+constexpr size_t kMostAlignment = 1024, kMostAligned = 4;
 constexpr uint8_t kInFlight = 0xff;
 
 // Where this module lies: its constants may be read, and its addresses count from its beginning.
@@ -110,23 +112,24 @@ void Memory::begin_call(bool rewind) {
 
 void Memory::add(Array array) {
   if (array.empty()) return;
-  if (array.role == Role::output) array.watch();
+  if (array.role != Role::input) array.watch();
   arrays_.push_back(std::move(array));
 }
 
 void Memory::end_call() {
   for (const Array& array : arrays_)
-    for (size_t offset = 0; offset < array.written.size(); ++offset)
+    for (size_t offset = 0; array.role == Role::output && offset < array.written.size(); ++offset)
       if (!array.written[offset] && array.owns(offset, 1))
         throw Failure("output " + array.element_at(offset) + " was never written");
 }
 
 void Memory::begin_block(size_t shared_bytes) {
   released_in_block_.clear();
-  const size_t room = shared_bytes + kMostArrays * (kRedZone + 16);
+  const size_t room = shared_bytes + kMostArrays * (kRedZone + 16) + kMostAligned * kMostAlignment;
   if (room > arena_room_) {
     arena_room_ = room;
-    arena_.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (room + 127) / 128 * 128)));
+    arena_.reset(static_cast<unsigned char*>(
+        std::aligned_alloc(kMostAlignment, (room + kMostAlignment - 1) / kMostAlignment * kMostAlignment)));
     cells_.reset(static_cast<Cell*>(std::aligned_alloc(64, (room / kWordBytes + 2) * sizeof(Cell))));
     std::memset(static_cast<void*>(cells_.get()), 0, (room / kWordBytes + 2) * sizeof(Cell));
     state_.resize(room);
@@ -140,7 +143,7 @@ void Memory::begin_block(size_t shared_bytes) {
 void Memory::zero(void* p, size_t bytes) {
   for (Array& array : arrays_) {
     const size_t offset = size_t(static_cast<unsigned char*>(p) - array.data);
-    if (array.role != Role::output || offset >= array.extent || !array.owns(offset, bytes)) continue;
+    if (array.role == Role::input || offset >= array.extent || !array.owns(offset, bytes)) continue;
     std::memset(p, 0, bytes);
     std::fill_n(array.written.begin() + std::ptrdiff_t(offset), bytes, uint8_t(1));
     return;
@@ -157,7 +160,7 @@ void Memory::start_sharing() {
   layout.arrays.clear();
 }
 
-unsigned char* Memory::share(size_t bytes, const char* name) {
+unsigned char* Memory::share(size_t bytes, const char* name, size_t alignment) {
   SharedLayout& layout = current->shared;
   const size_t rounded = (bytes + 15) / 16 * 16;
   layout.used += rounded;
@@ -169,6 +172,7 @@ unsigned char* Memory::share(size_t bytes, const char* name) {
   if (!layout.arrays.empty()) {
     const SharedArray& last = layout.arrays.back();
     begin = last.begin + (last.bytes + 15) / 16 * 16 + kRedZone;
+    begin = (begin + alignment - 1) / alignment * alignment;
   }
   layout.arrays.push_back({name, begin, bytes});
   return arena_.get() + begin;
@@ -182,7 +186,7 @@ const SharedArray* Memory::shared_array_at(size_t offset, size_t size) const {
 
 void Memory::begin_copy(void* to, const void* from, size_t size, bool valid, Pc pc) {
   require_aligned(to, size, "cp.async", pc);
-  if (valid) require_aligned(from, size, "cp.async", pc);
+  require_aligned(from, size, "cp.async", pc);  // also where nothing is read: PTX makes no exception
   if (!is_shared(to)) fail("cp.async to what is not shared memory", to, size, Access::write, pc);
   touch(to, size, Access::write, pc);
   AsyncCopy copy{static_cast<unsigned char*>(to), size, {}, -1, pc};
@@ -378,9 +382,11 @@ void Memory::fail_race(const Stamp& other, int lane, bool shared, const void* p,
   Machine& machine = Machine::get();
   const bool of_block = other.clock >= machine.base();
   const std::string earlier = name_of(other.access);
+  const bool copy = of_block && other.warp >= machine.threads() / kWarpSize;
   const std::string thread =
-      of_block ? machine.describe(machine.fiber(other.warp, lane))
-               : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
+      copy       ? std::string("a bulk copy that was not waited for")
+      : of_block ? machine.describe(machine.fiber(other.warp, lane))
+                 : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
   fail(of_block ? (shared ? "data race in shared memory" : "data race in global memory") : "data race between blocks",
        p, kWordBytes, access, pc,
        "\n  " + earlier + std::string(10 - earlier.size(), ' ') + "before that by " + thread + "\n            at " +

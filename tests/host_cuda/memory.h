@@ -35,7 +35,8 @@ struct alignas(64) Cell {
 };
 constexpr size_t kWordBytes = 4;
 
-enum class Role { input, output };
+// Working memory is written before it is read, as an output is, but need not be written entirely.
+enum class Role { input, output, working };
 
 // An array in global memory, as the kernels' caller described it. Strides are in elements.
 struct Array {
@@ -100,7 +101,7 @@ class Memory {
   // ---- the kernel's side
   unsigned char* shared() { return arena_.get(); }
   void start_sharing();
-  unsigned char* share(size_t bytes, const char* name);
+  unsigned char* share(size_t bytes, const char* name, size_t alignment);
 
   void touch(const void* p, size_t size, Access access, Pc pc);
   void require_aligned(const void* p, size_t alignment, const char* what, Pc pc);

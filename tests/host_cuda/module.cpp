@@ -14,9 +14,14 @@ namespace {
 using Op = void (*)(const simt::Call&);
 const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"nearest", simt::nearest},
+                                     {"k_center", simt::k_center},
+                                     {"top_tokens", simt::top_tokens},
+                                     {"sample_cdf", simt::sample_cdf},
+                                     {"density_peaks", simt::density_peaks},
                                      {"build_map", simt::build_map},
                                      {"rows", simt::rows},
                                      {"attention", simt::attention},
+                                     {"attention_backward", simt::attention_backward},
                                      {"attention_scores", simt::attention_scores},
                                      {"sample", simt::sample}};
 
@@ -49,9 +54,14 @@ void simt::add_output(const char* name, void* data, int64_t count, size_t elemen
   Machine::get().memory().add({name, static_cast<unsigned char*>(data), {count}, {1}, element, Role::output});
 }
 
+void simt::add_working(const char* name, void* data, int64_t count, size_t element) {
+  Machine::get().memory().add({name, static_cast<unsigned char*>(data), {count}, {1}, element, Role::working});
+}
+
 PYBIND11_MODULE(_host_cuda, m) {
   py::register_exception<simt::Failure>(m, "Failure");
   m.def("call", &call);
+  m.def("launches", [] { return simt::Machine::get().launches(); });
   m.def("report_races", [](bool report) { simt::Machine::get().memory().report_races = report; });
 
   m.def("half_to_float", [](uint16_t x) { return __half2float({x}); });

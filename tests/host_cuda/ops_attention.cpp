@@ -1,5 +1,6 @@
-// attention and attention_scores, from named arrays to the launches of csrc/attention.
+// attention, its gradient and attention_scores, from named arrays to the launches of csrc/attention.
 #include "attention/attention_launch.h"
+#include "attention/backward_launch.h"
 #include "call.h"
 
 namespace simt {
@@ -49,6 +50,14 @@ Sequences sequences(const Call& call) {
   return s;
 }
 
+int capability(const Call& call) { return int(call.integer("capability")); }
+// Only Hopper's kernels may take more shared memory than every device grants.
+Launcher launcher(const Call& call, bool sm90) {
+  Launcher launch = call.launcher();
+  if (sm90) launch.granted_bytes = sm90::kMostSharedBytes;
+  return launch;
+}
+
 AttentionParams problem(const Call& call, bool raw) {
   const Tensor& q = call.array("q");
   AttentionParams p{};
@@ -72,13 +81,33 @@ void attention(const Call& call) {
   const std::vector<int64_t>& rows = call.array("lse").shape;
   p.lse_head_stride = rows.back(), p.lse_batch_stride = p.lse_head_stride * p.heads;
   p.lse_rows = p.lse_batch_stride * (p.sequences.packed() ? 1 : p.sequences.count);
-  const AttentionPlan plan = plan_for(p, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"));
+  const AttentionPlan plan =
+      plan_for(p, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"), capability(call));
   Workspace workspace;
   if (plan.splits > 1) {
     p.split_out = workspace.take("split_out", plan.splits * p.lse_rows * p.v_width);
     p.split_lse = workspace.take("split_lse", plan.splits * p.lse_rows);
   }
-  run_attention(call.launcher(), call.dtype(), plan, p);
+  run_attention(launcher(call, plan.sm90), call.dtype(), plan, p);
+}
+
+void attention_backward(const Call& call) {
+  const AttentionParams about = problem(call, false);
+  BackwardParams p{};
+  p.q = about.q, p.k = about.k, p.sequences = about.sequences, p.window = about.window, p.rule = about.rule;
+  p.bias = about.bias, p.heads = about.heads, p.group = about.group, p.width = about.width;
+  const bool packed = p.sequences.packed();
+  p.v = token_heads(call.array("v")), p.v_width = int(call.array("v").shape.back());
+  p.out = token_heads(call.array("out")), p.d_out = token_heads(call.array("grad_out"));
+  p.lse = head_numbers(call, "lse", packed), p.d_lse = head_numbers(call, "grad_lse", packed);
+  p.scale = float(call.number("scale"));
+  p.row_head_stride = p.sequences.n_q, p.row_batch_stride = p.row_head_stride * p.heads;
+  p.rows = p.row_batch_stride * (packed ? 1 : p.sequences.count);
+  p.d_q = call.pointer<void>("grad_q"), p.d_k = call.pointer<void>("grad_k"), p.d_v = call.pointer<void>("grad_v");
+  p.bias_by_head = p.bias.data && p.bias.head_stride != 0;
+  if (p.bias.data) p.d_bias = call.pointer<float>("grad_bias");
+  Workspace workspace;
+  run_backward(call.launcher(), call.dtype(), workspace.take("workspace", backward_workspace(p)), p);
 }
 
 void attention_scores(const Call& call) {
@@ -99,18 +128,19 @@ void attention_scores(const Call& call) {
   p.n_rows = int(call.integer("n_rows"));
 
   Workspace workspace;
-  Launcher launch = call.launcher();
+  const ScorePlan plan = plan_for(p, call.dtype(), capability(call));
+  Launcher launch = launcher(call, plan.sm90);
   if (!p.logits && (!p.lse.data || call.integer("over_cols") != 0)) {
     AttentionParams pass = lse_pass(p, call.integer("over_cols") != 0);
-    const AttentionPlan plan = plan_for(pass, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"));
+    const AttentionPlan lse_plan =
+        plan_for(pass, call.dtype(), call.integer("max_seqlen_q"), call.integer("max_seqlen_k"), capability(call));
     if (pass.lse_rows > 0) {
       pass.lse = workspace.take("row_lse", pass.lse_rows);
-      if (plan.splits > 1) pass.split_lse = workspace.take("split_lse", plan.splits * pass.lse_rows);
-      run_attention(launch, call.dtype(), plan, pass);
+      if (lse_plan.splits > 1) pass.split_lse = workspace.take("split_lse", lse_plan.splits * pass.lse_rows);
+      run_attention(launch, call.dtype(), lse_plan, pass);
     }
     use_lse(p, pass);
   }
-  const ScorePlan plan = plan_for(p, call.dtype());
   const int64_t pieces = pieces_size(p, plan);
   run_scores(launch, call.dtype(), plan, pieces > 0 ? workspace.take("pieces", pieces) : nullptr, p);
 }

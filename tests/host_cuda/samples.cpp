@@ -3,6 +3,7 @@
 
 #include "call.h"
 #include "features.cuh"
+#include "hopper_samples.cuh"
 #include "planted.cuh"
 
 namespace simt {
@@ -52,6 +53,14 @@ const std::map<std::string, Kernel> kKernels{
     TWINS(wide_shift),
     TWINS(overflow),
     TWINS(array_index),
+    TWINS(tile_without_wait),
+    TWINS(misaligned_tile),
+    TWINS(bytes_that_never_come),
+    TWINS(mbarrier_not_initialised),
+    TWINS(released_before_the_product),
+    TWINS(product_never_waited_for),
+    TWINS(part_of_a_warpgroup),
+    TWINS(arrival_too_many),
     {"indices", features::indices},
     {"block_votes", features::block_votes},
     {"collectives", features::collectives},
@@ -68,6 +77,8 @@ const std::map<std::string, Kernel> kKernels{
     {"product f16", features::product<fastok::f16, 16>},
     {"product bf16", features::product<fastok::bf16, 16>},
     {"product tf32", features::product<float, 8>},
+    {"tile_products", features::tile_products},
+    {"late_product", features::late_product},
 };
 #undef TWINS
 
@@ -79,8 +90,13 @@ dim3 dimensions(const Call& call, const std::string& name) {
 }  // namespace
 
 void sample(const Call& call) {
-  const Sample s{int(call.integer("n")), call.pointer<void>("in"), call.pointer<void>("out")};
+  Sample s{int(call.integer("n")), call.pointer<void>("in"), call.pointer<void>("out"), {}};
   Launcher launch = call.launcher();
+  if (const Tensor& in = call.array("in"); call.integer("tiled") != 0) {
+    const uint64_t rows = uint64_t(in.shape[0]), width = uint64_t(in.shape[1]), bytes = rows * width * 2;
+    s.map = launch.tensor_map(
+        {in.data, fastok::Dtype::f16, {width, rows, 1, 1}, {width * 2, bytes, bytes}, {64, 64, 1, 1}});
+  }
   if (call.integer("zeroed") > 0) launch.zero(s.out, size_t(call.integer("zeroed")));
   launch(dimensions(call, "grid"), dimensions(call, "block"), size_t(call.integer("shared_bytes")),
          kKernels.at(call.word("kernel")), s);

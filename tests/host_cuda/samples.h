@@ -1,6 +1,7 @@
-// What the sample kernels of planted.cuh and features.cuh are given: one input, one output.
+// What the sample kernels of planted.cuh, features.cuh and hopper_samples.cuh are given: one input, one output.
 #pragma once
 #include "common/device.cuh"
+#include "common/tensor_map.h"
 
 namespace simt {
 
@@ -8,6 +9,7 @@ struct Sample {
   int n;
   const void* in;
   void* out;
+  fastok::cuda::TensorMap map;  // of an input of 16-bit elements in two dimensions
 
   template <class T = int>
   __device__ const T* from() const {

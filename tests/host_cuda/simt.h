@@ -13,9 +13,11 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 #define __align__(bytes) alignas(bytes)
 #define FASTOK_SHARED(name) unsigned char* const name = simt::shared_memory()
+#define FASTOK_SHARED_TILES(name) FASTOK_SHARED(name)
 
 #if defined(__SANITIZE_THREAD__)
 extern "C" {
@@ -24,6 +26,8 @@ void* memmove(void*, const void*, size_t) noexcept __asm__("simt_memmove");
 void* memset(void*, int, size_t) noexcept __asm__("simt_memset");
 }
 #endif
+
+#include "hopper.h"
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -41,7 +45,7 @@ __attribute__((const)) dim3 grid_dim();
 // taking the next array of it. Behind each array lies a red zone.
 unsigned char* shared_memory();
 void start_sharing();
-unsigned char* share(size_t bytes, const char* name);
+unsigned char* share(size_t bytes, const char* name, size_t alignment);
 
 // A place in the source, as the default value of a parameter: where the function was called.
 struct Site {
@@ -52,7 +56,7 @@ struct Site {
 
 struct Launch {
   dim3 grid, block;
-  size_t shared_bytes;
+  size_t shared_bytes, granted_bytes;
   uint64_t seed;
   const void* kernel;
   void (*run)(const void* body);  // one thread
@@ -64,15 +68,17 @@ void zero(void* p, size_t bytes);
 // What kernels are started with on the host; csrc/common/launch.h has the one for the device.
 struct Launcher {
   uint64_t seed;
+  size_t granted_bytes = 99 << 10;  // of shared memory, by every device that there are kernels for
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...), const Arguments&... args) {
     // The arguments are read from the launcher's stack, which is no business of the detectors.
     const auto body = [&]() __attribute__((no_sanitize("thread"))) { kernel(args...); };
     const auto run = [](const void* it) { (*static_cast<decltype(body)*>(it))(); };
-    launch({grid, block, shared_bytes, seed++, reinterpret_cast<const void*>(kernel), run, &body});
+    launch({grid, block, shared_bytes, granted_bytes, seed++, reinterpret_cast<const void*>(kernel), run, &body});
   }
   void zero(void* p, size_t bytes) { simt::zero(p, bytes); }
+  fastok::cuda::TensorMap tensor_map(const fastok::cuda::TiledArray& array) { return encode_tensor_map(array); }
 };
 
 }  // namespace simt

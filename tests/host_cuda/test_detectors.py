@@ -160,6 +160,18 @@ BUGS = {
     "overflow": (r"undefined behaviour: signed multiplication overflows", "1 << 30", {}),
     "array_index": (r"undefined behaviour: index outside", "local[thread()", {}),
 }
+HOPPER = {
+    "tile_without_wait": r"(data race in|read of uninitialised) shared memory\n  place .*'tile'",
+    "misaligned_tile": r"a tile must begin at a multiple of 1024 bytes of shared memory: shared array 'tile' at byte 5",
+    "bytes_that_never_come": r"deadlock(.|\n)*mbarrier, even phase",
+    "mbarrier_not_initialised": r"use of an mbarrier that was not initialised\n  place     shared array 'barriers'",
+    "released_before_the_product": r"data race in shared memory\n  place .*'tile'(.|\n)*wgmma_rows<f16, 64>",
+    "product_never_waited_for": r"a thread exits and has not waited for its wgmma",
+    "part_of_a_warpgroup": r"wgmma by some warps of warpgroup 0 only",
+    "arrival_too_many": r"more arrivals than the phase of an mbarrier has\n  place     shared array 'barriers' at byte",
+}
+on_hopper = {"x": torch.ones(64, 64).half(), "block": (128, 1, 1), "shared_bytes": 2 * 8192 + 16}
+BUGS |= {kernel: (pattern, None, on_hopper) for kernel, pattern in HOPPER.items()}
 
 
 @pytest.fixture(autouse=True, params=range(6))

@@ -166,6 +166,20 @@ def test_products(kind):
     assert torch.equal(out, (d.double() + a.double() @ b.double().mT).float())
 
 
+def test_copied_tiles_and_products_of_a_warpgroup():
+    """D = A B by rows, then D C by columns, from tiles that reach beyond the array."""
+    x = torch.randn(192, 72).half()
+    a, b, c = x.double().split(64)
+    out = run("tile_products", x, torch.empty(128, 64), block=(128, 1, 1), shared_bytes=5 * 8192 + 16)
+    torch.testing.assert_close(out[:64].double(), a @ b.mT, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(out[64:].double(), out[:64].half().double() @ c[:, :64], rtol=1e-6, atol=1e-4)
+
+
+def test_products_are_not_there_early():
+    out = run("late_product", ints(1), torch.empty(128, 2), block=(128, 1, 1), shared_bytes=8192)
+    assert torch.equal(out, torch.tensor([0.0, 16.0]).expand(128, 2))
+
+
 def halves():
     return torch.arange(2**16).to(torch.uint16).view(torch.float16)
 

@@ -1,26 +1,23 @@
 """What `fastok.apply` returns: the way back, and what the last forward did."""
 
-from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, Protocol
 
 from ..token_map import SoftMap, TokenMap
-from .session import Session
+from .session import Stats
 from .swap import Swaps
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What the last forward did.
+class Work(Protocol):
+    """What a handle reports on."""
 
-    Attributes:
-        tokens: number of tokens after each layer, class and other special tokens included; a list with one number per
-            sample where these differ. Empty before the first forward.
-        seconds: time from entering the first layer to leaving the last by the host's clock; a GPU may still be at work.
-            None before the first forward.
-    """
+    @property
+    def token_map(self) -> TokenMap | SoftMap | list[TokenMap | SoftMap]:
+        """The map of the last forward."""
 
-    tokens: list[int | list[int]]
-    seconds: float | None
+    @property
+    def stats(self) -> Stats:
+        """Token counts and time of the last forward."""
 
 
 class Handle:
@@ -29,8 +26,8 @@ class Handle:
     A forward compiled by ``torch.compile`` reduces as it should but records nothing: ``stats.tokens`` is empty then.
     """
 
-    def __init__(self, session: Session, swaps: Swaps) -> None:
-        self._session = session
+    def __init__(self, work: Work, swaps: Swaps) -> None:
+        self._work = work
         self._swaps = swaps
 
     def __enter__(self) -> "Handle":
@@ -46,37 +43,19 @@ class Handle:
         self._swaps.restore()
 
     @property
-    def token_map(self) -> TokenMap | SoftMap:
+    def token_map(self) -> Any:
         """The map of the last forward from the encoder's input tokens to its output tokens, over all layers.
+
+        Of a vision-language model: a list with one map for each image (or video) of the last prompt that had any, from
+        its tokens in raster order to what is left of them. Its samples are the image's crops, or a video's frames,
+        where the model encodes these apart; ``viz.draw_tokens`` draws it.
 
         Raises:
             RuntimeError: no forward has been recorded.
         """
-        session = self._session
-        if session.input is None or not session.maps:
-            raise RuntimeError("no forward was recorded since apply (a compiled one records nothing)")
-        batch, n, device = session.input
-        composed: TokenMap | SoftMap = TokenMap.identity(batch, n, device)
-        for token_map in session.maps.values():
-            if token_map is not None:
-                composed = composed.then(token_map)
-        return composed
+        return self._work.token_map
 
     @property
     def stats(self) -> Stats:
-        """Token counts and time of the last forward. Reading it waits for the device."""
-        session = self._session
-        tokens: list[int | list[int]] = []
-        now: int | list[int] = session.input[1] if session.input is not None else 0
-        for token_map in session.maps.values():
-            if token_map is not None:
-                now = _count(token_map)
-            tokens.append(now)
-        return Stats(tokens, session.seconds)
-
-
-def _count(token_map: TokenMap | SoftMap) -> int | list[int]:
-    if isinstance(token_map, SoftMap):
-        return token_map.n_out
-    counts: list[int] = token_map.counts.tolist()
-    return counts if any(count != token_map.n_out for count in counts) else token_map.n_out
+        """Token counts and time of the last forward (of a vision-language model: with images). Waits for the device."""
+        return self._work.stats

@@ -36,8 +36,7 @@ class Swaps:
             ValueError: the module has been swapped already.
             TypeError: another library has replaced its ``forward``, which would hide ours.
         """
-        if "_fastok" in vars(module):
-            raise ValueError("a reducer is applied to this model already; call remove() on its handle first")
+        check_free(module)
         if "forward" in vars(module):
             raise TypeError(
                 f"a {type(module).__name__} had its forward replaced (by accelerate or another library), which would "
@@ -54,6 +53,12 @@ class Swaps:
             module, base = self._undo.pop()
             module.__class__ = base
             del vars(module)["_fastok"]
+
+
+def check_free(module: nn.Module) -> None:
+    """ValueError if ``module`` has been swapped already."""
+    if "_fastok" in vars(module):
+        raise ValueError("a reducer is applied to this model already; call remove() on its handle first")
 
 
 def replaced(**methods: Callable[..., Any]) -> Methods:

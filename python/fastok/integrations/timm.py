@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reducers.context import Reducer
-from .session import Layer, Session
+from .session import SHOWN as _SHOWN
+from .session import Layer, Session, check_class_token
 from .swap import Swaps, calls, rebound, replaced
 
 LIBRARY = "timm"
 SUPPORTED = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
+SHOWN = tuple(name for name in _SHOWN if name != "grid")
 
 
 def is_encoder(module: nn.Module) -> bool:
@@ -36,12 +38,11 @@ def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Ses
     """Put ``reducer`` into ``encoder``."""
     if encoder.global_pool == "prr":
         raise TypeError("global_pool='prr' attends to each token once; it cannot take merged tokens' sizes")
-    if "cls" in reducer.needs and getattr(encoder, "cls_token", None) is None:
-        raise ValueError(
-            f"{type(reducer).__name__} needs a class token, of which this {type(encoder).__name__} has none"
-        )
+    class_token = getattr(encoder, "cls_token", None) is not None
+    check_class_token(reducer, f"this {type(encoder).__name__}", class_token)
     rotary = getattr(encoder, "rope", None) is not None
     session = Session(reducer, len(encoder.blocks), encoder.num_prefix_tokens, rotary=rotary)
+    session.class_token = class_token
     swaps.swap(encoder, session, _encoder)
     if encoder.attn_pool is not None:
         swaps.swap(encoder.attn_pool, session, _attention_pool)
@@ -51,11 +52,13 @@ def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Ses
         if layer.wants_keys:
             swaps.swap(block.attn.k_norm, layer, _key_norm)
         if calls(type(block.attn).forward, "scaled_dot_product_attention"):
-            layer.intercepts = block.attn.fused_attn or bool(layer.wants_scores)
+            layer.intercepts = block.attn.fused_attn or layer.observes
         if layer.intercepts:
             swaps.swap(block.attn, layer, _attention if block.attn.fused_attn else _attention_fused)
-        elif layer.wants_scores:
-            raise TypeError(f"no scores to be had of {type(block.attn).__name__}, which {type(reducer).__name__} needs")
+        elif layer.observes:
+            raise TypeError(
+                f"no scores or values to be had of {type(block.attn).__name__}, which {type(reducer).__name__} needs"
+            )
     return session
 
 
@@ -129,7 +132,7 @@ def _scaled_dot_product_attention(
     """torch's, with a layer for a mask."""
     if isinstance(attn_mask, Layer):
         layer = attn_mask
-        layer.observe(query, key, scale)
+        layer.observe(query, key, value, scale)
         if layer.serves(dropout_p):
             return layer.attend(query, key, value, scale)
         attn_mask = layer.additive(query.dtype)  # ours has no dropout

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..reducers.context import Reducer
-from .session import Layer, Session
-from .swap import Methods, Swaps, calls, rebound, replaced
+from .session import SHOWN as SHOWN
+from .session import Layer, Session, check_class_token
+from .swap import Methods, Swaps, calls, check_free, rebound, replaced
+from .tower import Interface
 from .transformers_attention import NAME, hides_nothing
 
 LIBRARY = "transformers"
@@ -45,28 +47,24 @@ def _checked(mask: Tensor | None, index: int) -> bool:
     return True
 
 
-class _Interface:
-    """In place of ``ALL_ATTENTION_FUNCTIONS`` in the forward of an attention class."""
+def _with_layer(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Any]:
+        if not isinstance(attention_mask, Layer):
+            attended: tuple[Tensor, Any] = own(module, query, key, value, attention_mask, **options)
+            return attended
+        layer, scale = attention_mask, options.get("scaling")
+        layer.observe(query, key, value, scale)
+        if name in ("eager", NAME) or not layer.serves(options.get("dropout", 0.0)):
+            attended = own(module, query, key, value, layer.additive(query.dtype), **options)
+            return attended
+        return layer.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
 
-    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
-        own: Callable[..., Any] = functions.get_interface(name, default)
-
-        def attend(
-            module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-        ) -> tuple[Tensor, Any]:
-            if not isinstance(attention_mask, Layer):
-                return own(module, query, key, value, attention_mask, **options)
-            layer, scale = attention_mask, options.get("scaling")
-            layer.observe(query, key, scale)
-            if name in ("eager", NAME) or not layer.serves(options.get("dropout", 0.0)):
-                return own(module, query, key, value, layer.additive(query.dtype), **options)
-            return layer.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
-
-        return attend
+    return attend
 
 
-_interface = _Interface()
+_interface = Interface(_with_layer)
 
 
 def _attention(base: Any) -> dict[str, Any]:
@@ -191,13 +189,41 @@ def is_encoder(module: nn.Module) -> bool:
     return any(_is(module, family, family.name) for family in _FAMILIES)
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """A supported encoder as the vision tower of another model.
+
+    Attributes:
+        layers: its layers. attentions: their attention modules.
+        special: number of special tokens in front of the patches.
+        class_token: whether the first of them is one.
+    """
+
+    layers: list[Any]
+    attentions: list[Any]
+    special: int
+    class_token: bool
+
+
+def encoder_of(module: Any) -> Encoder | None:
+    """``module`` as a vision tower, if it is one of the `SUPPORTED`."""
+    for family in _FAMILIES:
+        if _is(module, family, family.name):
+            layers = _layers(module, family)
+            attentions = [getattr(layer, family.attention) for layer in layers]
+            return Encoder(layers, attentions, family.protect(module), family.class_token)
+    return None
+
+
 def patch(model: nn.Module, encoder: Any, reducer: Reducer, swaps: Swaps) -> Session:
     """Put ``reducer`` into ``encoder``, and sizes into the head of an image classifier that averages its tokens."""
     family = next(family for family in _FAMILIES if _is(encoder, family, family.name))
-    if "cls" in reducer.needs and not family.class_token:
-        raise ValueError(f"{type(reducer).__name__} needs a class token, of which {family.name} has none")
+    check_class_token(reducer, family.name, family.class_token)
     layers = _layers(encoder, family)
     session = Session(reducer, len(layers), family.protect(encoder))
+    session.class_token = family.class_token
+    if "grid" in reducer.needs:
+        swaps.swap(encoder.embeddings, session, _embeddings)
     for index, block in enumerate(layers):
         attention = getattr(block, family.attention)
         layer = Layer(session, index, attention.head_dim)
@@ -224,6 +250,7 @@ def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
         layers: Any = encoder.get_submodule(family.layers)
         for layer in layers:
             layer.get_submodule(f"{family.attention}.k_proj")
+            check_free(getattr(layer, family.attention))
             if not calls(type(getattr(layer, family.attention)).forward, "ALL_ATTENTION_FUNCTIONS"):
                 raise AttributeError("its attention does not use the attention interface")
     except AttributeError as error:
@@ -231,6 +258,16 @@ def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
             f"this transformers version builds {family.name} unlike 5.23, which is supported: {error}"
         ) from error
     return list(layers)
+
+
+def _embeddings(base: Any) -> dict[str, Callable[..., Any]]:
+    def forward(self: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        size = self.config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self._fastok.grid = (1, pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
+        return base.forward(self, pixel_values, *args, **kwargs)
+
+    return {"forward": forward}
 
 
 class _FinalTokens:

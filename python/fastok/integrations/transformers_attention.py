@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..flash import padded
 from ..ops.attention import attention
 from . import recording
+from .held import Held, handle_of
 from .session import in_autocast
 
 NAME = "fastok"
@@ -280,10 +281,20 @@ def attention_forward(
         ``[B,S,H,D]``, and the scores recorded, or None.
     """
     _refuse(dropout, kwargs)
+    handle = handle_of(key)
+    held = None if handle is None else handle.layer
+    if handle is not None:
+        key, value = handle.keys, handle.values
     query, key, value = in_autocast(query, key, value)
     width = value.shape[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = _understood(module, query, key, attention_mask, sliding_window, is_causal, kwargs)
+    n_k = key.shape[2] if held is None else held.length
+    mask = _understood(module, query, n_k, attention_mask, sliding_window, is_causal, kwargs)
+    if held is not None and n_k > key.shape[2]:
+        if _in_place(held, query, mask):
+            out, lse = held.attend(query.transpose(1, 2), scaling, softcap, mask.key_bias)
+            return _with_sink(out, lse, s_aux)[0].contiguous(), None
+        key, value = (x.to(query.dtype) for x in held.unpacked())
     q, k, v = (padded(x.transpose(1, 2)) for x in (query, key, value))
     if mask.n_keys is not None and mask.n_keys < k.shape[1]:
         k, v = k[:, : mask.n_keys], v[:, : mask.n_keys]
@@ -300,10 +311,9 @@ def attention_forward(
         masking |= {"cu_seqlens_q": mask.cu_seqlens[0], "cu_seqlens_k": mask.cu_seqlens[1]}
         masking |= {"max_seqlen_q": kwargs.get("max_length_q"), "max_seqlen_k": kwargs.get("max_length_k")}
     out, lse = attention(q, k, v, **masking)
-    if s_aux is not None:
-        sink = s_aux.float()[:, None]
-        out = (out * torch.sigmoid(lse - sink).transpose(-1, -2)[..., None]).to(out.dtype)
-        lse = torch.logaddexp(lse, sink)
+    out, lse = _with_sink(out, lse, s_aux)
+    if held is not None and held.observes:
+        held.observe(q, k, lse, masking)
     scores = (
         recording.record(q, k, v, lse, getattr(module, "layer_idx", None), masking) if recording.recording() else None
     )
@@ -314,6 +324,24 @@ def attention_forward(
         )
     out = out.unflatten(0, (batch, -1)) if mask.cu_seqlens is not None else out
     return out[..., :width].contiguous(), scores
+
+
+def _in_place(held: Held, query: Tensor, mask: "_Mask") -> bool:
+    """Whether a cache can be read in place: few rows, causal, nothing to be recorded."""
+    rows = query.shape[2]
+    if query.requires_grad:
+        raise NotImplementedError("gradients: required, through a packed cache; supported, inference")
+    seen = mask.window == (-1, 0) or (rows == 1 and mask.window == (-1, -1))
+    return rows <= held.most_rows and seen and mask.cu_seqlens is None and not recording.recording()
+
+
+def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``out[…,S,H,D]`` and ``lse[…,H,S]`` of a softmax over one more logit for each head, whose value is 0."""
+    if s_aux is None:
+        return out, lse
+    sink = s_aux.float()[:, None]
+    share = torch.sigmoid(lse - sink).transpose(-1, -2)[..., None]
+    return (out * share).to(out.dtype), torch.logaddexp(lse, sink)
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
@@ -334,13 +362,13 @@ _CHANGES_ATTENTION = ("position_bias", "cache", "sinks", "head_mask", "block_ind
 def _understood(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
+    n_k: int,
     mask: Tensor | None,
     sliding_window: int | None,
     is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> _Mask:
-    n_q, n_k = query.shape[2], key.shape[2]
+    n_q = query.shape[2]
     if mask is None:
         causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and n_q > 1
         if causal and n_q != n_k:

@@ -64,9 +64,19 @@ def attention(
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes, devices or numbers that do not fit.
 
-    Differentiable in q, k, v and key_bias, through both results; the gradient is fastok's own, in chunks of query rows
-    (matrix products of torch, memory O(S + T)). Deterministic and batch-invariant; no host synchronisation.
-    FlashAttention-2, Dao, ICLR 2024.
+    Differentiable in q, k, v and key_bias, through both results. The gradient computes the probabilities anew from lse,
+    in memory O(S + T): by fastok's own kernels on CPUs and in the CUDA library, elsewhere by the specification in
+    chunks of query rows. PyTorch's flash backward could take our out and lse, but is not used: it adds up the gradient
+    of q by atomics, or, when told to be deterministic, in an order that depends on the batch.
+
+    Deterministic and batch-invariant; no host synchronisation. Of packed sequences, the bits of one do not depend on
+    the others as long as the hints are the same: sequences of up to 64 queries have other kernels than longer ones.
+
+    On GPUs the kernels are fastok's own, see ``fastok info``; those for Hopper (sm_90a) serve fp16 and bf16 with more
+    than 64 queries, head dims 40 to 64 and 104 to 128, ``scale`` > 0 and no softcap. torch's flash and cuDNN forwards
+    are not used even where they mean the same: the former splits the keys by the size of the batch, so that a row's
+    bits depend on it, and of the latter nothing is promised. :func:`attention_scores` takes their log-sum-exp.
+    FlashAttention-2, Dao, ICLR 2024; FlashAttention-3, Shah et al., NeurIPS 2024.
     """
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip

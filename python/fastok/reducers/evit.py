@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops.checks import check_int
 from ..token_map import SoftMap, TokenMap
+from .common import budget, check_keep, scores_of
 from .context import TokenContext
 
 
@@ -43,13 +44,7 @@ class EViT:
     sized: ClassVar[bool] = False  # the fused token counts as any other
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, float) and self.keep <= 1:
-            if not self.keep > 0:
-                raise ValueError(f"keep must be above 0, got {self.keep}")
-        else:
-            check_int("keep", self.keep)  # type: ignore[arg-type]
-            if self.keep < 1:
-                raise ValueError(f"keep must be at least one token, got {self.keep}")
+        check_keep(self.keep)
         if self.layers is not None:
             if not isinstance(self.layers, tuple):
                 raise TypeError(f"layers must be None or a tuple of ints, got {self.layers!r}")
@@ -65,19 +60,15 @@ class EViT:
 
     def __call__(self, ctx: TokenContext, /) -> TokenMap | SoftMap:
         """The published selection among the tokens behind the ``ctx.protect`` first."""
-        scores = ctx.scores.get("cls")
-        if scores is None:
-            raise ValueError('EViT needs the class token\'s scores: TokenContext(hidden=x, scores={"cls": s[B,N]})')
-        batch, n = ctx.hidden.shape[:2]
-        if scores.shape != (batch, n):
-            raise ValueError(f"cls must be [B,N] for hidden [B,N,C], here [{batch}, {n}]; got {list(scores.shape)}")
+        scores = scores_of(self, ctx, "cls")
+        batch, n = scores.shape
         if not 0 <= ctx.layer < ctx.n_layers:
             raise ValueError(f"layer must be within [0, n_layers={ctx.n_layers}), got {ctx.layer}")
         candidates = n - ctx.protect
-        count = math.ceil(self.keep * candidates) if isinstance(self.keep, float) else self.keep
+        count = budget(self.keep, candidates, math.ceil)
         if count >= candidates or not self.reduces(ctx.layer, ctx.n_layers):
             return TokenMap.identity(batch, n, scores.device)
-        attention = torch.where(scores.isnan(), -torch.inf, scores.detach().float())
+        attention = torch.where(scores.isnan(), -torch.inf, scores)
         best = attention[:, ctx.protect :].sort(descending=True, stable=True).indices[:, :count]
         protected = torch.arange(ctx.protect, device=scores.device).expand(batch, -1)
         kept = torch.cat([protected, best + ctx.protect], 1)

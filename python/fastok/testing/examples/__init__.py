@@ -13,9 +13,13 @@ from torch import Tensor
 
 from ... import _library
 from ..compare import assert_accurate, assert_same
-from . import attention
+from . import attention, cache
+from . import k_center as k_center
 from . import match as match
+from . import max_coverage as max_coverage
 from . import merge as merge
+from . import select as select
+from . import sparse as sparse
 from .registry import DTYPES, EXAMPLES, Arguments, Example, Size, example, examples
 
 __all__ = [
@@ -27,6 +31,8 @@ ROUNDING: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention": attention.rounding_of_attention,
     "attention_backward": attention.rounding_of_backward,
     "attention_scores": attention.rounding_of_scores,
+    "decode": cache.rounding_of_decode,
+    "decode_packed": cache.rounding_of_decode_packed,
 }
 
 
@@ -40,8 +46,10 @@ def moved(arguments: Arguments, device: str | torch.device) -> Arguments:
     return tuple(move(x) if isinstance(x, Tensor) else x for x in arguments)
 
 
-def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """An op's result as a tuple."""
+def outputs(result: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    """An op's result as a tuple; empty for an op that writes to its arguments."""
+    if result is None:
+        return ()
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 

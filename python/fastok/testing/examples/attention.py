@@ -156,6 +156,11 @@ def _one_row(dtype: torch.dtype) -> Arguments:
     return q, k, v, *masking(128, right=0)
 
 
+def _tails(dtype: torch.dtype) -> Arguments:
+    q, k, v = (heads(2, h, n, d).to(dtype) for h, n, d in ((4, 300, 128), (2, 197, 128), (2, 197, 112)))
+    return q, k, v, *masking(128, right=0, key_bias=hidden_bias(2, 4, 197))
+
+
 def _vit(dtype: torch.dtype) -> Arguments:
     q, k, v = (torch.randn(8, 577, 12, 64).to(dtype) for _ in range(3))
     return q, k, v, *masking(64)
@@ -171,6 +176,7 @@ AWKWARD = {
     "rows that see nothing, window, MQA, heads first": _window,
     "packed, empty sequences, tokens behind the last": _packed,
     "one row, many keys": _one_row,
+    "tails of tiles, head dim 128, keys hidden by head": _tails,
 }
 LARGE = {"(8,577,12,64)": _vit, "(1,2048,16/4,128) causal": _prompt}
 FLOPS = {"(8,577,12,64)": 4.0 * 8 * 12 * 577**2 * 64, "(1,2048,16/4,128) causal": 2.0 * 16 * 2048**2 * 128}
@@ -234,6 +240,12 @@ example("attention_scores", "awkward", "softmax over a slice of keys")(
 )
 example("attention_scores", "awkward", "last rows of packed sequences, each head")(
     _scores(_packed, None, -3, LAST, 0, 120, False, "none", 1, False, False)
+)
+example("attention_scores", "awkward", "sums over all rows of packed sequences")(
+    _scores(_packed, None, 0, LAST, 0, 120, False, "sum", 2, False, False)
+)
+example("attention_scores", "awkward", "sums over most rows, tails of tiles, weights, lse not given")(
+    _scores(_tails, None, 3, 290, 5, 197, False, "sum", 4, False, False, weigh=True, own_lse=True)
 )
 example("attention_scores", "awkward", "one row, many keys")(
     _scores(_one_row, None, 0, 1, 0, 1100, False, "sum", 8, False, False)

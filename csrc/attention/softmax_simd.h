@@ -1,0 +1,150 @@
+// The softmax on a block of scores: what lies between the two products of attention.
+#pragma once
+#include "attention/attention.h"
+#include "attention/exp_simd.h"
+#include "attention/rows_simd.h"
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+// Whether finish_logits has more to do than to mask.
+template <class E>
+inline __attribute__((always_inline)) bool touches(const AttentionHead& head) {
+  return head.softcap > 0 || head.bias || !(E::kScaledRows || head.scale > 0);
+}
+
+// The factor that finish_logits leaves to whoever takes the exponential.
+template <class E>
+inline __attribute__((always_inline)) float factor_left(const AttentionHead& head) {
+  return E::kScaledRows || touches<E>(head) ? 1.0f : head.scale;
+}
+
+// Logits of one row in place: scale (unless it is in the rows already, or left), softcap, bias, and -inf for the keys
+// that the row does not see. x[0] is key `begin` of `n`, in whole vectors.
+template <class E>
+inline __attribute__((always_inline)) void finish_logits(const AttentionHead& head, int64_t row, int64_t begin,
+                                                         int64_t end, int64_t n, float* x) {
+  if (touches<E>(head)) {
+    const float factor = E::kScaledRows ? 1.0f : head.scale;
+    const vf inner = splat(head.softcap > 0 ? factor / head.softcap : factor), cap = splat(head.softcap);
+    for (int64_t j = 0; j < n; j += kLanes) {
+      vf logits = load(x + j) * inner;
+      if (head.softcap > 0) logits = tanh_of(logits) * cap;
+      store(x + j, logits);
+    }
+    for (int64_t j = 0; head.bias && j < end - begin; ++j) x[j] += head.bias[begin + j];
+  }
+  const int64_t first = head.first_key(row) - begin,
+                last = (head.last_key(row) < end ? head.last_key(row) : end) - begin;
+  for (int64_t j = 0; j < first && j < n; ++j) x[j] = -kInfinity;
+  for (int64_t j = last > 0 ? last : 0; j < n; ++j) x[j] = -kInfinity;
+}
+
+// The largest of an even number of vectors, by lane.
+inline __attribute__((always_inline)) vf peak_of(const float* x, int64_t n) {
+  vf peak[2] = {splat(-kInfinity), splat(-kInfinity)};
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    peak[0] = maximum(load(x + j), peak[0]);
+    peak[1] = maximum(load(x + j + kLanes), peak[1]);
+  }
+  return maximum(peak[0], peak[1]);
+}
+
+// The largest number of each row.
+inline void peaks_of(const float* x, int64_t pitch, int64_t rows, int64_t n, float* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= rows; i += 16) {
+    vf peak[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) peak[r] = peak_of(x + (i + r) * pitch, n);
+    store(out + i, horizontal_max(peak));
+  }
+#endif
+  for (; i < rows; ++i) out[i] = horizontal_max(peak_of(x + i * pitch, n));
+}
+
+inline void store_weights(float* p, vf x, vf y) {
+  store(p, x);
+  store(p + kLanes, y);
+}
+#if defined(__AVX512BF16__)
+// The machine's own rounding makes subnormal numbers 0, which weights may be.
+inline void store_weights(bf16* p, vf x, vf y) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
+#endif
+
+// exp(x * factor - shift) of an even number of vectors, stored as weights. Returns the sums by lane.
+template <class Weight>
+inline __attribute__((always_inline)) vf exponentials(const float* x, int64_t n, float factor, float shift,
+                                                      Weight* weights) {
+  const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
+  vf sum[2] = {splat(0.0f), splat(0.0f)};
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    const vf a = exp2_of(fma(load(x + j), f, s)), b = exp2_of(fma(load(x + j + kLanes), f, s));
+    store_weights(weights + j, a, b);
+    sum[0] = sum[0] + a;
+    sum[1] = sum[1] + b;
+  }
+  return sum[0] + sum[1];
+}
+
+// total += exp(x * factor - shift) of an even number of vectors.
+inline void add_exponentials(const float* x, int64_t n, float factor, float shift, float* total) {
+  const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
+  for (int64_t j = 0; j < n; j += kLanes) store(total + j, load(total + j) + exp2_of(fma(load(x + j), f, s)));
+}
+
+// The keys of [key_begin, key_end) that some of the rows sees, and those that all see.
+struct Seen {
+  int64_t first, last;  // `first` a multiple of `step` behind key_begin
+  int64_t all_first, all_last;
+
+  Seen(const AttentionHead& head, const RowList& rows, int64_t key_begin, int64_t key_end, int64_t step)
+      : first(key_end), last(key_begin), all_first(key_begin), all_last(key_end) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t from = head.first_key(rows.at(i)), to = head.last_key(rows.at(i));
+      first = from < first ? from : first;
+      last = to > last ? to : last;
+      all_first = from > all_first ? from : all_first;
+      all_last = to < all_last ? to : all_last;
+    }
+    first = first > key_begin ? key_begin + (first - key_begin) / step * step : key_begin;
+    last = last < key_end ? last : key_end;
+  }
+  bool by_all(int64_t begin, int64_t end) const { return begin >= all_first && end <= all_last; }
+};
+
+// The running softmax of a block's rows: all peaks first, so that no row waits for another one's.
+template <int kRows>
+struct Running {
+  static constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
+  float peak[kPadded], here[kPadded], shift[kPadded], shrink[kPadded];
+  float total[kRows][kLanes];
+
+  Running() {
+    for (int i = 0; i < kPadded; ++i) peak[i] = here[i] = -kInfinity;
+    std::memset(total, 0, sizeof total);
+  }
+  // From `here`, the peaks of another block of keys, still to be scaled. Returns whether any row's earlier weights must
+  // shrink.
+  bool advance(int64_t rows, float scale) {
+    bool shrinks = false;
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      const vf before = load(peak + i), after = maximum(load(here + i) * splat(scale), before);
+      // A row that has seen nothing yet: its NaN, if any, must show.
+      const vf by = select(greater(after, splat(-kInfinity)), after, splat(0.0f));
+      const vf factor = exp2_of((before - by) * splat(kLog2E));
+      shrinks |= any(either(greater(splat(1.0f), factor), unordered(factor)));
+      store(shift + i, by);
+      store(shrink + i, factor);
+      store(peak + i, after);
+    }
+    return shrinks;
+  }
+};
+
+}  // namespace
+}  // namespace fastok::FASTOK_ISA

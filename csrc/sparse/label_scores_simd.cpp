@@ -1,0 +1,182 @@
+// Dot products over a few channels, many tokens at a time: labels are channel-major, so that a vector holds one channel
+// of consecutive tokens and nothing has to be added up across it. Bound by reading the labels once.
+#include "cpu/simd.h"
+#include "sparse/label_scores.h"
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+struct int4 {
+  uint8_t bits;  // two codes
+};
+
+inline vf widened(const float* p, bool) { return load(p); }
+inline vf widened(const f16* p, bool) { return load(p); }
+inline vf widened(const bf16* p, bool) { return load(p); }
+#if defined(__AVX512F__)
+inline vf widened(const int8_t* p, bool) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline vf widened(const int4* p, bool high) {
+  const vi bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const vi codes = high ? _mm512_srli_epi32(bytes, 4) : _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(8)));
+}
+#elif defined(__AVX2__)
+inline vf widened(const int8_t* p, bool) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline vf widened(const int4* p, bool high) {
+  const vi bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const vi codes = high ? _mm256_srli_epi32(bytes, 4) : _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(codes, _mm256_set1_epi32(8)));
+}
+#else
+inline vf widened(const int8_t* p, bool) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+inline vf widened(const int4* p, bool high) {
+  vf x;
+  for (int i = 0; i < kLanes; ++i) x[i] = float((high ? p[i].bits >> 4 : p[i].bits & 15) - 8);
+  return x;
+}
+#endif
+
+// The larger one; NaN wins, as in torch's amax.
+inline vf larger(vf a, vf b) { return select(either(greater(a, b), unordered(a)), a, b); }
+
+template <class Code>
+inline constexpr bool kPaired = false;
+template <>
+inline constexpr bool kPaired<int4> = true;
+
+// The best score of kVectors vectors of tokens among `queries` rows of `picked`.
+template <class Code, int kVectors>
+inline __attribute__((always_inline)) void best_of(const LabelScoresCall& call, const Code* codes, const f16* scale,
+                                                   const float* picked, int64_t queries, vf (&best)[kVectors]) {
+  const int64_t pairs = (call.r + 1) / 2;
+  constexpr int kQueries = 4;
+  for (int64_t first = 0; first < queries; first += kQueries) {
+    vf acc[kQueries][kVectors] = {};
+    for (int64_t c = 0; c < call.r; ++c) {
+      const bool high = kPaired<Code> && c >= pairs;
+      const Code* row = codes + (high ? c - pairs : c) * call.channel_stride;
+      vf label[kVectors];
+      for (int v = 0; v < kVectors; ++v) label[v] = widened(row + v * kLanes, high);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQueries; ++i) {
+        const int64_t query = first + i < queries ? first + i : queries - 1;
+        const vf x = splat(picked[query * call.r + c]);
+        for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(label[v], x, acc[i][v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kQueries; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        const vf score = scale ? acc[i][v] * load(scale + v * kLanes) : acc[i][v];
+        best[v] = larger(score, best[v]);
+      }
+  }
+}
+
+template <class Code>
+void score_head(const LabelScoresCall& call, int64_t b, int64_t out_head, const float* picked, int64_t begin,
+                int64_t end) {
+  const float lowest = -std::numeric_limits<float>::infinity();
+  float* out = call.out + (b * call.out_heads + out_head) * call.tokens;
+  const int64_t length = call.lengths ? call.lengths[b] : call.tokens;
+  const int64_t there = length < begin ? begin : length < end ? length : end;
+  for (int64_t t = there; t < end; ++t) out[t] = lowest;
+  const int64_t group = call.heads / call.out_heads, sharing = call.heads / call.labels;
+  const int64_t together = sharing < group ? sharing : group;  // query heads of the group that have the same labels
+  for (int64_t t = begin; t < there;) {
+    constexpr int kVectors = 2;
+    // Less than a vector left: the last one of the range again, or a copy of what there is.
+    const int64_t left = there - t;
+    const int vectors = left >= kVectors * kLanes ? kVectors : 1;
+    const int64_t at = left >= kLanes || there - begin < kLanes ? t : there - kLanes;
+    vf best[kVectors];
+    for (vf& x : best) x = splat(lowest);
+    for (int64_t head = out_head * group; head < (out_head + 1) * group; head += together) {
+      const int64_t label = head / sharing;
+      const Code* codes = static_cast<const Code*>(call.data) + b * call.batch_stride + label * call.head_stride + at;
+      const f16* scale =
+          call.scale ? call.scale + b * call.scale_batch_stride + label * call.scale_head_stride + at : nullptr;
+      const float* queries = picked + head * call.rows * call.r;
+      if (there - at >= kLanes) {
+        if (vectors == kVectors) {
+          best_of<Code, kVectors>(call, codes, scale, queries, together * call.rows, best);
+        } else {
+          vf one[1] = {best[0]};
+          best_of<Code, 1>(call, codes, scale, queries, together * call.rows, one);
+          best[0] = one[0];
+        }
+      } else {
+        // Fewer tokens than lanes in all: into a block of their own, channel after channel.
+        constexpr int kMost = 256;
+        Code block[kMost * kLanes] = {};
+        f16 factors[kLanes] = {};
+        LabelScoresCall part = call;
+        part.channel_stride = kLanes;
+        const int64_t rows = kPaired<Code> ? (call.r + 1) / 2 : call.r;
+        for (int64_t c = 0; c < rows; ++c)
+          for (int64_t i = 0; i < left; ++i) block[c * kLanes + i] = codes[c * call.channel_stride + i];
+        for (int64_t i = 0; scale && i < left; ++i) factors[i] = scale[i];
+        vf one[1] = {best[0]};
+        best_of<Code, 1>(part, block, scale ? factors : nullptr, queries, together * call.rows, one);
+        best[0] = one[0];
+      }
+    }
+    if (there - at >= vectors * kLanes) {
+      for (int v = 0; v < vectors; ++v) store(out + at + v * kLanes, best[v]);
+    } else {
+      float lanes[kLanes];
+      store(lanes, best[0]);
+      for (int64_t i = 0; i < left; ++i) out[t + i] = lanes[i];
+    }
+    t = at + vectors * kLanes;
+  }
+}
+
+void score(const LabelScoresCall& call, int64_t b, int64_t out_head, const float* picked, int64_t begin, int64_t end) {
+  switch (call.code) {
+    case LabelCode::f32:
+      return score_head<float>(call, b, out_head, picked, begin, end);
+    case LabelCode::f16:
+      return score_head<f16>(call, b, out_head, picked, begin, end);
+    case LabelCode::bf16:
+      return score_head<bf16>(call, b, out_head, picked, begin, end);
+    case LabelCode::int8:
+      return score_head<int8_t>(call, b, out_head, picked, begin, end);
+    case LabelCode::int4:
+      return score_head<int4>(call, b, out_head, picked, begin, end);
+  }
+}
+
+template <class T>
+void gather_as(const LabelScoresCall& call, int64_t b, float* picked) {
+  const int64_t served = call.heads / call.lists;
+  for (int64_t h = 0; h < call.heads; ++h)
+    for (int64_t s = 0; s < call.rows; ++s) {
+      const T* q =
+          static_cast<const T*>(call.q) + b * call.q_batch_stride + s * call.q_row_stride + h * call.q_head_stride;
+      const int64_t* list = call.channels + h / served * call.r;
+      for (int64_t c = 0; c < call.r; ++c) *picked++ = widen(q[list[c]]);
+    }
+}
+
+void gather(const LabelScoresCall& call, int64_t b, float* picked) {
+  switch (call.q_dtype) {
+    case Dtype::f16:
+      return gather_as<f16>(call, b, picked);
+    case Dtype::bf16:
+      return gather_as<bf16>(call, b, picked);
+    default:
+      return gather_as<float>(call, b, picked);
+  }
+}
+
+}  // namespace
+
+extern const LabelScoresKernels label_scores_kernels;
+const LabelScoresKernels label_scores_kernels{gather, score};
+
+}  // namespace fastok::FASTOK_ISA

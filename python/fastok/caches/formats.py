@@ -1,0 +1,178 @@
+"""How keys and values are coded: ``Code`` for one of them, ``KVFormat`` for both, presets by published names."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+import torch
+
+from ..reference.kv_layout import CHANNEL_SCALE, COMPAT, SIGN_MIXES, Layout
+
+BITS = (8, 4, 2, 1.58, 1.5, 1.25, 1)
+AFFINE = (8, 4, 2)
+AXES = ("channel", "token")
+SCALE_DTYPES = ("fp16", "bf16", "fp32")
+WIDTHS = "a multiple of 8 from 32 to 256"
+
+
+@dataclass(frozen=True)
+class Code:
+    """How keys (or values) are coded.
+
+    Attributes:
+        bits: 8, 4, 2: affine, ``x = code * scale + zero``, the group's range exactly covered. 1.58: ternary, five trits
+            a byte, thresholds ±gamma·mean|x|, scale the mean |x| beyond them. 1.5, 1.25, 1: the half spectrum (over
+            channels) of the channels with the smaller ranges in sign bits, ± mean of the magnitudes, and the share
+            0.5, 0.25, 0 of channels with the largest ranges in affine 2 bits. The number of sign-coded channels must be
+            a power of two for the spectrum to be taken; where it is not, the channels' own signs are coded.
+        axis: ``"channel"``: a group is ``group`` consecutive tokens of one channel; ``"token"``: ``group`` consecutive
+            channels of one token.
+        channel_scale: divide each channel by the square root of its largest magnitude (in the first sealed page)
+            before coding: the channel-separable token-wise scheme of ZipCache.
+        gamma: the ternary threshold; 0.7 is the VidKV paper's, 0.5 the release's.
+        compat: numerics as in VidKV's release: ternary codes without a scale, spectrum components 0 or s.
+    """
+
+    bits: float
+    axis: Literal["channel", "token"]
+    channel_scale: bool = field(default=False, kw_only=True)
+    gamma: float = field(default=0.7, kw_only=True)
+    compat: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {self.bits!r}")
+        if self.axis not in AXES:
+            raise ValueError(f"axis must be 'channel' or 'token', got {self.axis!r}")
+        if self.channel_scale and (self.bits not in AFFINE or self.axis != "token"):
+            raise ValueError(f"channel_scale goes with bits 8, 4 or 2 and axis 'token'; got {self.bits}, {self.axis!r}")
+        if not 0 <= self.gamma < float("inf"):
+            raise ValueError(f"gamma must be finite and not negative, got {self.gamma!r}")
+
+    @property
+    def hundredths(self) -> int:
+        """``bits`` as the ops take them."""
+        return round(100 * self.bits)
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How a cache is stored.
+
+    Attributes:
+        key, value: a :class:`Code` each.
+        group: elements that share parameters, a multiple of 8 up to 256. Along channels a head with fewer has one
+            group, and the last group may be shorter.
+        page: tokens that are sealed together, a multiple of 8 up to 256; of ``group`` too, for codes along channels.
+        hot: tokens (at least) that stay in the model's dtype.
+        scale_dtype: of the parameters: ``"fp16"``, ``"bf16"`` or ``"fp32"``. Groups whose range it cannot hold become
+            NaN.
+        low_bits: two classes of tokens: those that are not salient have this many bits (4 or 2, fewer than both codes,
+            which must be affine; ``group`` must be at least ``page`` for codes along channels).
+    """
+
+    key: Code
+    value: Code
+    group: int = 64
+    page: int = 64
+    hot: int = 128
+    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    low_bits: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("key", "value"):
+            if not isinstance(getattr(self, name), Code):
+                raise TypeError(f"{name} must be a Code, got {getattr(self, name)!r}")
+        for name in ("group", "page"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size % 8 or not 8 <= size <= 256:
+                raise ValueError(f"{name} must be a multiple of 8 from 8 to 256, got {size!r}")
+        along_channels = "channel" in (self.key.axis, self.value.axis)
+        if along_channels and self.page % self.group:
+            raise ValueError(f"page must be a multiple of group, {self.group}, for codes of axis 'channel'; "
+                             f"got {self.page}")  # fmt: skip
+        if not isinstance(self.hot, int) or self.hot < 0:
+            raise ValueError(f"hot must be an int >= 0, got {self.hot!r}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}; got {self.scale_dtype!r}")
+        if self.low_bits is not None:
+            least = min(self.key.bits, self.value.bits)
+            affine = self.key.bits in AFFINE and self.value.bits in AFFINE
+            if self.low_bits not in (4, 2) or not affine or self.low_bits >= least:
+                raise ValueError(f"low_bits must be 4 or 2 and fewer than the bits of two affine codes, here "
+                                 f"{self.key.bits} and {self.value.bits}; got {self.low_bits!r}")  # fmt: skip
+            if along_channels and self.group != self.page:
+                raise ValueError(f"group must be page, {self.page}, for two classes of tokens; got {self.group}")
+
+    @classmethod
+    def preset(cls, name: str) -> "KVFormat":
+        """A published format by name, one of ``KVFormat.presets()``; ValueError for others."""
+        if name not in PRESETS:
+            raise ValueError(f"format must be a KVFormat or one of {', '.join(PRESETS)}; got {name!r}")
+        return PRESETS[name]
+
+    @staticmethod
+    def presets() -> tuple[str, ...]:
+        """The names that :meth:`preset` knows."""
+        return tuple(PRESETS)
+
+    @classmethod
+    def of(cls, fmt: Union["KVFormat", str]) -> "KVFormat":
+        """``fmt``, or the preset of that name."""
+        return fmt if isinstance(fmt, KVFormat) else cls.preset(fmt)
+
+    @property
+    def flat(self) -> list[int]:
+        """As the ops take it (``reference.kv_layout.Layout.of``)."""
+        sides = [[code.hundredths, AXES.index(code.axis), CHANNEL_SCALE * code.channel_scale + COMPAT * code.compat]
+                 for code in (self.key, self.value)]  # fmt: skip
+        low = 100 * (self.low_bits or 0)
+        return [*sides[0], *sides[1], self.group, self.page, SCALE_DTYPES.index(self.scale_dtype), low]
+
+    @property
+    def scale_torch_dtype(self) -> torch.dtype:
+        """``scale_dtype`` as torch knows it."""
+        return Layout.of(self.flat, 32).scale_dtype
+
+    def bits_per_element(self, width: int, *, salient: float = 0.6) -> tuple[float, float]:
+        """Stored bits per key element and per value element of a sealed page, parameters and padding included.
+
+        Args:
+            width: channels of a head.
+            salient: share of tokens in the high class, where there are two (0.6 as in ZipCache).
+        """
+        layout = self.layout(width)
+        high = round(self.page * salient) if self.low_bits else self.page
+        sizes = layout.sizes(high, self.page - high, layout.token_groups)
+        key, value = (8 * size / (self.page * width) for size in sizes)
+        return key, value
+
+    def layout(self, width: int) -> Layout:
+        """The byte layout for heads of ``width`` channels; ValueError where there is none."""
+        if width % 8 or not 32 <= width <= 256:
+            raise ValueError(f"head dim must be {WIDTHS}, got {width}")
+        return Layout.of(self.flat, width)
+
+    def describe(self, width: int) -> str:
+        """One line: what is stored, and what it takes."""
+        layout, texts = self.layout(width), []
+        for name, code, side in (("keys", self.key, layout.key), ("values", self.value, layout.value)):
+            what = f"{code.bits:g} bits per {code.axis}"
+            if code.hundredths in SIGN_MIXES:
+                easy = side.parts[0]
+                signs = "of their spectrum" if easy.fourier else f"of their own ({easy.channels} is no power of two)"
+                what += f" ({easy.channels} channels by signs {signs}, {side.hard} affine)"
+            texts.append(f"{name} {what}")
+        key, value = self.bits_per_element(width)
+        return f"{', '.join(texts)}: {key:.3f} and {value:.3f} bits per element at head dim {width}"
+
+
+PRESETS = {
+    "int8": KVFormat(Code(8, "token"), Code(8, "token"), group=256),
+    "int4": KVFormat(Code(4, "token"), Code(4, "token"), group=256),
+    "kivi-4": KVFormat(Code(4, "channel"), Code(4, "token")),
+    "kivi-2": KVFormat(Code(2, "channel"), Code(2, "token")),
+    "zipcache-4/2": KVFormat(Code(4, "channel"), Code(4, "token", channel_scale=True), group=128, page=128, low_bits=2),
+    "vidkv-2": KVFormat(Code(2, "channel"), Code(2, "channel")),
+    "vidkv-1.5": KVFormat(Code(1.5, "channel"), Code(2, "channel")),
+    "vidkv-1.5/1.58": KVFormat(Code(1.5, "channel"), Code(1.58, "channel")),
+}

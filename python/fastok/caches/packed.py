@@ -1,0 +1,446 @@
+"""``PackedKV``: sealed pages of packed bytes plus a hot window, kept by ``kv_pack``, ``append`` and ``keep``."""
+
+import torch
+from torch import Tensor
+
+from ..ops import quantize as ops
+from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
+from ..reference.quantize import gather_bytes, scatter_bytes
+from .formats import KVFormat
+
+CHUNK = 64  # pages that `keep` moves at a time
+
+
+def kv_pack(k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None = None) -> "PackedKV":
+    """A packed cache of given keys and values.
+
+    Args:
+        k, v: ``[B,T,G,D]`` fp32, fp16 or bf16, any strides with a contiguous last dimension. D is a multiple of 8 from
+            32 to 256.
+        fmt: a :class:`KVFormat` or the name of a preset. The first ``max(0, T - hot) // page * page`` tokens are
+            sealed, the others stay as they are.
+        salient: bool ``[B,G,T]``: the tokens of the high class, for formats of two classes (None: all).
+
+    Raises:
+        TypeError: a dtype that is not listed. ValueError: shapes that do not fit, an unknown preset, or ``salient`` for
+        a format of one class.
+
+    Bytes are the same on every backend, and the same whether tokens come at once or one by one. A group that contains
+    NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected.
+    Deterministic; no host synchronisation. KIVI (Liu et al., ICML 2024), ZipCache (He et al., NeurIPS 2024), VidKV
+    (Tao et al., 2025).
+    """
+    fmt = KVFormat.of(fmt)
+    ops.check_keys_values(k, v)
+    batch, total, groups, width = k.shape
+    if salient is not None:
+        ops.check_salient(salient, fmt.low_bits is not None, (batch, groups, total))
+    cache = PackedKV(fmt, batch, groups, width, dtype=k.dtype, device=k.device)
+    return cache._append(k, v, salient)
+
+
+class PackedKV:
+    """A batch's packed keys and values of one layer; made by :func:`kv_pack` or empty by the constructor.
+
+    Attributes:
+        format: the :class:`KVFormat`.
+        data: uint8, the records of all sealed pages (docs/kv-format.md); may be longer than what is used.
+        offset: int64 ``[B,G,pages]``, where each head's records begin.
+        counts: int16 ``[B,G,pages,token groups]``, tokens left of each group of tokens.
+        classes: uint8 ``[B,G,pages,ceil(page/8)]``, a bit for every token of the high class; None for one class.
+        key_channels, value_channels: fp16 ``[B,G,D]``, frozen at the first seal: 1 for the channels that a mixed code
+            codes in 2 bits, or the factors of ``channel_scale``; None where the code needs none.
+        hot_k, hot_v: ``[B,G,hot + page,D]``, the newest tokens; hot_len: int32 ``[B,G]``, how many.
+    """
+
+    def __init__(
+        self, fmt: KVFormat | str, batch: int, groups: int, width: int, *, dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        self.format = KVFormat.of(fmt)
+        self.layout = self.format.layout(width)
+        self.width = width
+        window = self.format.hot + self.format.page
+        self.data = torch.empty(0, dtype=torch.uint8, device=device)
+        self._used = 0
+        self._pages = [[0] * groups for _ in range(batch)]
+        self._hot = [[0] * groups for _ in range(batch)]
+        self._offset = torch.zeros(batch, groups, 0, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(batch, groups, 0, self.layout.token_groups, dtype=torch.int16, device=device)
+        self._classes = None
+        if self.layout.two_classes:
+            of_page = (self.format.page + 7) // 8
+            self._classes = torch.zeros(batch, groups, 0, of_page, dtype=torch.uint8, device=device)
+        self.key_channels: Tensor | None = None
+        self.value_channels: Tensor | None = None
+        self.hot_k = torch.zeros(batch, groups, window, width, dtype=dtype, device=device)
+        self.hot_v = torch.zeros_like(self.hot_k)
+        self._hot_high: Tensor | None = None
+        self.hot_len = torch.zeros(batch, groups, dtype=torch.int32, device=device)
+
+    # ---- what it holds -----------------------------------------------------------------------------------------------
+
+    @property
+    def n_pages(self) -> int:
+        """Sealed pages of the head that has most."""
+        return max((n for row in self._pages for n in row), default=0)
+
+    @property
+    def offset(self) -> Tensor:
+        """See the class."""
+        return self._offset[:, :, : self.n_pages]
+
+    @property
+    def counts(self) -> Tensor:
+        """See the class."""
+        return self._counts[:, :, : self.n_pages]
+
+    @property
+    def classes(self) -> Tensor | None:
+        """See the class."""
+        return None if self._classes is None else self._classes[:, :, : self.n_pages]
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """int32 ``[B,G]``: tokens of each head."""
+        return self.counts.sum((2, 3), dtype=torch.int32) + self.hot_len
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored, spare capacity included."""
+        parts = (self.data, self._offset, self._counts, self._classes, self.key_channels, self.value_channels,
+                 self.hot_k, self.hot_v, self.hot_len)  # fmt: skip
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The tensors that the ops take, up to the format."""
+        return (self.data, self.offset, self.counts, self.classes, self.key_channels, self.value_channels, self.hot_k,
+                self.hot_v, self.hot_len)  # fmt: skip
+
+    def record(self, b: int, g: int, page: int) -> Tensor:
+        """The bytes of one sealed page of one head."""
+        part = slice(page, page + 1)
+        at = Addresses.of(self.layout, self.offset[b, g, part], self.counts[b, g, part],
+                          None if self.classes is None else self.classes[b, g, part])  # fmt: skip
+        begin = int(self.offset[b, g, page])
+        return self.data[begin : begin + int(at.size)]
+
+    def unpack(self) -> tuple[Tensor, Tensor]:
+        """``(k, v)`` ``[B,T,G,D]`` in the model's dtype, T the longest head's; 0 behind the end of shorter ones."""
+        total = int(self.seq_lens.max()) if self.hot_len.numel() else 0
+        k, v = torch.ops.fastok.kv_unseal(*self.arguments, self.format.flat, total)
+        return k, v
+
+    def __repr__(self) -> str:
+        batch, groups = self.hot_len.shape
+        return f"PackedKV({batch} x {groups} heads of {self.width}, {self.n_pages} pages, {self.nbytes} bytes)"
+
+    # ---- growing -----------------------------------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> "PackedKV":
+        """Take memory for ``tokens`` tokens per head at once: :meth:`append` allocates nothing until there are more."""
+        pages = max(0, tokens - self.format.hot) // self.format.page
+        heads = self.hot_len.numel()
+        self._grow_data(heads * pages * self.layout.full_record())
+        self._grow_directory(pages)
+        return self
+
+    def append(self, k: Tensor, v: Tensor) -> "PackedKV":
+        """Add the tokens ``k, v [B,S,G,D]`` at the end of every head; in place, returns self.
+
+        Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed (in the high class,
+        where there are two). Allocates only when capacity runs out, which then grows by half.
+
+        Raises:
+            TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit.
+        """
+        ops.check_keys_values(k, v)
+        ops.check_appended(k, self.hot_k)
+        return self._append(k, v, None)
+
+    def _append(self, k: Tensor, v: Tensor, salient: Tensor | None) -> "PackedKV":
+        total, page, window = k.shape[1], self.format.page, self.hot_k.shape[2]
+        start = 0
+        if total and self.n_pages == 0 and not any(map(any, self._hot)):
+            sealed = max(0, total - self.format.hot) // page * page
+            if sealed:
+                high = None if salient is None else salient[:, :, :sealed]
+                self._seal(k[:, :sealed], v[:, :sealed], None, high)
+            start = sealed
+        while start < total:
+            room = window - max(map(max, self._hot))
+            count = min(room, total - start)
+            new = slice(start, start + count)
+            self._write_hot(k[:, new].transpose(1, 2), v[:, new].transpose(1, 2))
+            if self._classes is not None and salient is not None:
+                self._note_salient(salient[:, :, new])
+            start += count
+            self._seal_full_windows()
+        return self
+
+    def _write_hot(self, k: Tensor, v: Tensor) -> None:
+        count, first = k.shape[2], self._hot[0][0]
+        if all(n == first for row in self._hot for n in row):
+            self.hot_k[:, :, first : first + count] = k
+            self.hot_v[:, :, first : first + count] = v
+        else:
+            place = self.hot_len[..., None].long() + torch.arange(count, device=k.device)
+            place = place[..., None].expand(*place.shape, self.width)
+            self.hot_k.scatter_(2, place, k)
+            self.hot_v.scatter_(2, place, v)
+        self.hot_len += count
+        self._hot = [[n + count for n in row] for row in self._hot]
+
+    def _note_salient(self, salient: Tensor) -> None:
+        """Remember the classes of hot tokens that were given; others are high. Only ``kv_pack`` gives any."""
+        if self._hot_high is None:
+            self._hot_high = torch.ones(self.hot_k.shape[:3], dtype=torch.bool, device=salient.device)
+        last = self._hot[0][0]
+        self._hot_high[:, :, last - salient.shape[2] : last] = salient
+
+    def _seal_full_windows(self) -> None:
+        page, window = self.format.page, self.hot_k.shape[2]
+        full = [(b, g) for b, row in enumerate(self._hot) for g, n in enumerate(row) if n == window]
+        if not full:
+            return
+        every = len(full) == self.hot_len.numel()
+        hot = (self.hot_k, self.hot_v, *(() if self._hot_high is None else (self._hot_high,)))
+        if every:
+            oldest = [x[:, :, :page] for x in hot]
+            self._seal(oldest[0].transpose(1, 2), oldest[1].transpose(1, 2), None, oldest[2] if len(hot) > 2 else None)
+            for x in hot:
+                x[:, :, : window - page] = x[:, :, page:].clone()
+            self.hot_len -= page
+        else:
+            b, g = torch.tensor(full, device=self.hot_len.device).T
+            oldest = [x[b, g, :page] for x in hot]
+            high = oldest[2][:, None] if len(hot) > 2 else None
+            self._seal(oldest[0][:, :, None], oldest[1][:, :, None], full, high)
+            for x in hot:
+                x[b, g, : window - page] = x[b, g, page:]
+            self.hot_len[b, g] -= page
+        if self._hot_high is not None:
+            self._hot_high[:, :, window - page :] = True
+        for b_, g_ in full:
+            self._hot[b_][g_] -= page
+
+    def _seal(self, k: Tensor, v: Tensor, heads: list[tuple[int, int]] | None, high: Tensor | None) -> None:
+        """Seal whole pages ``k, v [B,n*page,G,D]`` of all heads, or ``[heads,n*page,1,D]`` of some."""
+        layout, page = self.layout, self.format.page
+        if self.key_channels is None and self.value_channels is None:
+            self._choose_channels(k[:, :page], v[:, :page])
+        channels = [self.key_channels, self.value_channels]
+        index = None
+        if heads is not None:
+            index = torch.tensor(heads, device=k.device).T
+            channels = [None if c is None else c[index[0], index[1]][:, None] for c in channels]
+        batch, tokens, groups, _ = k.shape
+        n = tokens // page
+        classes = None
+        if layout.two_classes:
+            if high is None:
+                high = torch.ones(batch, groups, tokens, dtype=torch.bool, device=k.device)
+            classes = pack_bits(high.unflatten(2, (n, page)))
+        offset = self._take(batch, groups, n, classes)
+        torch.ops.fastok.kv_seal(self.data, offset, k, v, classes, *channels, self.format.flat, self.format.key.gamma,
+                                 self.format.value.gamma)  # fmt: skip
+        self._enter(offset, classes, heads, index)
+
+    def _take(self, batch: int, groups: int, n: int, classes: Tensor | None) -> Tensor:
+        """Memory for records: their offsets ``[batch,groups,n]``."""
+        device, layout, page = self.data.device, self.layout, self.format.page
+        if classes is None:
+            size = layout.full_record()
+            self._grow_data(self._used + batch * groups * n * size)
+            offset = self._used + size * torch.arange(batch * groups * n, device=device).view(batch, groups, n)
+            self._used += batch * groups * n * size
+            return offset
+        high = unpack_bits(classes, page).sum(-1)
+        sizes = sum(layout.sizes(high, page - high, layout.token_groups)).flatten()
+        ends = sizes.cumsum(0)
+        offset = (self._used + ends - sizes).view(batch, groups, n)
+        needed = self._used + int(ends[-1]) if len(ends) else self._used
+        self._grow_data(needed)
+        self._used = needed
+        return offset
+
+    def _enter(
+        self, offset: Tensor, classes: Tensor | None, heads: list[tuple[int, int]] | None, index: Tensor | None
+    ) -> None:
+        n, each = offset.shape[2], self.format.page // self.layout.token_groups
+        before = self._pages
+        pairs = heads or [(b, g) for b, row in enumerate(before) for g in range(len(row))]
+        self._grow_directory(max(before[b][g] + n for b, g in pairs) if pairs else 0)
+        first = before[0][0] if pairs else 0
+        if heads is None and all(m == first for row in before for m in row):
+            new = slice(first, first + n)
+            self._offset[:, :, new] = offset
+            self._counts[:, :, new] = each
+            if classes is not None and self._classes is not None:
+                self._classes[:, :, new] = classes
+        else:
+            if index is None:
+                index = torch.tensor(pairs, device=offset.device).T
+            at = torch.tensor([before[b][g] for b, g in pairs], device=offset.device)
+            for page in range(n):
+                self._offset[index[0], index[1], at + page] = offset.flatten(0, 1)[:, page]
+                self._counts[index[0], index[1], at + page] = each
+                if classes is not None and self._classes is not None:
+                    self._classes[index[0], index[1], at + page] = classes.flatten(0, 1)[:, page]
+        for b, g in pairs:
+            before[b][g] += n
+
+    def _grow_data(self, needed: int) -> None:
+        if needed <= self.data.numel():
+            return
+        capacity = needed if self._used == 0 else max(needed, self.data.numel() * 3 // 2)
+        grown = torch.empty(capacity, dtype=torch.uint8, device=self.data.device)
+        grown[: self._used] = self.data[: self._used]
+        self.data = grown
+
+    def _grow_directory(self, pages: int) -> None:
+        held = self._offset.shape[2]
+        if pages <= held:
+            return
+        more = (pages if held == 0 else max(pages, held * 3 // 2 + 1)) - held
+        self._offset = torch.nn.functional.pad(self._offset, (0, more))
+        self._counts = torch.nn.functional.pad(self._counts, (0, 0, 0, more))
+        if self._classes is not None:
+            self._classes = torch.nn.functional.pad(self._classes, (0, 0, 0, more))
+
+    def _choose_channels(self, k: Tensor, v: Tensor) -> None:
+        """What is frozen at the first seal, from the first page of all heads."""
+        for name, x, side in (("key_channels", k, self.layout.key), ("value_channels", v, self.layout.value)):
+            if side.channel_scale:
+                factor = x.float().abs().nan_to_num(0, 0, 0).amax(1).sqrt().half()
+                setattr(self, name, torch.where((factor > 0) & factor.isfinite(), factor, 1))
+            elif side.hard:
+                over = (0, 1, 2) if side.compat else (1, 2)
+                x = x.float()
+                span = (x.amax(over, keepdim=True) - x.amin(over, keepdim=True)).nan_to_num(-1, torch.inf)
+                rank = span.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+                hard = (rank < side.hard).half().squeeze(1)
+                batch, _, groups, width = x.shape
+                setattr(self, name, hard.expand(batch, groups, width).contiguous())
+
+    # ---- batches and newest tokens -----------------------------------------------------------------------------------
+
+    def select(self, index: Tensor) -> "PackedKV":
+        """Make samples ``index[B']`` the batch (repeated ones share their sealed bytes); in place, returns self."""
+        for name in ("_offset", "_counts", "_classes", "key_channels", "value_channels", "hot_k", "hot_v", "_hot_high",
+                     "hot_len"):  # fmt: skip
+            part: Tensor | None = getattr(self, name)
+            if part is not None:
+                setattr(self, name, part.index_select(0, index.to(part.device)))
+        places = index.tolist()
+        self._pages = [list(self._pages[i]) for i in places]
+        self._hot = [list(self._hot[i]) for i in places]
+        return self
+
+    def crop(self, length: int) -> "PackedKV":
+        """Forget all but the ``length`` oldest tokens of each head; in place, returns self.
+
+        Cheap while those forgotten are hot; sealed ones are taken out as by :meth:`keep`.
+        """
+        sealed = self.counts.sum((2, 3), dtype=torch.int32)
+        if length >= int(sealed.max() if sealed.numel() else 0):
+            self.hot_len.copy_(torch.minimum(self.hot_len, (length - sealed).clamp(min=0)))
+            self._hot = self.hot_len.tolist()
+            return self
+        places = torch.arange(length, device=sealed.device).expand(*sealed.shape, -1)
+        return self.keep(torch.where(places < self.seq_lens[..., None], places, -1))
+
+    # ---- eviction ----------------------------------------------------------------------------------------------------
+
+    def keep(self, index: Tensor) -> "PackedKV":
+        """Keep only the tokens at ``index[B,G,K]`` of each head; in place, returns self.
+
+        Args:
+            index: integer, the places of tokens in their head (0 is the oldest), in any order; -1 pads, so that heads
+                may keep different numbers. What is kept stays in order of age.
+
+        Raises:
+            ValueError: a wrong shape, a place beyond the cache's longest head, or one given twice.
+
+        Codes and parameters are copied, never quantized again; data is compacted, pages without survivors vanish. Waits
+        for the device once.
+        """
+        ops.check_kept(index, self.hot_len, int(self.seq_lens.max()) if self.hot_len.numel() else 0)
+        counts, device = self.counts.long(), self.data.device
+        length, page = counts.sum(-1), self.format.page
+        first, sealed = length.cumsum(-1) - length, length.sum(-1)
+        total = self.n_pages * page + self.hot_k.shape[2]
+        chosen = torch.zeros(*self.hot_len.shape, total + 1, dtype=torch.bool, device=device)
+        chosen.scatter_(2, torch.where(index < 0, total, index).long(), True)
+        entry = torch.arange(page, device=device)
+        stays = chosen.gather(2, (first[..., None] + entry).flatten(2)).unflatten(2, (-1, page))
+        stays &= entry < length[..., None]
+        self._keep_hot(chosen, sealed)
+        self._keep_pages(stays)
+        return self
+
+    def _keep_hot(self, chosen: Tensor, sealed: Tensor) -> None:
+        entry = torch.arange(self.hot_k.shape[2], device=chosen.device)
+        stays = chosen.gather(2, sealed[..., None] + entry) & (entry < self.hot_len[..., None])
+        order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+        wide = order[..., None].expand(*order.shape, self.width)
+        self.hot_k.copy_(self.hot_k.gather(2, wide))
+        self.hot_v.copy_(self.hot_v.gather(2, wide))
+        if self._hot_high is not None:
+            self._hot_high.copy_(self._hot_high.gather(2, order) | (entry >= stays.sum(-1, keepdim=True)))
+        self.hot_len.copy_(stays.sum(-1))
+        self._hot = self.hot_len.tolist()
+
+    def _keep_pages(self, stays: Tensor) -> None:
+        layout, old_offset, old_counts, old_classes = self.layout, self.offset, self.counts, self.classes
+        device = stays.device
+        bounds = old_counts.long().cumsum(-1)
+        upto = torch.nn.functional.pad(stays.long().cumsum(-1), (1, 0))
+        kept = upto.gather(-1, bounds)
+        counts = kept.diff(dim=-1, prepend=torch.zeros_like(kept[..., :1]))
+        place = upto[..., 1:] - 1  # of an entry among the survivors of its page
+        classes = None
+        if old_classes is not None:
+            high = unpack_bits(old_classes, self.format.page)
+            order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+            classes = pack_bits(high.gather(-1, order) & stays.gather(-1, order))
+        new_at = Addresses.of(layout, torch.zeros_like(old_offset), counts, classes)
+        ends = new_at.size.flatten().cumsum(0)
+        offset = (ends - new_at.size.flatten()).view_as(old_offset)
+        data = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=device)
+        for begin in range(0, old_offset.shape[2], CHUNK):
+            part = slice(begin, begin + CHUNK)
+            old, new = (
+                Addresses.of(layout, o[:, :, part], c[:, :, part], None if bits is None else bits[:, :, part])
+                for o, c, bits in ((old_offset, old_counts, old_classes), (offset, counts, classes))
+            )
+            _move(self.data, old, data, new, stays[:, :, part], place[:, :, part].clamp(min=0))
+        # Pages that are still there come first, in order.
+        order = (counts.sum(-1) == 0).to(torch.int8).argsort(dim=-1, stable=True)
+        self._pages = (counts.sum(-1) > 0).sum(-1).tolist()
+        most = self.n_pages
+        self._offset = offset.gather(2, order)[:, :, :most].contiguous()
+        self._counts = _by_page(counts, order)[:, :, :most].to(torch.int16).contiguous()
+        if classes is not None:
+            self._classes = _by_page(classes, order)[:, :, :most].contiguous()
+        self.data, self._used = data, data.numel()
+
+
+def _by_page(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
+
+
+def _move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays: Tensor, place: Tensor) -> None:
+    """Copy the rows of the entries that stay, and the parameters that they use, to where they are now."""
+    layout = old.layout
+    for which, side in enumerate((layout.key, layout.value)):
+        of_class = [(stays if old.high is None else stays & old.high, side.row_bytes())]
+        if old.high is not None:
+            of_class.append((stays & ~old.high, side.row_bytes(False)))
+        for chosen, size in of_class:
+            to = new.codes[which].gather(-1, place)[chosen]
+            scatter_bytes(target, to, gather_bytes(source, old.codes[which][chosen], size))
+        for start, end, width in zip(old.arrays[which], new.arrays[which], side.array_widths, strict=True):
+            moved = gather_bytes(source, start[stays], width * side.scale_bytes)
+            scatter_bytes(target, end.gather(-1, place)[stays], moved)

@@ -1,0 +1,208 @@
+"""Double Sparsity's offline calibration: which channels of a model's queries and keys are large, layer by layer."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import check_int
+from ..ops.sparse import check_statistic
+from ..reference.sparse import channel_statistic, heaviest
+from .swap import Swaps, calls, rebound
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The label channels of every layer of one model.
+
+    Attributes:
+        channels: int64 ``[layers, H or G, r]``, heaviest first.
+        statistic: what they are the largest of, see `calibrate_channels`.
+        model: the model's class and, where it has one, its name or path.
+        checksum: tells the model's attention weights from others', whatever dtype they were loaded in.
+    """
+
+    channels: Tensor
+    statistic: str
+    model: str
+    checksum: str
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file. ImportError without the safetensors package."""
+        from safetensors.torch import save_file
+
+        about = {"statistic": self.statistic, "model": self.model, "checksum": self.checksum}
+        save_file({"channels": self.channels.contiguous()}, path, {"fastok.calibration": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> "Calibration":
+        """Read what `save` wrote. ValueError if the file is no calibration, or one of another model than ``model``."""
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("fastok.calibration", "null"))
+            if about is None or "channels" not in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                raise ValueError(f"path must name a file that Calibration.save wrote, got {path}")
+            loaded = cls(file.get_tensor("channels"), **about)
+        if model is not None:
+            loaded.check(model)
+        return loaded
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError unless ``model`` is the one that was calibrated."""
+        checksum = _checksum(_attentions(model))
+        if checksum != self.checksum:
+            raise ValueError(
+                f"model must be the one that was calibrated, {self.model} ({self.checksum[:12]}); got {_name(model)} "
+                f"({checksum[:12]})"
+            )
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    r: int,
+    *,
+    statistic: str = "qk",
+    compat: bool = False,
+) -> Calibration:
+    """Run ``model`` over ``batches`` and note the channels in which its queries and keys are largest.
+
+    Args:
+        model: a transformers causal language model (or its decoder) with separate query and key projections.
+        batches: token ids ``[B,S]``, or the model's keyword arguments; tokens that an ``attention_mask`` hides do not
+            count. Published: 256 documents of the Pile's validation set in blocks of 512 tokens.
+        r: channels per head, within [1, D].
+        statistic: ``"qk"`` after rotary embedding; ``"q"`` or ``"k"``, the projections' outputs.
+        compat: as released, where a wrong key makes ``"qk"`` forget all batches but the last.
+
+    Raises:
+        TypeError: no attention layers of that kind in the model (names what is required). ValueError: no batch, or an
+            argument out of range.
+
+    Sums over all batches in fp64. The model is left as it was, in its training mode; no gradients.
+    """
+    check_int("r", r)
+    check_statistic(statistic)
+    attentions = _attentions(model)
+    head_dim = attentions[0].head_dim
+    if not 1 <= r <= head_dim:
+        raise ValueError(f"r must be within [1, D={head_dim}], got {r}")
+    counters = [_Counter(statistic) for _ in attentions]
+    swaps, hooks = Swaps(), []
+    seen = 0
+    try:
+        for attention, counter in zip(attentions, counters, strict=True):
+            if statistic == "qk":
+                swaps.swap(attention, counter, _counting)
+            else:
+                projection = attention.q_proj if statistic == "q" else attention.k_proj
+                hooks.append(projection.register_forward_hook(counter.projected(head_dim)))
+        for batch in batches:
+            arguments = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            mask = arguments.get("attention_mask")
+            for counter in counters:
+                counter.mask = mask
+                if compat and statistic == "qk":
+                    counter.total = None
+            with torch.no_grad():
+                model(**arguments)
+            seen += 1
+    finally:
+        swaps.restore()
+        for hook in hooks:
+            hook.remove()
+    if seen == 0:
+        raise ValueError("batches must have at least one batch, got none")
+    totals = [counter.total for counter in counters]
+    if any(total is None for total in totals):
+        raise TypeError(f"{_name(model)} did not run all of its {len(totals)} attention layers on the batches")
+    channels = torch.stack([heaviest(total, r).cpu() for total in totals if total is not None])
+    return Calibration(channels, statistic, _name(model), _checksum(attentions))
+
+
+class _Counter:
+    """Adds up one layer's statistic."""
+
+    def __init__(self, statistic: str) -> None:
+        self.statistic = statistic
+        self.total: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def add(self, q: Tensor, k: Tensor) -> None:
+        """Of ``[B,S,H,D]`` and ``[B,S,G,D]``."""
+        if self.mask is not None:
+            there = self.mask[:, -q.shape[1] :, None, None].to(q.device).bool()
+            q, k = q.where(there, 0), k.where(there, 0)
+        statistic = channel_statistic(q, k, self.statistic)
+        self.total = statistic if self.total is None else self.total + statistic
+
+    def projected(self, head_dim: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        """A forward hook for a projection."""
+
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            heads = output.unflatten(-1, (-1, head_dim))
+            self.add(heads, heads)
+
+        return hook
+
+
+class _Interface:
+    """In place of ``ALL_ATTENTION_FUNCTIONS`` in the forward of an attention class."""
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        functions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+        own: Callable[..., Any] = functions.get_interface(name, default)
+
+        def attend(module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
+            new = key[:, :, key.shape[2] - query.shape[2] :]
+            module._fastok.add(query.transpose(1, 2), new.transpose(1, 2))
+            return own(module, query, key, *args, **options)
+
+        return attend
+
+
+_interface = _Interface()
+
+
+def _counting(base: Any) -> dict[str, Any]:
+    return {"forward": rebound(base.forward, ALL_ATTENTION_FUNCTIONS=_interface)}
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    """The self-attention modules, in the order of their layers."""
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "q_proj", None), nn.Module)
+        and isinstance(getattr(module, "k_proj", None), nn.Module)
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and calls(type(module).forward, "ALL_ATTENTION_FUNCTIONS")
+    ]
+    if not found:
+        raise TypeError(
+            f"model must have attention layers with q_proj, k_proj and transformers' attention interface (Llama, "
+            f"Mistral, Qwen, Gemma and their like); {_name(model)} has none"
+        )
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+def _name(model: nn.Module) -> str:
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f"{type(model).__name__} {path}".strip()
+
+
+def _checksum(attentions: list[Any]) -> str:
+    """Of a sample of every layer's key projection, in bf16 so that a model loaded in bf16 has the same."""
+    digest = hashlib.sha256()
+    for attention in attentions:
+        weight = attention.k_proj.weight.detach().flatten()
+        sample = weight[:: max(1, weight.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

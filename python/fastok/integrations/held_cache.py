@@ -1,0 +1,172 @@
+"""What fastok's caches for transformers have in common: a store per layer that attention reads in place."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ..ops.decode import MOST_ROWS
+from .held import hold
+
+
+class Store(Protocol):
+    """Keys and values of one layer."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+    def crop(self, length: int) -> Any:
+        """Forget all but the ``length`` oldest tokens."""
+
+    def select(self, index: Tensor) -> Any:
+        """Make samples ``index[B']`` the batch."""
+
+
+class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a cache that fastok's attention reads in place.
+
+    Attributes:
+        length: tokens that went through it, whatever is still stored.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    most_rows: int = MOST_ROWS
+    """New tokens that can be attended with in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self._prompt: tuple[Tensor, Tensor] | None = None
+
+    # ---- for subclasses ----------------------------------------------------------------------------------------------
+
+    @property
+    def stores(self) -> list[Store]:
+        """All that is stored."""
+        raise NotImplementedError
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Store new tokens ``[B,G,S,D]``."""
+        raise NotImplementedError
+
+    def crop_stores(self, length: int) -> None:
+        """Forget all but the ``length`` oldest tokens."""
+        for store in self.stores:
+            store.crop(length)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B,G,T,D]``."""
+        raise NotImplementedError
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether a prompt is only to be stored once its attention was seen (`observe`)."""
+        return False
+
+    # ---- transformers' interface -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Get ready for tensors like these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, before = key_states.shape[2], self.length
+        self.length += new
+        states = key_states.detach(), value_states.detach()
+        if before == 0:
+            if self.wants_prompt:
+                self._prompt = states
+                return hold(self, key_states, value_states)
+            self.append(*states)
+            return key_states, value_states
+        if new <= self.most_rows:
+            self.append(*states)
+            return hold(self, key_states, value_states)
+        old = self.unpacked()
+        self.append(*states)
+        return torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a mask for ``query_length`` more tokens has, and the position of the first."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens that went through."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized, self.length, self._prompt = False, 0, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, given as a number of at most 0."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
+        if tokens_to_remove < 0 and self.is_initialized:
+            length = max(self.length + tokens_to_remove, 0)
+            self.crop_stores(length)
+            self.length = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make samples ``beam_idx[B]`` the batch."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sample ``repeats`` times."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch, device=self.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make samples ``indices[B']`` the batch."""
+        if self.is_initialized:
+            for store in self.stores:
+                store.select(indices)
+
+    @property
+    def batch(self) -> int:
+        """How many samples there are."""
+        raise NotImplementedError
+
+    def offload(self) -> None:
+        """Not supported."""
+        raise NotImplementedError(f"{type(self).__name__}: required, offloading; supported, the model's device")
+
+    # ---- for the attention function ----------------------------------------------------------------------------------
+
+    @property
+    def observes(self) -> bool:
+        """See `Held`."""
+        return self._prompt is not None
+
+    def unpacked(self) -> tuple[Tensor, Tensor]:
+        """See `Held`."""
+        if self._prompt is None:
+            return self.stored()
+        prompt, self._prompt = self._prompt, None  # by an attention that tells nothing
+        self.append(*prompt)
+        return prompt
+
+
+class HeldCache(Cache):  # type: ignore[misc]
+    """A cache of `HeldLayer`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored, spare capacity included."""
+        return sum(store.nbytes for layer in self.filled() for store in layer.stores)
+
+    def filled(self) -> list[Any]:
+        """The layers that hold something."""
+        return [layer for layer in self.layers if layer.is_initialized]

@@ -1,0 +1,445 @@
+"""Vision-language models of transformers: image tokens are reduced between the vision tower and the language model.
+
+Outside, nothing changes: callers, and ``generate``, count the tokens of the original prompt. The model's ``forward``
+makes shorter embeddings, attention mask and position ids of them and hands these to the forward of its class. What a
+cache holds of the original prompt it notes on the cache, for the calls that continue it.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..reducers.context import Reducer
+from ..token_map import SoftMap, TokenMap
+from .prompt import History, Layout, Span, rearrange
+from .session import Stats
+from .swap import Methods
+from .visual import Reduced, Visual, reduce
+
+SHOWN = ("hidden", "grid", "text", "keys", "values", "vision", "vision_cls", "crops", "valid", "cls", "column")
+"""What a reducer between vision tower and language model can be shown; the scores also with a role behind a colon."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """How a model takes images, or videos.
+
+    Attributes:
+        name: ``"image"`` or ``"video"``.
+        pixels: the argument of the model's forward.
+        arguments: names of the others that go to ``get_…_features``.
+    """
+
+    name: str
+    pixels: str
+    arguments: tuple[str, ...]
+
+    @property
+    def getter(self) -> str:
+        """The model's method for their features."""
+        return f"get_{self.name}_features"
+
+
+class Family(Protocol):
+    """What `PromptSession` has to know of a model class.
+
+    Attributes:
+        modalities: in the order in which the model puts them into prompts.
+        keeps_positions: whether tokens keep the positions they had (M-RoPE); else positions have no gaps.
+        forwards_options: whether the model's further arguments go to ``get_…_features``.
+    """
+
+    modalities: tuple[Modality, ...]
+    keeps_positions: bool
+    forwards_options: bool
+
+    @property
+    def seconds(self) -> float:
+        """What scores, or reductions within the tower, took in its last run."""
+
+    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
+        """The vision tower is about to run."""
+
+    def visuals(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> list[Visual]:
+        """What it made of each image: one for each of ``output.pooler_output``."""
+
+
+class PromptSession:
+    """One reducer at work between the vision tower and the language model of one model. Remembers the last prompt."""
+
+    def __init__(self, reducer: Reducer, family: Family) -> None:
+        self.reducer = reducer
+        self.family = family
+        self.layout: Layout | None = None
+        self.reduced: list[Reduced] = []
+        self.tokens_in: list[int] = []
+        self.prompts: list[tuple[int, int]] = []
+        self.seconds: float | None = None
+
+    @property
+    def token_map(self) -> list[TokenMap | SoftMap]:
+        """One map for each image of the last prompt that had any."""
+        if self.seconds is None:
+            raise RuntimeError("no prompt with images was seen since apply")
+        return [image.token_map for image in self.reduced]
+
+    @property
+    def stats(self) -> Stats:
+        """Of the last prompt that had images."""
+        after = [len(image.source) for image in self.reduced]
+        stages: list[int | list[int]] = [after if len(set(after)) > 1 else after[0]] if after else []
+        return Stats(stages, self.seconds, self.tokens_in, after, self.prompts)
+
+    def encode(self, core: Any, own: Callable[..., Any], modality: Modality, arguments: dict[str, Any]) -> Any:
+        """``get_…_features``, whose features carry along what the reducer will have to be shown."""
+        wanted = arguments.pop("return_dict", None)
+        self.family.begin(core, modality, arguments)
+        output = own(core, **arguments, return_dict=True)
+        visuals = self.family.visuals(core, modality, arguments, output)
+        for visual in visuals:
+            visual.seconds = self.family.seconds / len(visuals)
+        features = output.pooler_output
+        if isinstance(features, Tensor):
+            features._fastok = visuals  # type: ignore[attr-defined]
+        else:
+            for tensor, visual in zip(features, visuals, strict=True):
+                tensor._fastok = visual
+        return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
+
+    def forward(self, core: Any, own: Callable[..., Any], given: dict[str, Any], options: dict[str, Any]) -> Any:
+        """The model's forward ``own``, of a shorter prompt."""
+        cache = given.get("past_key_values")
+        history: History | None = getattr(cache, "_fastok", None)
+        self.layout = None
+        features = self._features(core, given, options)
+        ids, x = given.get("input_ids"), given.get("inputs_embeds")
+        if (not features and history is None) or (ids is None and x is None):
+            return own(core, **given, **options)
+        batch, width = (ids if x is None else x).shape[:2]  # type: ignore[union-attr]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        history = History.none(batch) if history is None else history.rows(batch)
+        seen = history.seen(cached)
+        _check(given, options, batch, seen, width)
+        mask = given.get("attention_mask")
+        past = history.past_mask(mask, cached, batch) if cached else None
+        now = None if mask is None else mask[:, seen:]
+        placed: list[_Placed] = []
+        if features:
+            x = core.get_input_embeddings()(ids) if x is None else x
+            placed = self._placed(core, features, ids, x, now)
+        positions = self._positions(core, given, seen, width)
+        if placed:
+            assert x is not None
+            spans = [image.span for image in placed]
+            self.layout = layout = rearrange(width, batch, spans, now, x.device)
+            given |= {"input_ids": None, "inputs_embeds": layout.embeddings(x, spans), "mm_encoder_outputs": None}
+            given |= {modality.pixels: None for modality in self.family.modalities}
+            now = layout.mask(now)
+            positions = self._selected(positions, batch)
+        if positions is not None and cached and not self.family.keeps_positions:
+            positions = (positions - history.removed.to(positions.device)[:, None]).clamp(min=0)
+        whole = _joined(past, now, batch, cached, width if self.layout is None else self.layout.column.shape[1])
+        given |= {"attention_mask": whole, "position_ids": positions}
+        wanted = options.pop("return_dict", None)
+        output = own(core, **given, **options, return_dict=True)
+        if placed:
+            self._remember(placed)
+            self._note(output, history, seen + width, cached, whole)
+            for name in features:
+                left = torch.cat([image.reduced.features for image in placed if image.modality == name])
+                if hasattr(output, f"{name}_hidden_states"):
+                    setattr(output, f"{name}_hidden_states", left.to(x))
+        return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
+
+    def _features(self, core: Any, given: dict[str, Any], options: dict[str, Any]) -> dict[str, list[Tensor]]:
+        """By modality, the features of each image in this call."""
+        encoded = given.get("mm_encoder_outputs") or {}
+        found: dict[str, list[Tensor]] = {}
+        for modality in self.family.modalities:
+            output, pixels = encoded.get(modality.name), given.get(modality.pixels)
+            if pixels is not None and given.get("mm_encoder_outputs") is not None:
+                raise ValueError(f"{modality.pixels} and mm_encoder_outputs were given; a model takes one of them")
+            if output is None and pixels is not None and len(pixels) > 0:
+                arguments = {name: given[name] for name in modality.arguments if given.get(name) is not None}
+                arguments |= options if self.family.forwards_options else {}
+                get = getattr(core, modality.getter)
+                output = get(**{modality.pixels: pixels}, **arguments | {"return_dict": True})
+            if output is not None:
+                found[modality.name] = _with_visuals(output.pooler_output)
+        return found
+
+    def _positions(self, core: Any, given: dict[str, Any], seen: int, width: int) -> Tensor | None:
+        """Position ids ``[…,B,S]`` of the original prompt; None: the language model is to number tokens itself."""
+        positions: Tensor | None = given.get("position_ids")
+        if positions is None and self.family.keeps_positions:
+            x = given.get("inputs_embeds")
+            ids = given.get("input_ids")
+            own = dict(given, past_key_values=OriginalLength(seen))
+            own["inputs_embeds"] = x if ids is None else ids[..., None]  # only its shape and device count
+            names = inspect.signature(core.compute_3d_position_ids).parameters
+            positions = core.compute_3d_position_ids(**{name: own.get(name) for name in names})
+            if positions is None:
+                positions = torch.arange(seen, seen + width, device=own["inputs_embeds"].device)[None]
+        return None if positions is None else positions[..., -width:]
+
+    def _selected(self, positions: Tensor | None, batch: int) -> Tensor | None:
+        """Position ids of the shorter prompt."""
+        layout = self.layout
+        if positions is None or layout is None:
+            return positions
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        if not self.family.keeps_positions:
+            return layout.compact(positions)
+        if positions.dim() == 3 and positions.shape[0] == 4:
+            # The first row counts tokens, by which the language model tells sequences apart; it must have no gaps.
+            return torch.cat([layout.compact(positions[0])[None], layout.gather(positions[1:], 0)])
+        return layout.gather(positions, 0)
+
+    def _placed(
+        self, core: Any, features: dict[str, list[Tensor]], ids: Tensor | None, x: Tensor, mask: Tensor | None
+    ) -> list["_Placed"]:
+        """What is left of each image, in the order in which they are in the prompts."""
+        places = {}
+        for modality in self.family.modalities:
+            token = getattr(core.config, f"{modality.name}_token_id")
+            if ids is None:
+                embedded = core.get_input_embeddings()(torch.tensor(token, device=x.device))
+                places[modality.name] = (x == embedded).all(-1)
+            else:
+                places[modality.name] = ids == token
+        is_text = ~torch.stack(list(places.values())).any(0)
+        is_text = is_text if mask is None else is_text & mask.bool()
+        wants_text = "text" in self.reducer.needs
+        placed, known = [], {}
+        for name, images in features.items():
+            for image, (row, start) in zip(images, _starts(name, places[name], images), strict=True):
+                words: Any = None
+                if wants_text:
+                    words = row if ids is None else tuple(ids[row][is_text[row]].tolist())
+                if (id(image), words) not in known:  # beams share an image
+                    text = x[row][is_text[row]][None] if wants_text else None
+                    known[id(image), words] = reduce(image._fastok, self.reducer, text)  # type: ignore[attr-defined]
+                reduced = known[id(image), words]
+                span = Span(row, start, len(image), reduced.features, reduced.source)
+                placed.append(_Placed(name, image, reduced, span))
+        return sorted(placed, key=lambda image: (image.span.row, image.span.start))
+
+    def _remember(self, placed: list["_Placed"]) -> None:
+        layout = self.layout
+        assert layout is not None
+        self.reduced = [image.reduced for image in placed]
+        self.tokens_in = [image.span.length for image in placed]
+        removed = layout.removed.tolist()
+        self.prompts = [(after + gone, after) for after, gone in zip(layout.lengths, removed, strict=True)]
+        took = {id(image.reduced): image.reduced.seconds for image in placed}
+        took |= {id(image.features): image.features._fastok.seconds for image in placed}  # type: ignore[attr-defined]
+        self.seconds = sum(took.values())
+
+    def _note(self, output: Any, history: History, columns: int, cached: int, mask: Tensor | None) -> None:
+        """On the cache, what it now holds: ``columns`` of the original prompt."""
+        layout, cache = self.layout, output.get("past_key_values")
+        assert layout is not None
+        if cache is not None and (history.places or any(before != after for before, after in self.prompts)):
+            removed = history.removed.to(layout.removed.device) + layout.removed
+            cache._fastok = History(columns, cached + layout.column.shape[1], mask, removed)
+
+
+@dataclass(eq=False)
+class _Placed:
+    """One image in a prompt: its features before, and what is left of them."""
+
+    modality: str
+    features: Tensor
+    reduced: Reduced
+    span: Span
+
+
+class OriginalLength:
+    """Stands for a cache where transformers asks it only for its length, and means that of the original prompt."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        """The length."""
+        return self.length
+
+
+def _check(given: dict[str, Any], options: dict[str, Any], batch: int, seen: int, width: int) -> None:
+    mask = given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(f"attention_mask: required, {what}; supported, [B,S] with 0 for padding")
+    if mask is not None and mask.shape[1] != seen + width:
+        raise ValueError(
+            f"attention_mask must be of the tokens of the prompt as it was before images were reduced, "
+            f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}"
+        )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: required, packed prompts whose lengths were counted before images were reduced; supported, "
+                "one prompt per row"
+            )
+
+
+def _joined(past: Tensor | None, now: Tensor | None, batch: int, cached: int, width: int) -> Tensor | None:
+    """The mask of what is in the cache and of what is new, ``[B,cached + width]``; None if all is to be seen."""
+    like = past if now is None else now
+    if like is None:
+        return None
+    past = like.new_ones(batch, cached) if past is None else past.to(like)
+    return torch.cat([past, like.new_ones(batch, width) if now is None else now], 1)
+
+
+def _with_visuals(features: Any) -> list[Tensor]:
+    """The features of each image, which carry a `Visual`."""
+    if isinstance(features, Tensor):
+        rows = list(features)
+        for row, visual in zip(rows, getattr(features, "_fastok", ()), strict=False):
+            row._fastok = visual
+    else:
+        rows = list(features)
+    if not all(hasattr(row, "_fastok") for row in rows):
+        raise NotImplementedError(
+            "mm_encoder_outputs: required, image features that carry what the reducer is to be shown; supported, those "
+            "of the model's get_image_features or get_video_features while the reducer is applied, whole and on the "
+            "same device; missing for others, and for generate with prefill_chunk_size"
+        )
+    return rows
+
+
+def _starts(name: str, placeholders: Tensor, images: list[Tensor]) -> list[tuple[int, int]]:
+    """Row and column where each image's placeholders begin, which fill ``placeholders[B,S]`` in this order."""
+    width = placeholders.shape[1]
+    places = placeholders.flatten().nonzero()[:, 0]
+    lengths = torch.tensor([len(image) for image in images])
+    total = int(lengths.sum())
+    if len(places) != total:
+        raise ValueError(
+            f"the prompts have {len(places)} {name} placeholders for {len(images)} {name}s of {total} tokens: "
+            f"processor and model disagree (patch_size, image size, vision_feature_select_strategy), or {name}s are "
+            "missing"
+        )
+    ends = lengths.cumsum(0).to(places.device)
+    first, last = torch.stack([places[ends - lengths.to(places.device)], places[ends - 1]]).tolist()
+    for begin, end, length in zip(first, last, lengths.tolist(), strict=True):
+        if end - begin != length - 1 or begin // width != end // width:
+            raise ValueError(
+                f"the {length} placeholders of one {name} are not side by side in one prompt: processor and model "
+                "disagree on how many tokens it makes"
+            )
+    return [(begin // width, begin % width) for begin in first]
+
+
+# ---- methods of the model's classes ----------------------------------------------------------------------------------
+
+
+@cache
+def core_methods(family: Family | type[Family]) -> Methods:
+    """For the model without a language-modelling head; the state is a `PromptSession`."""
+
+    def methods(base: Any) -> dict[str, Callable[..., Any]]:
+        found: dict[str, Callable[..., Any]] = {"forward": _core_forward(base.forward)}
+        for modality in family.modalities:
+            found[modality.getter] = _features_getter(getattr(base, modality.getter), modality)
+        return found
+
+    return methods
+
+
+def _core_forward(own: Any) -> Callable[..., Any]:
+    signature = inspect.signature(own)
+
+    @wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
+        options = given.pop("kwargs", {})
+        return self._fastok.forward(self, own, dict(given), dict(options))
+
+    return forward
+
+
+def _features_getter(own: Any, modality: Modality) -> Callable[..., Any]:
+    signature = inspect.signature(own)
+
+    @wraps(own)
+    def get(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
+        options = given.pop("kwargs", {})
+        return self._fastok.encode(self, own, modality, dict(given) | dict(options))
+
+    return get
+
+
+def head_methods(base: Any) -> dict[str, Any]:
+    """For the model with a language-modelling head; the state is the `PromptSession` of the model inside."""
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise NotImplementedError(
+                "logits_to_keep: required, the logits of single tokens of a prompt that will be shorter; supported, an "
+                "int, the number of last ones"
+            )
+        return base.forward(self, *args, **kwargs)
+
+    @wraps(base.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: Any, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        history: History | None = getattr(kwargs.get("past_key_values"), "_fastok", None)
+        if history is not None and next_sequence_length is not None and kwargs.get("is_first_iteration"):
+            next_sequence_length -= history.columns - history.places  # what is new was counted from the cache's length
+        return base.prepare_inputs_for_generation(self, input_ids, next_sequence_length, *args, **kwargs)
+
+    @wraps(base._prepare_position_ids_for_generation)
+    def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        if getattr(cache, "_fastok", None) is not None:
+            length = OriginalLength(cache._fastok.seen(int(cache.get_seq_length())))  # type: ignore[union-attr]
+            model_kwargs = model_kwargs | {"past_key_values": length}
+        return base._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+
+    @wraps(base._expand_multimodal_outputs)
+    def _expand_multimodal_outputs(
+        self: Any, input_ids: Any, mm_encoder_output: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        for output in mm_encoder_output.values():
+            if isinstance(getattr(output, "pooler_output", None), Tensor):
+                output.pooler_output = _with_visuals(output.pooler_output)  # a list keeps what rows carry
+        return base._expand_multimodal_outputs(self, input_ids, mm_encoder_output, *args, **kwargs)
+
+    def create_masks_for_generate(
+        self: Any, config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """The mask as it is: how long prompts will be is not known yet."""
+        return attention_mask
+
+    @property  # type: ignore[misc]
+    def loss_function(self: Any) -> Callable[..., Tensor]:
+        own: Callable[..., Tensor] = base.loss_function.fget(self)
+        layout: Layout | None = self._fastok.layout
+        if layout is None:
+            return own
+
+        def shortened(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return own(logits, layout.labels(labels), *args, **kwargs)
+
+        return shortened
+
+    return {
+        "forward": forward,
+        "prepare_inputs_for_generation": prepare_inputs_for_generation,
+        "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,
+        "_expand_multimodal_outputs": _expand_multimodal_outputs,
+        "create_masks_for_generate": create_masks_for_generate,
+        "loss_function": loss_function,
+    }

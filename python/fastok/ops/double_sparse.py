@@ -1,0 +1,76 @@
+"""``double_sparse_decode``: label scores, selection, and attention to the selected tokens."""
+
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import Tensor
+
+from .checks import check_int
+from .decode import Dense, PagedKV, attention_decode
+from .sparse import label_scores, query_rows, select_tokens
+
+if TYPE_CHECKING:
+    from ..caches.labels import LabelCache
+    from ..caches.packed import PackedKV
+
+
+def double_sparse_decode(
+    q: Tensor,
+    cache: Union["PackedKV", PagedKV, Dense],
+    labels: "LabelCache",
+    n_keep: int,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    shared: bool = True,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of the newest tokens to the ``n_keep`` cached tokens that their labels say matter most.
+
+    Args:
+        q: the S newest queries ``[B,S,H,D]``, S at most 16, or ``[B,H,D]`` for one, after rotary embedding.
+        cache: as for `attention_decode`: a `PackedKV`, ``(k, v, seq_lens)`` or a `PagedKV`, with those S tokens in it.
+        labels: a `LabelCache` of the same tokens.
+        n_keep: tokens attended to, per KV head (``shared``) or per query head.
+        sink, recent: first and last tokens always among them. The S newest always are.
+        shared: one list per KV head, by the largest score of its group.
+        scale, softcap: as for `attention_decode`.
+
+    Returns:
+        ``(out[B,S,H,D], lse[B,H,S], tokens)``, tokens int64 ``[B,G|H,K]`` ascending, -1 padded.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or range; lengths that differ between the heads of a
+        sequence (after ``PackedKV.keep``).
+
+    A sequence of at most ``n_keep`` tokens is attended to in full. Deterministic and batch-invariant; no host
+    synchronisation. Differs from the release, where lists are per query head, the newest token can miss its own list,
+    and a short sequence attends to empty slots. Yang et al., "Post-Training Sparse Attention with Double Sparsity",
+    arXiv 2408.07092.
+    """
+    q = query_rows(q)
+    check_int("n_keep", n_keep)
+    recent = max(recent, q.shape[1])
+    if n_keep < sink + recent:
+        raise ValueError(f"n_keep must have room for sink + recent = {sink + recent} tokens, got {n_keep}")
+    lengths = _lengths(cache)
+    scores = label_scores(q, labels, shared=shared, seq_lens=lengths)
+    tokens, _ = select_tokens(scores, n_keep, sink=sink, recent=recent, seq_lens=lengths)
+    out, lse = attention_decode(q, cache, tokens=tokens, scale=scale, softcap=softcap)
+    return out, lse, tokens
+
+
+def _lengths(cache: Union["PackedKV", PagedKV, Dense]) -> Tensor | None:
+    """int ``[B]``, the tokens of each sequence; None if they fill a dense cache."""
+    lengths = cache[2] if isinstance(cache, tuple) else cache.seq_lens
+    if lengths is None or lengths.dim() == 1:
+        return lengths
+    of_first = lengths[:, 0]
+    if (
+        not torch.compiler.is_compiling()
+        and lengths.device.type == "cpu"
+        and bool((lengths != of_first[:, None]).any())
+    ):
+        raise ValueError(f"cache must have equally many tokens in all heads of a sequence, got {lengths.tolist()}")
+    return of_first

@@ -1,0 +1,173 @@
+"""Which cached tokens matter: channel calibration, label scores and token selection."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..reference import sparse as reference
+from .checks import ACTIVATIONS, FLOATS, check_dtype, check_int, check_range, check_same_device, check_shape
+
+if TYPE_CHECKING:
+    from ..caches.labels import LabelCache
+
+STATISTICS = ("qk", "q", "k")
+
+
+def calibrate_channels(q: Tensor, k: Tensor, r: int, *, statistic: str = "qk") -> Tensor:
+    """The ``r`` channels of each head in which queries and keys are largest: Double Sparsity's label channels.
+
+    Args:
+        q: queries ``[B,S,H,D]``, any float dtype.
+        k: keys ``[B,S,G,D]`` of the same tokens, H a multiple of G.
+        r: how many channels, within [1, D].
+        statistic: the mean over tokens of ``"qk"`` |q * k| (both after rotary embedding, each token with itself),
+            ``"q"`` |q| or ``"k"`` |k| (published before rotary embedding).
+
+    Returns:
+        int64 ``[H,r]`` (``[G,r]`` for ``"k"``), heaviest first; ties go to the lowest channel, NaN sorts last.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or range.
+
+    Sums are taken in fp64, so the order of a batch's tokens hardly matters; deterministic. Yang et al., "Post-Training
+    Sparse Attention with Double Sparsity", arXiv 2408.07092.
+    """
+    check_heads(q, k)
+    check_int("r", r)
+    if not 1 <= r <= q.shape[3]:
+        raise ValueError(f"r must be within [1, D={q.shape[3]}], got {r}")
+    check_statistic(statistic)
+    return reference.calibrate_channels(q, k, r, statistic=statistic)
+
+
+def check_statistic(statistic: str) -> None:
+    """ValueError unless it is one of Double Sparsity's."""
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic must be one of {', '.join(map(repr, STATISTICS))}; got {statistic!r}")
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """``q`` and ``k`` are ``[B,S,H,D]`` and ``[B,S,G,D]`` with H a multiple of G."""
+    check_dtype("q", q, FLOATS)
+    check_dtype("k", k, FLOATS)
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B,S,H,D], got shape {list(q.shape)}")
+    check_shape("k", k, (q.shape[0], q.shape[1], None, q.shape[3]), "[B,S,G,D] like q[B,S,H,D]")
+    check_same_device("k", k, "q", q.device)
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
+        raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
+
+
+def label_scores(q: Tensor, labels: "LabelCache", *, shared: bool = True, seq_lens: Tensor | None = None) -> Tensor:
+    """What the label channels say about how much each cached token matters to the newest queries.
+
+    Args:
+        q: queries ``[B,S,H,D]``, or ``[B,H,D]`` for one row, after rotary embedding. With several rows the largest
+            score of them counts.
+        labels: the cached tokens' labels.
+        shared: one score per KV head, the largest of its group's query heads, so that one token list serves them all.
+        seq_lens: int ``[B]``, tokens from there on get -inf; None: all are there.
+
+    Returns:
+        fp32 ``[B,G,T]``, or ``[B,H,T]`` if not ``shared``: dot products over the label channels, unscaled.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape. RuntimeError: an empty `LabelCache`.
+
+    Deterministic and batch-invariant; no host synchronisation; no gradient.
+    """
+    data, scale, channels = labels.data, labels.scale, labels.channels
+    q = query_rows(q)
+    check_dtype("q", q, ACTIVATIONS)
+    check_shape("q", q, (data.shape[0], None, None, labels.head_dim), "[B,S,H,D] of the label cache")
+    if q.shape[1] == 0:
+        raise ValueError("q must have at least one row, got none")
+    check_same_device("q", q, "labels", data.device)
+    if q.shape[2] % labels.kv_heads != 0 or q.shape[2] % channels.shape[0] != 0:
+        raise ValueError(
+            f"q must have a multiple of the label cache's {labels.kv_heads} KV heads and {channels.shape[0]} lists of "
+            f"channels, got {q.shape[2]} heads"
+        )
+    if seq_lens is not None:
+        check_shape("seq_lens", seq_lens, (q.shape[0],), "[B]")
+        check_same_device("seq_lens", seq_lens, "q", q.device)
+    return torch.ops.fastok.label_scores(q.detach(), data, scale, channels, labels.kv_heads, shared, seq_lens)
+
+
+def query_rows(q: Tensor) -> Tensor:
+    """``q`` as ``[B,S,H,D]``."""
+    if q.dim() == 3:
+        return q[:, None]
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B,S,H,D] or [B,H,D], got shape {list(q.shape)}")
+    return q
+
+
+def select_tokens(
+    scores: Tensor,
+    k: int | None = None,
+    *,
+    mass: float | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    seq_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens to attend to, per head: sinks, the most recent, and those with the best scores.
+
+    Args:
+        scores: fp32 ``[B,G,T]`` (G any number of heads). With ``mass`` they must be non-negative (probabilities);
+            negative ones and NaN count as 0 there.
+        k: how many tokens at most; None (only with ``mass``): T.
+        mass: keep the fewest tokens whose scores reach this share, within (0, 1], of a sequence's sum.
+        sink: that many first tokens are always kept; they count inside ``k`` and ``mass``.
+        recent: that many last tokens of each sequence are always kept, likewise.
+        seq_lens: int ``[B]``, the tokens each sequence has; None: T. A sequence of at most ``k`` tokens keeps all.
+
+    Returns:
+        index: int64 ``[B,G,min(k,T)]``, ascending, padded with -1 behind.
+        count: int64 ``[B,G]``, how many there are.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or range; neither ``k`` nor ``mass``.
+
+    Ties go to the lowest index; NaN sorts last but is taken before nothing at all. Deterministic, no host
+    synchronisation.
+    """
+    check_dtype("scores", scores, (torch.float32,))
+    if scores.dim() != 3:
+        raise ValueError(f"scores must be [B,G,T], got shape {list(scores.shape)}")
+    for name, value in (("k", k), ("sink", sink), ("recent", recent)):
+        if value is None and name == "k":
+            continue
+        check_int(name, value)  # type: ignore[arg-type]
+        if value < 0:  # type: ignore[operator]
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if k is None and mass is None:
+        raise ValueError("give k, how many tokens, or mass, which share of the scores, or both; got neither")
+    if mass is not None and not 0 < mass <= 1:
+        raise ValueError(f"mass must be within (0, 1], got {mass}")
+    if k is not None and sink + recent > k:
+        raise ValueError(f"k must have room for sink + recent = {sink + recent} tokens, got {k}")
+    if seq_lens is not None:
+        check_shape("seq_lens", seq_lens, (scores.shape[0],), "[B]")
+        check_same_device("seq_lens", seq_lens, "scores", scores.device)
+        check_range("seq_lens", seq_lens, 0, scores.shape[2] + 1)
+    most = scores.shape[2] if k is None else min(k, scores.shape[2])
+    return torch.ops.fastok.select_tokens(scores.detach(), most, mass, sink, recent, seq_lens)
+
+
+@torch.library.register_fake("fastok::label_scores")
+def _label_scores_fake(
+    q: Tensor, data: Tensor, scale: Tensor | None, channels: Tensor, kv_heads: int, shared: bool,
+    seq_lens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((q.shape[0], kv_heads if shared else q.shape[2], data.shape[3]), dtype=torch.float32)
+
+
+@torch.library.register_fake("fastok::select_tokens")
+def _select_tokens_fake(
+    scores: Tensor, k: int, mass: float | None, sink: int, recent: int, seq_lens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = (*scores.shape[:2], k)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape[:2], dtype=torch.int64)

@@ -1,0 +1,117 @@
+"""Double Sparsity's calibration of transformers models."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from fastok.integrations.calibrate import Calibration, calibrate
+from fastok.testing import assert_same
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+
+
+def build(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=HEADS * HEAD_DIM, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def by_hand(model: nn.Module, batches: list[Tensor], statistic: str) -> list[Tensor]:
+    """Sums over all tokens, from the hidden states that enter each layer."""
+    totals = []
+    for index, layer in enumerate(model.model.layers):
+        total = 0
+        for ids in batches:
+            hidden = layer.input_layernorm(model.model(ids, output_hidden_states=True).hidden_states[index])
+            q = layer.self_attn.q_proj(hidden).unflatten(-1, (-1, HEAD_DIM))
+            k = layer.self_attn.k_proj(hidden).unflatten(-1, (-1, HEAD_DIM))
+            if statistic == "qk":
+                cos, sin = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+
+                def turned(x: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+                    half = torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1)
+                    return x * cos[:, :, None] + half * sin[:, :, None]
+
+                product = turned(q) * turned(k).repeat_interleave(HEADS // KV_HEADS, 2)
+            else:
+                product = q if statistic == "q" else k
+            total = total + product.double().abs().sum((0, 1))
+        totals.append(total)
+    return totals
+
+
+@pytest.mark.parametrize("statistic", ["qk", "q", "k"])
+@torch.no_grad()
+def test_channels_are_those_of_the_sums_by_hand(statistic: str) -> None:
+    model, batches = build(), [torch.randint(32, (2, 11)), torch.randint(32, (1, 7))]
+    found = calibrate(model, batches, 3, statistic=statistic)
+    assert found.channels.shape == (2, KV_HEADS if statistic == "k" else HEADS, 3)
+    for channels, total in zip(found.channels, by_hand(model, batches, statistic), strict=True):
+        assert_same(channels, total.argsort(dim=-1, descending=True)[:, :3])
+
+
+@torch.no_grad()
+def test_the_release_forgets_all_batches_but_the_last() -> None:
+    model, batches = build(), [torch.randint(32, (4, 20)), torch.randint(32, (1, 5))]
+    assert_same(calibrate(model, batches, 3, compat=True).channels, calibrate(model, batches[1:], 3).channels)
+    assert not torch.equal(calibrate(model, batches, 3).channels, calibrate(model, batches[1:], 3).channels)
+    assert_same(
+        calibrate(model, batches, 3, statistic="k", compat=True).channels,
+        calibrate(model, batches, 3, statistic="k").channels,
+    )
+
+
+@pytest.mark.parametrize("statistic", ["qk", "k"])
+def test_padding_does_not_count(statistic: str) -> None:
+    model, ids = build(), torch.randint(32, (1, 9))
+    padded = torch.cat([ids, torch.randint(32, (1, 6))], 1)
+    mask = torch.tensor([[1] * 9 + [0] * 6])
+    found = calibrate(model, [{"input_ids": padded, "attention_mask": mask}], 4, statistic=statistic)
+    assert_same(found.channels, calibrate(model, [ids], 4, statistic=statistic).channels)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, ids = build(), torch.randint(32, (1, 9))
+    before = model(ids).logits
+    classes = [type(module) for module in model.modules()]
+    calibrate(model, [ids], 2)
+    assert [type(module) for module in model.modules()] == classes
+    assert_same(model(ids).logits, before)
+
+
+def test_saving_loading_and_refusing_another_model(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = build()
+    found = calibrate(model, [torch.randint(32, (1, 9))], 2)
+    found.save(tmp_path / "channels.safetensors")
+    loaded = Calibration.load(tmp_path / "channels.safetensors", copy.deepcopy(model).bfloat16())
+    assert_same(loaded.channels, found.channels)
+    assert (loaded.statistic, loaded.model) == ("qk", "LlamaForCausalLM")
+    with pytest.raises(ValueError, match="model must be the one that was calibrated"):
+        Calibration.load(tmp_path / "channels.safetensors", build(seed=1))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    numbers = pytest.importorskip("safetensors.torch")
+    numbers.save_file({"channels": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"Calibration\.save"):
+        Calibration.load(tmp_path / "other.safetensors")
+
+
+def test_refusals() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="r must be within"):
+        calibrate(model, [], 9)
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate(model, [], 2)
+    with pytest.raises(ValueError, match="statistic"):
+        calibrate(model, [], 2, statistic="v")
+    with pytest.raises(TypeError, match="q_proj, k_proj"):
+        calibrate(nn.Linear(2, 2), [], 2)

@@ -1,0 +1,150 @@
+"""``double_sparse_decode``: the tokens that labels choose, and exact attention to them."""
+
+import math
+
+import pytest
+import torch
+from fastok import PagedKV, kv_pack
+from fastok.sparse import LabelCache, double_sparse_decode, label_scores
+from fastok.testing import assert_accurate, assert_same
+from torch import Tensor
+
+H, G, D = 8, 2, 32
+F64, F32 = torch.float64, torch.float32
+
+
+def made(batch: int, tokens: int, rows: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(batch, rows, H, D).to(dtype)
+    k, v = torch.randn(2, batch, tokens, G, D).to(dtype)
+    return q, k, v
+
+
+def channels(r: int, heads: int = G) -> Tensor:
+    return torch.stack([torch.randperm(D)[:r] for _ in range(heads)])
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, lengths: list[int]) -> Tensor:
+    """Softmax over the listed tokens, in the dtype of its inputs; causal among the newest rows."""
+    batch, rows = q.shape[:2]
+    out = torch.zeros_like(q)
+    for b in range(batch):
+        for h in range(H):
+            group = h * G // H
+            listed = tokens[b, h * tokens.shape[1] // H]
+            for s in range(rows):
+                own = listed[(listed >= 0) & (listed < lengths[b] - rows + 1 + s)]
+                logits = (k[b, own, group] @ q[b, s, h]) * D**-0.5
+                out[b, s, h] = logits.softmax(0) @ v[b, own, group]
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attends_to_the_tokens_with_the_best_scores(dtype: torch.dtype, shared: bool, rows: int) -> None:
+    q, k, v = made(2, 90, rows, dtype)
+    lengths = torch.tensor([90, 40])
+    labels = LabelCache(channels(4)).append(k)
+    out, _, tokens = double_sparse_decode(q, (k, v, lengths), labels, 12, sink=2, recent=4, shared=shared)
+    assert tokens.shape == (2, G if shared else H, 12)
+    scores = label_scores(q, labels, shared=shared, seq_lens=lengths)
+    for b, length in enumerate(lengths.tolist()):
+        for row, listed in zip(scores[b], tokens[b], strict=True):
+            forced = {0, 1, *range(length - 4, length)}
+            assert forced <= set(listed.tolist())
+            others = [t for t in listed.tolist() if t not in forced]
+            rest = row[[t for t in range(length) if t not in listed.tolist()]]
+            assert row[others].min() >= rest.max()
+    truth = by_hand(q.double(), k.double(), v.double(), tokens, lengths.tolist())
+    assert_accurate(out, truth, by_hand(q, k, v, tokens, lengths.tolist()))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_as_many_as_there_are_is_dense_attention(shared: bool) -> None:
+    q, k, v = made(3, 70, 2)
+    lengths = torch.tensor([70, 9, 33])
+    labels = LabelCache(channels(2)).append(k)
+    out, _, tokens = double_sparse_decode(q, (k, v, lengths), labels, 70, shared=shared)
+    for b, length in enumerate(lengths.tolist()):
+        for listed in tokens[b].tolist():
+            assert listed == [*range(length), *[-1] * (70 - length)]
+    truth, peer = (by_hand(*(x.to(dtype) for x in (q, k, v)), tokens, lengths.tolist()) for dtype in (F64, F32))
+    assert_accurate(out, truth, peer)
+    # One long sequence does not make the short ones inexact.
+    out, _, _ = double_sparse_decode(q, (k, v, lengths), labels, 40, shared=shared)
+    assert_accurate(out[1:], truth[1:], peer[1:])
+
+
+def test_all_channels_choose_the_tokens_with_the_largest_logits() -> None:
+    q, k, v = made(1, 60)
+    labels = LabelCache(channels(D)).append(k)
+    _, _, tokens = double_sparse_decode(q, (k, v, None), labels, 10, shared=False)
+    exact = torch.einsum("hd,thd->ht", q[0, 0], k[0].repeat_interleave(H // G, 1))
+    for row, listed in zip(exact, tokens[0], strict=True):
+        best = row[:-1].topk(9).indices.tolist()  # and the newest
+        assert sorted([*best, 59]) == listed.tolist()
+
+
+def test_negative_scores_lose_to_nothing_that_is_not_there() -> None:
+    k, v = torch.randn(2, 1, 64, G, D)
+    q = -torch.ones(1, 1, H, D)
+    k = k.abs()  # all products are negative, those of empty slots are 0
+    lengths = torch.tensor([20])
+    k[:, 20:] = 0
+    labels = LabelCache(channels(3)).append(k)
+    _, _, tokens = double_sparse_decode(q, (k, v, lengths), labels, 8)
+    assert int(tokens.max()) == 19
+    assert int(tokens.min()) >= 0
+
+
+def test_packed_and_paged_caches_give_what_their_rows_give() -> None:
+    q, k, v = made(2, 300)
+    labels = LabelCache(channels(4), 8).append(k)
+    packed = kv_pack(k, v, "kivi-4")
+    unpacked = packed.unpack()
+    got = double_sparse_decode(q, packed, labels, 32, sink=1, recent=8)
+    lengths = [300, 300]
+    truth, peer = (by_hand(q.to(dtype), *(x.to(dtype) for x in unpacked), got[2], lengths) for dtype in (F64, F32))
+    assert_accurate(got[0], truth, peer)
+    pages = torch.randperm(10).view(2, 5).int()
+    store = torch.full((10, 60, G, D), math.nan).repeat(2, 1, 1, 1, 1)
+    for x, whole in zip(store, (k, v), strict=True):
+        x[pages.flatten().long()] = whole.reshape(10, 60, G, D)
+    paged = PagedKV(store[0], store[1], pages, torch.tensor([300, 300]))
+    again = double_sparse_decode(q, paged, labels, 32, sink=1, recent=8)
+    assert_same(again[2], got[2])
+    truth, peer = (by_hand(*(x.to(dtype) for x in (q, k, v)), got[2], lengths) for dtype in (F64, F32))
+    assert_accurate(again[0], truth, peer)
+
+
+def test_the_batch_changes_nothing() -> None:
+    q, k, v = made(4, 80)
+    picked, lengths = channels(4), torch.tensor([80, 30, 66, 12])
+    together = double_sparse_decode(q, (k, v, lengths), LabelCache(picked).append(k), 16)
+    for b in range(4):
+        one = slice(b, b + 1)
+        alone = double_sparse_decode(q[one], (k[one], v[one], lengths[one]), LabelCache(picked).append(k[one]), 16)
+        for x, y in zip(alone, together, strict=True):
+            assert_same(x, y[one])
+
+
+def test_heads_of_different_lengths_and_too_small_budgets_are_refused() -> None:
+    q, k, v = made(1, 300)
+    labels = LabelCache(channels(4)).append(k)
+    kept = torch.stack([torch.arange(200), torch.full((200,), -1).index_fill(0, torch.arange(9), 3)])
+    kept[1, :9] = torch.arange(9)
+    with pytest.raises(ValueError, match="equally many tokens"):
+        double_sparse_decode(q, kv_pack(k, v, "int8").keep(kept[None]), labels, 16)
+    with pytest.raises(ValueError, match="n_keep must have room"):
+        double_sparse_decode(q, (k, v, None), labels, 5, sink=3, recent=3)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    q, k, v = made(1, 80)
+    labels = LabelCache(channels(4)).append(k)
+
+    def step(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return double_sparse_decode(q, (k, v, None), labels, 16, sink=1)
+
+    for got, wanted in zip(torch.compile(step, fullgraph=True)(q), step(q), strict=True):
+        assert_same(got, wanted)

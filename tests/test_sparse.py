@@ -1,0 +1,271 @@
+"""Sparse decode: calibration of channels, label caches, label scores, token selection."""
+
+import math
+
+import fastok.ops.sparse
+import hypothesis.strategies as st
+import pytest
+import torch
+from fastok.caches.labels import LabelCache
+from fastok.ops.sparse import calibrate_channels, label_scores, select_tokens
+from fastok.testing import Backend, assert_accurate, assert_same, over_backends
+from hypothesis import given
+
+INF = math.inf
+
+
+def chosen(row: list[float], k: int, mass: float | None, sink: int, recent: int, length: int) -> list[int]:
+    """One head's selection, token by token."""
+    forced = [t for t in range(length) if t < sink or t >= length - recent]
+    rest = [t for t in range(length) if t not in forced]
+    rest.sort(key=lambda t: (-(-INF if math.isnan(row[t]) else row[t]), t))
+    forced.sort(key=lambda t: (-(-INF if math.isnan(row[t]) else row[t]), t))
+    order = (forced + rest)[:k]
+    if mass is None:
+        return sorted(order)
+    weight = [x if x > 0 else 0.0 for x in row[:length]]
+    kept, total = [], 0.0
+    for t in order:
+        if t in forced or total < mass * sum(weight):
+            kept.append(t)
+        total += weight[t]
+    return sorted(kept)
+
+
+@over_backends("select_tokens", without=("cuda-on-host",))
+@pytest.mark.parametrize("mass", [None, 0.5])
+@given(data=st.data())
+def test_selection_is_the_one_made_by_hand(backend: Backend, mass: float | None, data: st.DataObject) -> None:
+    batch, heads, n = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    values = (
+        st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, math.nan])
+        if mass
+        else st.sampled_from([-1.0, 0.0, 1.0, 3.0, -INF, math.nan])
+    )
+    scores = torch.tensor(data.draw(st.lists(values, min_size=batch * heads * n, max_size=batch * heads * n))).view(
+        batch, heads, n
+    )
+    lengths = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=batch, max_size=batch)))
+    k = data.draw(st.integers(0, n))
+    sink = data.draw(st.integers(0, k))
+    recent = data.draw(st.integers(0, k - sink))
+    index, count = backend.select_tokens(scores, k, mass, sink, recent, lengths)
+    assert index.shape == (batch, heads, k)
+    for b in range(batch):
+        for h in range(heads):
+            wanted = chosen(scores[b, h].tolist(), k, mass, sink, recent, int(lengths[b]))
+            assert count[b, h] == len(wanted)
+            assert index[b, h].tolist() == wanted + [-1] * (k - len(wanted))
+
+
+def test_selection_of_an_empty_cache_and_of_no_tokens() -> None:
+    index, count = select_tokens(torch.zeros(2, 3, 0), 5)
+    assert index.shape == (2, 3, 0)
+    assert count.tolist() == [[0] * 3] * 2
+    index, count = select_tokens(torch.zeros(1, 1, 4), 0)
+    assert index.shape == (1, 1, 0)
+    assert count.item() == 0
+
+
+def test_unwritten_slots_never_win_over_negative_scores() -> None:
+    scores = torch.tensor([[[-3.0, -1.0, -2.0, 0.0, 0.0]]])  # the last two are slots that hold no token
+    index, count = select_tokens(scores, 2, seq_lens=torch.tensor([3]))
+    assert index.tolist() == [[[1, 2]]]
+    assert count.item() == 2
+
+
+def test_mass_is_reached_by_the_fewest_tokens() -> None:
+    scores = torch.tensor([[[0.125, 0.5, 0.125, 0.25]]])
+    assert select_tokens(scores, mass=0.5)[0].tolist() == [[[1, -1, -1, -1]]]
+    assert select_tokens(scores, mass=0.76)[0].tolist() == [[[0, 1, 3, -1]]]
+    assert select_tokens(scores, mass=1.0)[1].item() == 4
+    assert select_tokens(scores, 2, mass=1.0)[0].tolist() == [[[1, 3]]]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "neither", {}),
+        (ValueError, "mass", {"mass": 0.0}),
+        (ValueError, "mass", {"mass": 1.5}),
+        (ValueError, "k must be >= 0", {"k": -1}),
+        (TypeError, "k must be an int", {"k": 2.0}),
+        (ValueError, "room for sink", {"k": 3, "sink": 2, "recent": 2}),
+        (ValueError, "seq_lens", {"k": 3, "seq_lens": torch.tensor([9])}),
+        (ValueError, "seq_lens", {"k": 3, "seq_lens": torch.tensor([1, 1])}),
+    ],
+)
+def test_selection_refuses(error: type[Exception], message: str, arguments: dict) -> None:
+    with pytest.raises(error, match=message):
+        select_tokens(torch.zeros(1, 2, 8), **arguments)
+
+
+def listed(heads: int) -> torch.Tensor:
+    """Lists of one channel each, channel 0."""
+    return torch.zeros(heads, 1, dtype=torch.int64)
+
+
+def keys(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+@pytest.mark.parametrize("per_query_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@over_backends("label_scores", without=("cuda-on-host",))
+def test_all_channels_give_the_exact_products(backend: Backend, dtype: torch.dtype, per_query_head: bool) -> None:
+    q, k = keys(2, 1, 6, 16, dtype=dtype), keys(2, 37, 3, 16, dtype=dtype)
+    channels = torch.stack([torch.randperm(16) for _ in range(6 if per_query_head else 3)])
+    labels = LabelCache(channels).append(k[:, :20]).append(k[:, 20:])
+    repeated = k.repeat_interleave(2, 2)
+    truth = torch.einsum("bshd,bthd->bht", q.double(), repeated.double())
+    peer = torch.einsum("bshd,bthd->bht", q.float(), repeated.float())
+    got = backend.label_scores(q, labels.data, labels.scale, channels, 3, False, None)
+    assert_accurate(got, truth, peer)
+    shared = backend.label_scores(q, labels.data, labels.scale, channels, 3, True, None)
+    assert_same(shared, got.unflatten(1, (3, 2)).amax(2))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("r", [1, 4, 5])
+def test_codes_are_within_half_a_step(bits: int, r: int) -> None:
+    k, channels = keys(2, 33, 3, 16), torch.stack([torch.randperm(16)[:r] for _ in range(3)])
+    labels = LabelCache(channels, bits)
+    for part in k.split([1, 20, 12], 1):
+        labels.append(part)
+    wanted = k.transpose(1, 2).gather(3, channels[None, :, None].expand(2, -1, 33, -1)).transpose(2, 3)
+    unpacked = fastok.reference.sparse.unpacked_labels(labels.data, labels.scale, r)
+    step = wanted.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert bool(((unpacked - wanted).abs() <= 0.5 * step * 1.01 + 1e-6).all())
+    assert len(labels) == 33
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("shared", [False, True])
+@over_backends("label_scores", without=("cuda-on-host",))
+def test_scores_of_any_number_of_tokens(backend: Backend, shared: bool, bits: int) -> None:
+    for n in (1, 5, 16, 33, 100, 5000):
+        q = keys(2, 2, 6, 16)
+        channels = torch.stack([torch.randperm(16)[:5] for _ in range(6)])
+        labels = LabelCache(channels, bits).append(keys(2, n, 3, 16))
+        lengths = torch.tensor([n, n // 2])
+        arguments = (channels, 3, shared, lengths)
+        got = backend.label_scores(q, labels.data, labels.scale, *arguments)
+        unpacked = fastok.reference.sparse.unpacked_labels(labels.data, labels.scale, 5)
+        truth = fastok.reference.sparse.label_scores(q.double(), unpacked.double(), None, *arguments)
+        peer = fastok.reference.sparse.label_scores(q, unpacked, None, *arguments)
+        assert_accurate(got, truth, peer, name=f"{n} tokens")
+
+
+def test_several_rows_count_by_their_largest_and_lengths_hide_the_rest() -> None:
+    q, k = keys(2, 3, 4, 8), keys(2, 10, 2, 8)
+    labels = LabelCache(torch.arange(8).expand(2, 8)).append(k)
+    lengths = torch.tensor([10, 4])
+    got = label_scores(q, labels, shared=False, seq_lens=lengths)
+    single = torch.stack([label_scores(q[:, i], labels, shared=False) for i in range(3)]).amax(0)
+    assert_same(got[0], single[0])
+    assert_same(got[1, :, :4], single[1, :, :4])
+    assert bool((got[1, :, 4:] == -INF).all())
+
+
+def test_a_nan_key_stays_with_its_token() -> None:
+    k = keys(1, 6, 1, 8)
+    k[0, 2, 0, 3] = math.nan
+    for bits in (16, 8, 4):
+        scores = label_scores(keys(1, 1, 2, 8), LabelCache(torch.arange(8)[None], bits).append(k))
+        assert scores[0, 0].isnan().tolist() == [t == 2 for t in range(6)]
+        index, _ = select_tokens(scores, 5)
+        assert 2 not in index.tolist()[0][0]
+
+
+def test_cropping_and_reordering() -> None:
+    k, more = keys(3, 9, 2, 8), keys(3, 5, 2, 8)
+    labels = LabelCache(torch.tensor([[0, 3], [7, 1]]), 8).append(k)
+    labels.crop(4)
+    labels.select(torch.tensor([2, 2, 0]))
+    labels.append(more)
+    other = LabelCache(torch.tensor([[0, 3], [7, 1]]), 8).append(torch.cat([k[[2, 2, 0], :4], more], 1))
+    assert_same(labels.data, other.data)
+    assert_same(labels.scale, other.scale)
+
+
+def test_appending_allocates_seldom_and_memory_is_told() -> None:
+    labels = LabelCache(torch.tensor([[0, 3], [7, 1]]), 4)
+    addresses = set()
+    for _ in range(100):
+        labels.append(keys(1, 1, 2, 8))
+        addresses.add(labels.data.data_ptr())
+    assert len(addresses) < 15
+    capacity = labels._data.shape[-1]
+    assert labels.nbytes == 4 * 8 + 2 * 1 * capacity + 2 * 2 * capacity
+
+
+@pytest.mark.parametrize("statistic", ["q", "k", "qk"])
+def test_calibration_finds_the_planted_channels(statistic: str) -> None:
+    q, k = keys(2, 50, 4, 8), keys(2, 50, 2, 8)
+    for head in range(4):
+        q[:, :, head, head] *= 100
+    for head in range(2):
+        k[:, :, head, 7 - head] *= 100
+    channels = calibrate_channels(q, k, 2, statistic=statistic)
+    assert channels.dtype == torch.int64
+    if statistic == "q":
+        assert channels[:, 0].tolist() == [0, 1, 2, 3]
+    elif statistic == "k":
+        assert channels[:, 0].tolist() == [7, 6]
+    else:
+        assert [set(row) for row in channels.tolist()] == [{0, 7}, {1, 7}, {2, 6}, {3, 6}]
+
+
+def test_calibration_takes_the_lowest_of_equal_channels() -> None:
+    ones = torch.ones(1, 3, 2, 8)
+    assert calibrate_channels(ones, ones, 3).tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, "r must be within", lambda q, k: calibrate_channels(q, k, 9)),
+        (ValueError, "statistic", lambda q, k: calibrate_channels(q, k, 2, statistic="v")),
+        (ValueError, "multiple", lambda q, k: calibrate_channels(q[:, :, :3], k, 2)),
+        (ValueError, "k must have shape", lambda q, k: calibrate_channels(q, k[:, :2], 2)),
+        (ValueError, "bits", lambda q, k: LabelCache(listed(1), 3)),
+        (TypeError, "channels", lambda q, k: LabelCache(torch.zeros(1, 1))),
+        (ValueError, "channels must be within", lambda q, k: LabelCache(torch.full((2, 1), 8)).append(k)),
+        (
+            ValueError,
+            "channels must be of a multiple",
+            lambda q, k: LabelCache(listed(3)).append(k),
+        ),
+        (RuntimeError, "empty", lambda q, k: label_scores(q, LabelCache(listed(2)))),
+        (
+            ValueError,
+            "q must have",
+            lambda q, k: label_scores(q[..., :4], LabelCache(listed(2)).append(k)),
+        ),
+    ],
+)
+def test_refusals_name_the_argument(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        call(keys(1, 5, 4, 8), keys(1, 5, 2, 8))
+
+
+@pytest.mark.parametrize("op", ["label_scores", "select_tokens"])
+def test_opcheck(op: str) -> None:
+    channels = torch.tensor([[0, 3, 5], [7, 1, 2]])
+    labels = LabelCache(channels, 4).append(keys(2, 9, 2, 8))
+    arguments = {
+        "label_scores": (keys(2, 1, 4, 8), labels.data, labels.scale, channels, 2, True, torch.tensor([9, 3])),
+        "select_tokens": (torch.rand(2, 3, 9), 4, 0.5, 1, 1, torch.tensor([9, 3])),
+    }
+    torch.library.opcheck(getattr(torch.ops.fastok, op).default, arguments[op])
+
+
+def test_compiles_without_graph_breaks() -> None:
+    labels = LabelCache(torch.tensor([[0, 3], [7, 1]])).append(keys(2, 64, 2, 8))
+
+    def step(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return select_tokens(label_scores(q, labels), 8, sink=1, recent=2)
+
+    q = keys(2, 1, 4, 8)
+    for got, wanted in zip(torch.compile(step, fullgraph=True)(q), step(q), strict=True):
+        assert_same(got, wanted)

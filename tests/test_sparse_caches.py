@@ -1,0 +1,240 @@
+"""Double Sparsity, TidalDecode, SnapKV and PyramidKV as caches of transformers models."""
+
+import warnings
+from typing import Any
+
+import fastok
+import pytest
+import torch
+from fastok.sparse import Calibration, DoubleSparseCache, PyramidKVCache, SnapKVCache, TidalCache, calibrate
+from fastok.testing import assert_accurate, assert_same
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+fastok.register_transformers()
+
+LAYERS, H, G, D = 4, 4, 2, 16
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": H * D, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+    "num_attention_heads": H, "num_key_value_heads": G, "head_dim": D, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
+}  # fmt: skip
+
+
+def build(attention: str = "fastok") -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, attn_implementation=attention)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def ids(batch: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(2, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibration(model: Any, r: int = 4) -> Calibration:
+    return calibrate(model, [ids(2, 40, seed=9)], r, statistic="k")
+
+
+CACHES = {
+    "Double Sparsity": lambda model: DoubleSparseCache(calibration(model), 1000),
+    "TidalDecode": lambda model: TidalCache(1000, select_layers=(1, 3)),
+    "SnapKV": lambda model: SnapKVCache(1000),
+    "PyramidKV": lambda model: PyramidKVCache(1000, LAYERS),
+}
+over_caches = pytest.mark.parametrize("name", CACHES)
+
+
+@over_caches
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_a_budget_for_everything_changes_nothing(name: str, beams: int) -> None:
+    model, prompt = build(), ids(2, 30)
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "num_beams": beams}
+    wanted = model.generate(prompt, **options)
+    assert_same(model.generate(prompt, past_key_values=CACHES[name](model), **options), wanted)
+
+
+@over_caches
+@torch.no_grad()
+def test_conversations_cropping_and_forgetting(name: str) -> None:
+    model, cache = build(), CACHES[name](build())
+    tokens = ids(2, 70)
+    model(tokens[:, :40], past_key_values=cache)
+    model(tokens[:, 40:43], past_key_values=cache)
+    model(tokens[:, 43:], past_key_values=cache)
+    cache.crop(-10)
+    assert cache.get_seq_length() == 60
+    got = model(tokens[:, 60:61], past_key_values=cache).logits[:, -1]
+    wanted = model(tokens[:, :61]).logits[:, -1]
+    truth = build("eager").double()(tokens[:, :61]).logits[:, -1]
+    assert_accurate(got, truth, wanted, factor=8)
+    assert cache.nbytes > 0
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    model(tokens[:1, :9], past_key_values=cache)
+    assert cache.get_seq_length() == 9
+
+
+@pytest.mark.parametrize("name", ["Double Sparsity", "TidalDecode"])
+@torch.no_grad()
+def test_other_attention_gets_everything_and_a_warning(name: str) -> None:
+    model, prompt, step = build("sdpa"), ids(2, 30), ids(2, 1, seed=2)
+    cache = CACHES[name](build())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(prompt, past_key_values=cache)
+        got = model(step, past_key_values=cache).logits
+    assert any("unpacked in every step" in str(one.message) for one in caught)
+    wanted = model(torch.cat([prompt, step], 1)).logits[:, -1:]
+    truth = build("eager").double()(torch.cat([prompt, step], 1)).logits[:, -1:]
+    assert_accurate(got, truth, wanted, factor=8)
+
+
+def attended(model: Any, cache: Any, step: Tensor, **options: Any) -> list[tuple[Tensor, Tensor]]:
+    """What each layer's `to_tokens` is called with in one step: queries and tokens (None: all)."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    for layer in cache.layers:
+        own = layer.to_tokens
+
+        def spy(tokens: Any, q: Tensor, *rest: Any, own: Any = own) -> Any:
+            seen.append((q, tokens))
+            return own(tokens, q, *rest)
+
+        layer.to_tokens = spy
+    model(step, past_key_values=cache, **options)
+    for layer in cache.layers:
+        del layer.to_tokens
+    return seen
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@torch.no_grad()
+def test_double_sparsity_attends_to_few_tokens_of_each_sequence(shared: bool) -> None:
+    model, prompt = build(), ids(2, 100)
+    mask = torch.ones_like(prompt)
+    mask[1, :60] = 0  # left padding
+    cache = DoubleSparseCache(calibration(model), 20, dense_layers=(0,), sink=2, recent=4, shared=shared)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    model(prompt, attention_mask=mask, position_ids=position, past_key_values=cache)
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    seen = attended(model, cache, ids(2, 1), attention_mask=mask, position_ids=position[:, -1:] + 1)
+    assert seen[0][1] is None
+    for _, tokens in seen[1:]:
+        assert tokens.shape == (2, G if shared else H, 20)
+        assert bool((tokens[..., -4:] == torch.arange(97, 101)).all())
+        assert bool((tokens[..., :2] == torch.arange(2)).all())
+        assert bool((tokens[1, :, 2:] >= 60).all())  # no padding, but for the sinks that were asked for
+
+
+@torch.no_grad()
+def test_a_share_of_the_tokens() -> None:
+    model = build()
+    cache = DoubleSparseCache(calibration(model), 0.25, dense_layers=())
+    model(ids(1, 399), past_key_values=cache)
+    assert attended(model, cache, ids(1, 1))[0][1].shape[-1] == 100
+    short = DoubleSparseCache(calibration(model), 0.25, dense_layers=())
+    model(ids(1, 50), past_key_values=short)
+    assert attended(model, short, ids(1, 1))[0][1] is None
+
+
+@torch.no_grad()
+def test_tidal_layers_reuse_the_last_choice() -> None:
+    model = build()
+    cache = TidalCache(12, select_layers=(1, 3))
+    model(ids(2, 60), past_key_values=cache)
+    seen = attended(model, cache, ids(2, 1))
+    assert [tokens is None for _, tokens in seen] == [True, True, False, True]
+    logits = (seen[1][0][:, 0, :, None] * cache.layers[1].kv.k.transpose(1, 2).repeat_interleave(2, 1)).sum(-1)
+    best = logits.unflatten(1, (G, 2)).amax(2)[..., :-1].topk(11).indices.sort().values
+    assert_same(seen[2][1][..., :-1], best)
+    assert bool((seen[2][1][..., -1] == 60).all())
+
+
+@torch.no_grad()
+def test_snapkv_keeps_what_the_last_queries_attend_to() -> None:
+    model, prompt = build(), ids(2, 80)
+    with fastok.record_scores(fastok.ScoreSpec(rows=(-8, None), cols=(0, -8), heads="group_mean", pool=3)) as recorded:
+        model(prompt)
+    cache = SnapKVCache(24, window=8, pool=3)
+    model(prompt, past_key_values=cache)
+    dense = transformers.DynamicCache()
+    model(prompt, past_key_values=dense)
+    for layer, scores, whole in zip(cache.layers, recorded, dense.layers, strict=True):
+        best = scores[0].topk(16).indices.sort().values
+        kept = torch.cat([best, torch.arange(72, 80).expand(2, G, 8)], 2)
+        assert_same(layer.kept, kept)
+        assert_same(layer.kv.k.transpose(1, 2), whole.keys.gather(2, kept[..., None].expand(-1, -1, -1, D)))
+    assert cache.nbytes == LAYERS * 2 * 2 * G * 24 * D * 4
+    # A step attends to those, and to itself.
+    got = model(ids(2, 1, seed=3), past_key_values=cache).logits
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        same = transformers.DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            same.update(*(x.transpose(1, 2)[:, :, :24].to(dtype) for x in (layer.kv.k, layer.kv.v)), index)
+        peer = build("eager").to(dtype)
+        position = torch.full((2, 1), 80)
+        results.append(peer(ids(2, 1, seed=3), past_key_values=same, position_ids=position).logits)
+    assert_accurate(got, *results, factor=8)
+
+
+@torch.no_grad()
+def test_snapkv_after_padding() -> None:
+    model, prompt = build(), ids(2, 80)
+    mask = torch.ones_like(prompt)
+    mask[1, :50] = 0
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = SnapKVCache(40, window=8, pool=1)
+    model(prompt, attention_mask=mask, position_ids=position, past_key_values=cache)
+    assert bool((cache.layers[2].kept[1, :, -30:] >= 50).all())  # all 30 tokens that are not padding
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    step = {"attention_mask": mask, "position_ids": position[:, -1:] + 1}
+    got = model(ids(2, 1), past_key_values=cache, **step).logits[1]
+    alone = transformers.DynamicCache()
+    model(prompt[1:, 50:], past_key_values=alone)
+    wanted = model(ids(2, 1)[1:], past_key_values=alone).logits[0]
+    truth = build("eager").double()(torch.cat([prompt[1:, 50:], ids(2, 1)[1:]], 1)).logits[0, -1:]
+    assert_accurate(got, truth, wanted, factor=8)
+
+
+@torch.no_grad()
+def test_pyramidkv_capacities_fall() -> None:
+    model, cache = build(), PyramidKVCache(40, LAYERS, beta=4, window=8)
+    model(ids(1, 200), past_key_values=cache)
+    # mean 32: from 2 * 32 - 8 = 56 down by 56 - 8 = 48 over 3 steps of 16; the window of 8 besides
+    assert [layer.kv.length for layer in cache.layers] == [64, 48, 32, 16]
+    short = PyramidKVCache(40, LAYERS, beta=4, window=8)
+    model(ids(1, 60), past_key_values=short)
+    assert [layer.kv.length for layer in short.layers] == [40] * LAYERS
+
+
+@torch.no_grad()
+def test_what_was_evicted_cannot_come_back() -> None:
+    model, cache = build(), SnapKVCache(24, window=8)
+    model(ids(1, 80), past_key_values=cache)
+    model(ids(1, 3), past_key_values=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 80
+    with pytest.raises(NotImplementedError, match="evicted"):
+        cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="attn_implementation"):
+        build("sdpa")(ids(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "make"),
+    [
+        (TypeError, "calibration", lambda model: DoubleSparseCache([3], 8)),
+        (ValueError, "n_keep", lambda model: DoubleSparseCache(calibration(model), 8, recent=9)),
+        (ValueError, "n_keep", lambda model: DoubleSparseCache(calibration(model), 0.0)),
+        (ValueError, "bits", lambda model: DoubleSparseCache(calibration(model), 80, bits=3)),
+        (ValueError, "n_keep", lambda model: TidalCache(0)),
+        (ValueError, "select_layers", lambda model: TidalCache(8, select_layers=())),
+        (ValueError, "capacity", lambda model: SnapKVCache(32)),
+        (ValueError, "pool", lambda model: SnapKVCache(64, pool=4)),
+        (ValueError, "beta", lambda model: PyramidKVCache(64, 4, beta=0)),
+    ],
+)
+def test_refusals(error: type[Exception], message: str, make: Any) -> None:
+    with pytest.raises(error, match=message):
+        make(build())
