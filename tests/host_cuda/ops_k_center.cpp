@@ -7,20 +7,6 @@ namespace simt {
 using namespace fastok;
 using namespace fastok::cuda;
 
-namespace {
-
-// Working memory of a call, known to the machine.
-template <class T>
-struct Working {
-  std::vector<T> memory;
-  Working(const char* name, int64_t count) : memory(size_t(count)) {
-    if (count > 0) add_output(name, memory.data(), count, sizeof(T));
-  }
-  T* data() { return memory.empty() ? nullptr : memory.data(); }
-};
-
-}  // namespace
-
 void k_center(const Call& call) {
   const Tensor& x = call.array("x");
   CenterParams p{};
