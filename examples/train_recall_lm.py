@@ -34,7 +34,7 @@ DENSE = (256, 8)
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1900, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak, of Muon (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="model folder (default: %(default)s)")
