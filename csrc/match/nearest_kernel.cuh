@@ -101,7 +101,7 @@ __device__ void load_slice(const RowList<T>& rows, int begin, int depth, int wid
   for (int item = int(threadIdx.x); item < kListRows * kListDepth; item += kListThreads) {
     const int row = item / kListDepth, d = item % kListDepth, i = begin + row;
     const bool inside = i < rows.tokens.count && depth + d < width;
-    out[d * kListPitch + row] = inside ? widen(rows.row(i)[depth + d]) * scale[row] : 0.0f;
+    out[d * kListPitch + row] = inside ? widen(rows.row(rows.tokens.at(i))[depth + d]) * scale[row] : 0.0f;
   }
 }
 

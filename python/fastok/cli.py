@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--scenes", type=_count, default=2000, metavar="N", help="default: %(default)s")
 
-    viz = add("viz", run_viz, "Draw a photo's tokens as the shipped model merges them.")
+    viz = add("viz", run_viz, "Draw a photo's tokens as the shipped model merges them, or a vision-language model's.")
     viz.add_argument("image", type=Path, metavar="IMAGE")
     viz.add_argument(
         "--ratio",
@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="shares of the tokens to keep (default: 0.5 0.25 0.125)",
     )
+    viz.add_argument("--model", metavar="CHECKPOINT", help="a vision-language model of transformers, instead")
+    viz.add_argument(
+        "--reducer", default="DivPrune", metavar="R", help="of that model: 'FasterVLM(keep=64)' (default: %(default)s)"
+    )
+    viz.add_argument("--text", default="What is this?", help="what that model is asked (default: %(default)s)")
     viz.add_argument("--style", choices=("mean", "outline", "color"), default="mean", help="default: %(default)s")
     viz.add_argument("--out", type=_picture, default=Path("out/viz.png"), metavar="F", help="default: %(default)s")
     return parser
@@ -211,6 +216,17 @@ def run_viz(arguments: argparse.Namespace) -> None:
     from . import demo, viz
 
     photo = demo.open_photo(arguments.image)
-    pictures = demo.draw_merged(demo.load_model(), photo, demo.photo_grid(photo), arguments.ratio, arguments.style)
+    if arguments.model is None:
+        pictures = demo.draw_merged(demo.load_model(), photo, demo.photo_grid(photo), arguments.ratio, arguments.style)
+    else:
+        demo.transformers()  # says what to install if it is missing
+        from .integrations import drawing
+
+        try:
+            reducer = drawing.reducer_of(arguments.reducer)
+        except ValueError as error:
+            raise OSError(f"--reducer: {error}") from None
+        model, processor = drawing.load(arguments.model)
+        pictures = drawing.draw(model, processor, photo, reducer, arguments.text, arguments.style)
     viz.save(viz.picture_grid(*pictures), arguments.out)
     print(f"picture: {arguments.out}")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .token_map import SoftMap, TokenMap
 
@@ -58,23 +60,52 @@ def draw_tokens(
         TypeError: a `SoftMap`, whose tokens are no sets of patches.
         ValueError: a grid, prefix, sample, style or side that does not fit.
     """
+    return _drawn(image, _patch_slots(token_map, grid, prefix, sample).reshape(grid), style, side)
+
+
+def draw_patches(image: Image.Image, slots: Tensor, *, style: Style = "mean", side: int = 448) -> Image.Image:
+    """As `draw_tokens`, from the token that each patch went into: what `fastok.apply` did to a vision-language model.
+
+    ``[[viz.draw_patches(image, slots) for slots in pictures] for pictures in handle.patches]`` draws all of a prompt.
+
+    Args:
+        image: what the model was shown as this picture (of a video, the frame), of any size.
+        slots: integer ``[h,w]``, -1 for dropped patches, for instance one of ``handle.patches``.
+        style, side: see `draw_tokens`.
+
+    Returns:
+        An RGB picture of h by w cells. Dropped patches are darkened.
+
+    Raises:
+        TypeError: slots that are no integers. ValueError: an empty grid, slots below -1, a style or side that does not
+            fit.
+    """
+    if slots.is_floating_point() or slots.is_complex() or slots.dtype == torch.bool:
+        raise TypeError(f"slots must be integers, got {slots.dtype}")
+    if slots.dim() != 2 or slots.numel() == 0 or int(slots.min()) < -1:
+        raise ValueError(f"slots must be [h,w] of numbers >= -1, at least one, got {list(slots.shape)}")
+    return _drawn(image, slots.cpu().numpy().astype(np.int64), style, side)
+
+
+def _drawn(image: Image.Image, cells: NDArray[np.int64], style: Style, side: int) -> Image.Image:
+    """The picture of ``cells[h,w]``, -1 for dropped."""
     if style not in get_args(Style):
         raise ValueError(f"style must be one of {', '.join(get_args(Style))}; got {style!r}")
     if side < 1:
         raise ValueError(f"side must be >= 1, got {side}")
-    slots = _patch_slots(token_map, grid, prefix, sample)
+    slots, grid, n_out = cells.ravel(), cells.shape, max(int(cells.max()) + 1, 1)
     rows, columns = grid
     pixels = _stretched(image, grid, side)
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
 
     kept = slots >= 0
     patches = pixels.reshape(rows, height, columns, width, 3).mean((1, 3)).reshape(-1, 3)
-    counts = np.bincount(slots[kept], minlength=token_map.n_out)
+    counts = np.bincount(slots[kept], minlength=n_out)
     if style == "mean":
-        sums = np.stack([np.bincount(slots[kept], channel[kept], token_map.n_out) for channel in patches.T], -1)
+        sums = np.stack([np.bincount(slots[kept], channel[kept], n_out) for channel in patches.T], -1)
         fill, opacity = (sums / np.maximum(counts, 1)[:, None])[slots], np.where(kept, 1.0, 0.0)
     elif style == "color":
-        fill, opacity = _distinct_colours(token_map.n_out)[slots], np.where(kept & (counts[slots] > 1), _TINT, 0.0)
+        fill, opacity = _distinct_colours(n_out)[slots], np.where(kept & (counts[slots] > 1), _TINT, 0.0)
     else:
         fill, opacity = patches, np.zeros(len(slots))
 
@@ -84,7 +115,7 @@ def draw_tokens(
 
     cover = per_pixel(opacity)
     drawn = pixels * per_pixel(np.where(kept, 1.0, _DROPPED)) * (1 - cover) + per_pixel(fill) * cover
-    drawn[_borders(slots.reshape(grid), height, width)] = _BORDER
+    drawn[_borders(cells, height, width)] = _BORDER
     return Image.fromarray(np.rint(drawn).astype(np.uint8))
 
 
@@ -108,7 +139,7 @@ def _patch_slots(token_map: TokenMap | SoftMap, grid: tuple[int, int], prefix: i
     return slots
 
 
-def _stretched(image: Image.Image, grid: tuple[int, int], side: int) -> NDArray[np.float64]:
+def _stretched(image: Image.Image, grid: tuple[int, ...], side: int) -> NDArray[np.float64]:
     """[H,W,3], about ``side`` long, a whole number of pixels per patch each way."""
     rows, columns = grid
     scale = side / max(image.size)

@@ -18,7 +18,9 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
 
     Args:
         model: a supported encoder or vision-language model, or any module that contains exactly one. Of a
-            vision-language model, give the whole: it has to know that its encoder returns fewer tokens.
+            vision-language model, give the whole: it has to know that its encoder returns fewer tokens, and its
+            ``generate`` that the cache is shorter than what it stands for. (Without its head, it can be called in a
+            loop; a head that was not told gets an error where it counts by the cache.)
         reducer: for instance ``fastok.reducers.ToMe(r=16)``.
         where: for a vision-language model, ``place="layers"`` reduces in the layers of its vision tower (LLaVA's),
             ``place="output"`` behind it. By default in layers if the reducer says in which it reduces (ToMe, EViT),

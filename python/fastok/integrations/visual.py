@@ -65,13 +65,28 @@ class Reduced:
         features: ``[m,C]``, for the prompt.
         source: int64 ``[m]``, the place among the original features that each of these stands for.
         token_map: what the reducer returned.
+        slot: int64 ``[m]``, the output ``b * M + j`` of the map that stands at each place, -1 for a newline.
+        pictures: int64 ``[h,w]`` each, the tokens of the image as they lie in it: see `pictures`.
         seconds: what this took.
     """
 
     features: Tensor
     source: Tensor
     token_map: TokenMap | SoftMap
+    slot: Tensor
+    pictures: list[Tensor]
     seconds: float
+
+    @property
+    def patches(self) -> list[Tensor]:
+        """int64 ``[h,w]`` for each picture: the place in ``features`` of what each token went into, -1 if nowhere."""
+        places = torch.arange(len(self.slot), device=self.slot.device)
+        outputs = self.token_map.batch_size * self.token_map.n_out
+        place = places.new_full((outputs + 1,), -1)
+        place = place.scatter(0, torch.where(self.slot < 0, outputs, self.slot), places)
+        place[outputs] = -1
+        into = _into(self.token_map)
+        return [place[torch.where(into[picture] < 0, outputs, into[picture])] for picture in self.pictures]
 
 
 def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
@@ -98,13 +113,43 @@ def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
     at, key = at.flatten(), key.flatten()
     left = (at < total).nonzero()[:, 0]
     features, source, key = merged.flatten(0, 1)[left], at[left], key[left]
-    order = key.sort(stable=True).indices
+    order, slot = key.sort(stable=True).indices, left
     if visual.packed is not None:
         newlines = _newlines(visual, source, getattr(reducer, "newlines", "all"))
         features = torch.cat([features, visual.features[newlines].to(features)])
         source, key = torch.cat([source, newlines]), torch.cat([key, newlines])
+        slot = torch.cat([slot, torch.full_like(newlines, -1)])
         order = key.sort(stable=True).indices
-    return Reduced(features[order], source[order], token_map, perf_counter() - started)
+    seconds = perf_counter() - started
+    return Reduced(features[order], source[order], token_map, slot[order], pictures(visual), seconds)
+
+
+def pictures(visual: Visual) -> list[Tensor]:
+    """int64 ``[h,w]`` each: which token ``b * N + i`` shows which part of the image, or of a frame of the video.
+
+    A thumbnail and the map stitched of its crops are two pictures; each frame is one. Where the crops have no known
+    grid, their tokens are one row.
+    """
+    batch, n = visual.hidden.shape[:2]
+    t, h, w = (1, 1, n) if visual.grid is None else visual.grid
+    numbers = torch.arange(batch * n, device=visual.hidden.device)
+    if visual.packed is None or visual.ordered == batch:
+        return list(numbers.view(batch * t, h, w))
+    stitched = visual.packed[visual.ordered * n :]
+    rows = int((stitched < 0).sum())
+    whole = list(numbers[: visual.ordered * n].view(visual.ordered * t, h, w))
+    return [*whole, stitched.view(rows, -1)[:, :-1]]  # a newline ends each row
+
+
+def _into(token_map: TokenMap | SoftMap) -> Tensor:
+    """int64 ``[B * N]``: the output ``b * M + j`` that each token went into (where it weighs most), -1 if in none."""
+    if isinstance(token_map, TokenMap):
+        slot = token_map.assign.long()
+    else:
+        weights = token_map.dense().abs()
+        slot = torch.where(weights.amax(1) > 0, weights.argmax(1), -1)
+    first = torch.arange(len(slot), device=slot.device)[:, None] * token_map.n_out
+    return torch.where(slot < 0, -1, slot + first).flatten()
 
 
 def _merged(visual: Visual, reducer: Reducer, text: Tensor | None, whole: bool) -> tuple[TokenMap | SoftMap, Tensor]:

@@ -89,6 +89,13 @@ class PromptSession:
         return [image.token_map for image in self.reduced]
 
     @property
+    def patches(self) -> list[list[Tensor]]:
+        """For each image of the last prompt that had any, each picture that it was encoded as."""
+        if self.seconds is None:
+            raise RuntimeError("no prompt with images was seen since apply")
+        return [image.patches for image in self.reduced]
+
+    @property
     def stats(self) -> Stats:
         """Of the last prompt that had images."""
         after = [len(image.source) for image in self.reduced]
@@ -125,6 +132,8 @@ class PromptSession:
         history = History.none(batch) if history is None else history.rows(batch)
         seen = history.seen(cached)
         _check(given, options, batch, seen, width)
+        if history.places and width > 1:
+            _check_positions(core, given.get("position_ids"), history, seen)
         mask = given.get("attention_mask")
         past = history.past_mask(mask, cached, batch) if cached else None
         now = None if mask is None else mask[:, seen:]
@@ -278,7 +287,8 @@ def _check(given: dict[str, Any], options: dict[str, Any], batch: int, seen: int
     if mask is not None and mask.shape[1] != seen + width:
         raise ValueError(
             f"attention_mask must be of the tokens of the prompt as it was before images were reduced, "
-            f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}"
+            f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}. Where generate makes it, "
+            "apply the reducer to the whole model, with its language-modelling head"
         )
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if options.get(name) is not None:
@@ -286,6 +296,24 @@ def _check(given: dict[str, Any], options: dict[str, Any], batch: int, seen: int
                 f"{name}: required, packed prompts whose lengths were counted before images were reduced; supported, "
                 "one prompt per row"
             )
+
+
+def _check_positions(core: Any, positions: Tensor | None, history: History, seen: int) -> None:
+    """ValueError if what continues a shortened cache starts again with tokens that are in it."""
+    if positions is None or (positions.dim() == 3 and positions.shape[0] not in (1, 4)):
+        return
+    if positions.dim() == 3:  # M-RoPE: a first row that counts tokens, or one for all axes, with the model's offset
+        offset = 0 if core.rope_deltas is None or positions.shape[0] == 4 else core.rope_deltas
+        positions = positions[0] - offset
+    visible = history.places if history.mask is None else (history.mask != 0).sum(1)
+    next_one = visible + history.removed.to(positions.device) + seen - history.columns
+    again = int((next_one - positions[:, 0]).max())
+    if again > 0:
+        raise ValueError(
+            f"input_ids must be the tokens behind the {seen} that past_key_values stands for, but position_ids say "
+            f"that {again} of them come again: the caller of {type(core).__name__} took the cache's length for theirs. "
+            "Apply the reducer to the whole model, with its language-modelling head, or give it the new tokens only"
+        )
 
 
 def _joined(past: Tensor | None, now: Tensor | None, batch: int, cached: int, width: int) -> Tensor | None:
