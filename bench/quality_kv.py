@@ -1,21 +1,22 @@
 """What a smaller KV cache costs: perplexity and recall of fastok's language model, by format and by sparse method.
 
-    python bench/quality_kv.py --json bench/results/quality_kv.json --plot docs/quality-kv.svg
+    python bench/quality_kv.py --json bench/results/quality_kv.json --plot docs/quality-kv.png
 
 The texts are the standard library's held-out files with key-value pairs among them (fastok.models.recall): every key
-stands once in the first part of a text and once more in the last, and there the value is right if the model finds it
-most likely. Perplexity, per byte, and recall are both taken on the last part only, a quarter of the text (formats) or
-an eighth (sparse methods).
+stands once in the first part of a text and once more in the last, and there its value counts as recalled if the model
+finds it the likeliest token. Recall and perplexity (per byte of the file) are both taken on the last part only: a
+quarter of the text for formats, an eighth for sparse methods.
 
-The first part is fed at once, as a prompt: it attends to itself exactly, and is packed (or read sparsely, or evicted)
-only then. The last part follows in steps of 16 tokens, of one token for sparse methods, which is how far fastok's
-attention reads a cache in place; so all that is measured was told from stored bytes, except what the hot window still
-has in full. "bits" are those of a sealed page, parameters and padding included; "whole" are the bytes of the whole
-cache, hot window included, over its elements at the end.
+The first part is fed at once, as a prompt: it attends to itself exactly, and is packed, evicted or chosen from only
+then. The last part follows in steps of 16 tokens (sparse methods: of one), as many as fastok's attention reads a cache
+in place for. So what is measured was told from stored bytes, but for the hot window, which is near and holds few keys.
+"bits" are those of sealed pages, parameters and padding included; "whole" is the whole cache at the end, hot window,
+labels and all, over the elements of all keys and values.
 
-Sparse methods keep or read a share of the 4096 tokens. The first layer always attends to everything; in `TidalCache`
-the second does too, since it chooses. `SnapKVCache` and `PyramidKVCache` evict from all layers before any key is
-asked for again, and keep all tokens that follow.
+Sparse methods read or keep a share of the text's tokens. The first layer always reads everything, and `TidalCache`'s
+second too, since it chooses. `SnapKVCache` and `PyramidKVCache` evict from all layers, by what the prompt's end attends
+to: before any key is asked for. All tokens after the prompt are kept. "most recent" and "random channels" are
+`DoubleSparseCache` made to read the newest tokens, and given label channels at random.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from typing import Any
 import fastok
 import torch
 import torch.nn.functional as F
-from fastok import sparse
+from fastok import sparse, viz
 from fastok.models.recall import BYTES, MODEL_DIR, RecallTexts, Sequences
 from torch import Generator, nn
 from transformers import Cache, DynamicCache, LlamaForCausalLM
@@ -43,6 +44,18 @@ SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 CHANNELS = 8
 """Label channels of 64."""
 FULL = "bf16"
+
+
+@dataclass(frozen=True)
+class Table:
+    """How texts are made and read: the last part's share, tokens per key, tokens per step."""
+
+    tail: float
+    spacing: int
+    step: int
+
+
+TABLES = {"formats": Table(1 / 4, 32, 16), "sparse": Table(1 / 8, 64, 1)}
 
 
 @dataclass(frozen=True)
@@ -78,14 +91,14 @@ def formats(model: LlamaForCausalLM) -> list[Method]:
     return methods
 
 
-def sparse_methods(model: LlamaForCausalLM, length: int, prompt: int) -> list[Method]:
+def sparse_methods(model: LlamaForCausalLM, length: int, prompt: int, shares: Sequence[float]) -> list[Method]:
     train = RecallTexts("train")
     calibration = sparse.calibrate(model, [train.batch(4, 512, Generator().manual_seed(0)).tokens], CHANNELS)
     shape, width = calibration.channels.shape, model.config.head_dim
     random = torch.rand(*shape[:2], width, generator=Generator().manual_seed(0)).argsort(-1)[..., :CHANNELS]
     other = sparse.Calibration(random, calibration.statistic, calibration.model, calibration.checksum)
     methods = [Method(FULL, DynamicCache)]
-    for share in SHARES:
+    for share in shares:
         n = int(share * length)
         kept = int(share * prompt)
 
@@ -127,31 +140,18 @@ def bits_of(cache: Cache, elements: int) -> float:
     return 8 * size / elements
 
 
-def measure(
-    table: str, model: LlamaForCausalLM, methods: list[Method], texts: Sequences, prompt: int, step: int
-) -> Iterator[Quality]:
-    n, length = texts.tokens.shape
-    config = model.config
+def measure(model: LlamaForCausalLM, table: str, length: int, n: int, shares: Sequence[float]) -> Iterator[Quality]:
+    """One table's rows on ``n`` texts of ``length`` tokens."""
+    how, config = TABLES[table], model.config
+    generator = Generator().manual_seed(length)
+    texts = RecallTexts("test").batch(n, length, generator, spacing=how.spacing, recall_last=how.tail)
+    prompt = length - int(how.tail * length)
     elements = 2 * n * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    for method in methods:
+    for method in formats(model) if table == "formats" else sparse_methods(model, length, prompt, shares):
         cache = method.make()
-        perplexity, recall = answer(model, cache, texts, prompt, step)
+        perplexity, recall = answer(model, cache, texts, prompt, how.step)
         whole = bits_of(cache, elements)
         yield Quality(table, method.name, length, method.bits, whole, method.share, perplexity, recall)
-
-
-def run(folder: Path, tokens: int, lengths: tuple[int, ...], tables: list[str]) -> Iterator[Quality]:
-    """Every table's rows, on about ``tokens`` tokens of text per length."""
-    fastok.register_transformers()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="fastok").eval()
-    texts = RecallTexts("test")
-    for table in tables:
-        part = 1 / 4 if table == "formats" else 1 / 8
-        for length in lengths if table == "formats" else lengths[-1:]:
-            batch = texts.batch(max(1, tokens // length), length, Generator().manual_seed(length), recall_last=part)
-            prompt = length - int(part * length)
-            methods = formats(model) if table == "formats" else sparse_methods(model, length, prompt)
-            yield from measure(table, model, methods, batch, prompt, 16 if table == "formats" else 1)
 
 
 def line(quality: Quality) -> str:
@@ -163,61 +163,56 @@ def line(quality: Quality) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Recall and perplexity over bits, and over the share of tokens."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["svg.hashsalt"] = "fastok"
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(2, 2)
-    for axes, measured, scale in zip(panels.T, ("recall", "perplexity"), (100, 1), strict=True):
-        upper, lower = axes
-        kinds = [row for row in rows if row["table"] == "formats"]
-        for length in sorted({row["length"] for row in kinds}):
-            points = sorted((row["bits"], scale * row[measured]) for row in kinds if row["length"] == length)
-            upper.plot(*zip(*points, strict=True), "o-", markersize=4, label=f"{length} tokens")
-        longest = [row for row in kinds if row["length"] == max(row["length"] for row in kinds)]
-        for row in longest:
-            upper.annotate(
-                row["method"], (row["bits"], scale * row[measured]), fontsize=7, rotation=40,
-                xytext=(3, 5), textcoords="offset points",
-            )  # fmt: skip
-        upper.set_xscale("log", base=2)
-        upper.set_xticks([1.5, 2, 3, 4, 8, 16], ["1.5", "2", "3", "4", "8", "16"])
-        upper.set_xlabel("bits per element of a sealed page")
-        chosen = [row for row in rows if row["table"] == "sparse"]
-        full = next(row for row in chosen if row["method"] == FULL)
-        lower.axhline(scale * full[measured], color="grey", linestyle="--", label="all tokens")
-        for method in dict.fromkeys(row["method"] for row in chosen if row is not full):
-            points = sorted((row["share"], scale * row[measured]) for row in chosen if row["method"] == method)
-            lower.plot(*zip(*points, strict=True), "o-", markersize=4, label=method)
-        lower.set_xscale("log", base=2)
-        lower.set_xticks(SHARES, [f"1/{round(1 / share)}" for share in SHARES])
-        lower.set_xlabel(f"share of {full['length']} tokens")
-        for panel in axes:
-            panel.set_ylabel("values recalled, %" if measured == "recall" else "perplexity per byte")
-            panel.grid(alpha=0.3)
-        if measured == "perplexity":
-            upper.legend()
-            lower.legend()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    """Recall and perplexity over bits, and over the share of tokens; what ``rows`` have of it."""
+    pictures, captions = [], []
+    for table, axis in (("formats", "bits"), ("sparse", "share")):
+        of_table = [row for row in rows if row["table"] == table]
+        for measured, scale in (("recall", 100), ("perplexity", 1)):
+            curves: dict[str, list[tuple[float, float]]] = {}
+            for row in of_table:
+                name = f"{row['length']} tokens" if table == "formats" else row["method"]
+                curves.setdefault(name, []).append((row[axis], scale * row[measured]))
+            longest = max((row["length"] for row in of_table), default=0)
+            notes = [
+                (row[axis], scale * row[measured], row["method"])
+                for row in of_table
+                if table == "formats" and row["length"] == longest and row["method"] != FULL
+            ]
+            title = "values recalled, %" if measured == "recall" else "perplexity per byte"
+            if not curves:
+                continue
+            if table == "formats":
+                drawn = viz.draw_curves(curves, title, "bits per element", notes=notes, x_text="{:.1f}".format)
+            else:
+                drawn = viz.draw_curves(curves, title, f"share of {longest} tokens", x_text=lambda x: f"1/{1 / x:.0f}")
+            pictures.append(drawn)
+            captions.append(f"{table}: {measured}")
+    viz.save(viz.picture_grid(pictures, captions, columns=2), path)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model folder (default: fastok's)")
-    parser.add_argument("--tokens", type=int, default=32768, help="of text, for each length (default: %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="default: %(default)s")
-    parser.add_argument("--tables", nargs="+", choices=("formats", "sparse"), default=["formats", "sparse"])
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--plot", type=Path, help="draw them there (requirements/plots.txt)")
+    parser.add_argument("--tokens", type=int, default=16384, help="of text, for each length (default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sparse methods: the last of them")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of tokens, for sparse methods")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--json", type=Path, help="write the figures there, in place of those of the same tables")
+    parser.add_argument("--plot", type=Path, help="draw the figures of --json there")
     options = parser.parse_args(arguments)
     start, rows = time.perf_counter(), []
-    for quality in run(options.model, options.tokens, tuple(options.lengths), options.tables):
-        rows.append(asdict(quality))
-        print(line(quality), flush=True)
+    fastok.register_transformers()
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="fastok").eval()
+    for table in options.tables:
+        for length in options.lengths if table == "formats" else options.lengths[-1:]:
+            for quality in measure(model, table, length, max(1, options.tokens // length), options.shares):
+                rows.append(asdict(quality))
+                print(line(quality), flush=True)
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
+        if options.json.exists():
+            rows += [row for row in json.loads(options.json.read_text())["rows"] if row["table"] not in options.tables]
+        rows.sort(key=lambda row: row["table"])
         about = {"torch": torch.__version__, "python": platform.python_version(), "tokens": options.tokens}
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if options.plot:
