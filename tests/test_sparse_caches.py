@@ -164,7 +164,7 @@ def test_snapkv_keeps_what_the_last_queries_attend_to() -> None:
         kept = torch.cat([best, torch.arange(72, 80).expand(2, G, 8)], 2)
         assert_same(layer.kept, kept)
         assert_same(layer.kv.k.transpose(1, 2), whole.keys.gather(2, kept[..., None].expand(-1, -1, -1, D)))
-    assert cache.nbytes == LAYERS * 2 * 2 * G * 24 * D * 4
+    assert cache.nbytes == LAYERS * 2 * G * 24 * (2 * D * 4 + 8)  # keys, values, and where they stood
     # A step attends to those, and to itself.
     got = model(ids(2, 1, seed=3), past_key_values=cache).logits
     results = []

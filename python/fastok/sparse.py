@@ -1,5 +1,7 @@
 """Sparse decode: attention to the few cached tokens that matter (Double Sparsity and its relatives)."""
 
+from importlib import import_module
+
 from .caches.labels import LabelCache
 from .integrations.calibrate import Calibration, calibrate
 from .ops.double_sparse import double_sparse_decode
@@ -8,13 +10,19 @@ from .ops.sparse import calibrate_channels, label_scores, select_tokens
 
 def __getattr__(name: str) -> object:
     if name in CACHES:  # their base class is transformers' Cache, which fastok does without until it is asked for
-        from .integrations import sparse_caches
-
-        return getattr(sparse_caches, name)
+        return getattr(import_module(f".integrations.{CACHES[name]}", __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-CACHES = ("DoubleSparseCache", "PyramidKVCache", "SnapKVCache", "TidalCache")
+CACHES = {
+    "DoubleSparseCache": "sparse_caches",
+    "H2OCache": "h2o_cache",
+    "PyramidKVCache": "sparse_caches",
+    "SnapKVCache": "sparse_caches",
+    "StreamingCache": "streaming_cache",
+    "TidalCache": "sparse_caches",
+}
+"""By the module of `fastok.integrations` that has them."""
 
 __all__ = [
     "Calibration",

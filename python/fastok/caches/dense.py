@@ -42,10 +42,20 @@ class DenseKV:
         self.length = end
         return self
 
-    def keep(self, index: Tensor) -> "DenseKV":
-        """Keep the tokens ``index[B,G,K]`` of each head, in this order, and free the others' memory; returns self."""
-        self._parts = [part.gather(2, index[..., None].expand(*index.shape, part.shape[3])) for part in self._parts]
-        self.length = index.shape[2]
+    def keep(self, index: Tensor, spare: int = 0) -> "DenseKV":
+        """Keep the tokens ``index[B,G,K]`` of each head, in this order, and free the others' memory; returns self.
+
+        There is room for ``spare`` more then; where that is as much as before, memory stays where it is.
+        """
+        count = index.shape[2]
+        for i, part in enumerate(self._parts):
+            kept = part.gather(2, index[..., None].expand(*index.shape, part.shape[3]))
+            if spare:
+                if part.shape[2] != count + spare:
+                    part = part.new_empty(*part.shape[:2], count + spare, part.shape[3])
+                part[:, :, :count] = kept
+            self._parts[i] = part if spare else kept
+        self.length = count
         return self
 
     def crop(self, length: int) -> "DenseKV":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Held(Protocol):
@@ -19,10 +19,15 @@ class Held(Protocol):
 
     most_rows: int
     """New tokens that it can be attended to with in place."""
+    whole: bool
+    """Whether a prompt too is attended to by `attend` only."""
 
     @property
     def length(self) -> int:
         """Tokens that went through it, the new ones included."""
+
+    def called_by(self, attention: nn.Module, position: Tensor | None) -> None:
+        """Said before the others: which layer asks, and where its new tokens stand, ``[B,S]``, if it tells."""
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """``out[B,S,H,D_v]`` and ``lse[B,H,S]`` of the newest tokens' queries ``[B,S,H,D]``, causal."""

@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -36,6 +36,8 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     most_rows: int = MOST_ROWS
     """New tokens that can be attended with in place."""
+    whole = False
+    """See `Held`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +50,11 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     def stores(self) -> list[Store]:
         """All that is stored."""
         raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored, spare capacity included."""
+        return sum(store.nbytes for store in self.stores)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
@@ -145,6 +152,9 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # ---- for the attention function ----------------------------------------------------------------------------------
 
+    def called_by(self, attention: nn.Module, position: Tensor | None) -> None:
+        """See `Held`."""
+
     @property
     def observes(self) -> bool:
         """See `Held`."""
@@ -165,7 +175,7 @@ class HeldCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored, spare capacity included."""
-        return sum(store.nbytes for layer in self.filled() for store in layer.stores)
+        return sum(layer.nbytes for layer in self.filled())
 
     def filled(self) -> list[Any]:
         """The layers that hold something."""

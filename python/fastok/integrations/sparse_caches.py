@@ -3,83 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..caches.dense import DenseKV
 from ..caches.labels import BITS, LabelCache
-from ..ops.attention import attention, attention_scores
-from ..ops.checks import check_int
-from ..ops.decode import attention_decode
+from ..ops.attention import attention_scores
+from ..ops.checks import check_at_least
 from ..ops.scores import ScoreSpec
-from ..ops.select import top_tokens
 from ..ops.sparse import label_scores, select_tokens
 from .calibrate import Calibration
+from .dense_layer import DenseLayer, HeadwiseLayer, hidden
 from .held_cache import HeldCache, HeldLayer, Store
-
-
-class DenseLayer(HeldLayer):
-    """Keys and values as they are, in memory that grows seldom; heads padded to a multiple of 8 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kv = DenseKV()
-        self.widths = (0, 0)
-
-    @property
-    def stores(self) -> list[Store]:
-        """All that is stored."""
-        return [self.kv]
-
-    @property
-    def batch(self) -> int:
-        """How many samples there are."""
-        return self.kv.k.shape[0]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Get ready for tensors like these."""
-        super().lazy_initialization(key_states, value_states)
-        self.kv = DenseKV()
-        self.widths = key_states.shape[-1], value_states.shape[-1]
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store new tokens ``[B,G,S,D]``."""
-        k, v = (F.pad(x, (0, -x.shape[-1] % 8)).transpose(1, 2) for x in (keys, values))
-        self.kv.append(k, v)
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """All keys and values ``[B,G,T,D]``."""
-        k, v = (x[..., :width].transpose(1, 2) for x, width in zip((self.kv.k, self.kv.v), self.widths, strict=True))
-        return k, v
-
-    def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Held`."""
-        return self.to_tokens(None, q, scale, softcap, key_bias)
-
-    def to_tokens(
-        self, tokens: Tensor | None, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The same, of some tokens ``[B,G|H,K]`` only."""
-        rows = F.pad(q, (0, -q.shape[-1] % 8)).to(self.dtype)
-        cache = (self.kv.k, self.kv.v, None)
-        out, lse = attention_decode(rows, cache, tokens=tokens, scale=scale, softcap=softcap, key_bias=key_bias)
-        return out[..., : self.widths[1]].to(q.dtype), lse
-
-
-def _hidden(scores: Tensor, key_bias: Tensor | None) -> Tensor:
-    """``scores[B,heads,T]``, -inf where a key is hidden from all heads."""
-    if key_bias is None:
-        return scores
-    seen = key_bias if key_bias.dim() == 2 else key_bias.amax(1)
-    return scores.masked_fill((seen == -torch.inf)[:, None], -torch.inf)
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    check_int(name, value)
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
 
 # ---- Double Sparsity -------------------------------------------------------------------------------------------------
 
@@ -116,13 +50,13 @@ class DoubleSparseCache(HeldCache):
     ) -> None:
         if not isinstance(calibration, Calibration):
             raise TypeError(f"calibration must be a fastok.sparse.Calibration, got {type(calibration).__name__}")
-        _check_at_least("sink", sink, 0)
-        _check_at_least("recent", recent, 0)
+        check_at_least("sink", sink, 0)
+        check_at_least("recent", recent, 0)
         if isinstance(n_keep, float) and n_keep < 1:
             if not n_keep > 0:
                 raise ValueError(f"n_keep must be above 0, got {n_keep}")
         else:
-            _check_at_least("n_keep", n_keep, max(1, sink + recent))  # type: ignore[arg-type]
+            check_at_least("n_keep", n_keep, max(1, sink + recent))  # type: ignore[arg-type]
         if bits not in BITS:
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits}")
 
@@ -173,7 +107,7 @@ class DoubleSparseLayer(DenseLayer):
         n_keep = max(n_keep, self.sink + recent)
         if n_keep >= self.length:
             return super().attend(q, scale, softcap, key_bias)
-        scores = _hidden(label_scores(q.to(self.dtype), self.labels, shared=self.shared), key_bias)
+        scores = hidden(label_scores(q.to(self.dtype), self.labels, shared=self.shared), key_bias)
         tokens, _ = select_tokens(scores, n_keep, sink=self.sink, recent=recent)
         return self.to_tokens(tokens, q, scale, softcap, key_bias)
 
@@ -198,7 +132,7 @@ class TidalCache(HeldCache):
     """
 
     def __init__(self, n_keep: int, *, select_layers: tuple[int, ...] = (2, 13), shared: bool = True) -> None:
-        _check_at_least("n_keep", n_keep, 1)
+        check_at_least("n_keep", n_keep, 1)
         if not select_layers or any(layer < 0 for layer in select_layers):
             raise ValueError(f"select_layers must name at least one layer, from 0; got {select_layers}")
         tokens = _Chosen()
@@ -234,7 +168,7 @@ class TidalLayer(DenseLayer):
             return self.to_tokens(self.chosen.tokens, q, scale, softcap, key_bias)
         rows = F.pad(q, (0, -q.shape[-1] % 8)).to(self.dtype)
         spec = ScoreSpec(rows="last", heads="none", logits=True)
-        scores = _hidden(attention_scores(rows, self.kv.k, spec=spec, scale=scale), key_bias)
+        scores = hidden(attention_scores(rows, self.kv.k, spec=spec, scale=scale), key_bias)
         if self.shared:
             scores = scores.unflatten(1, (self.kv.k.shape[2], -1)).amax(2)
         self.chosen.tokens, _ = select_tokens(scores, self.n_keep, recent=1)
@@ -263,9 +197,9 @@ class SnapKVCache(HeldCache):
     """
 
     def __init__(self, capacity: int, *, window: int = 32, pool: int = 5) -> None:
-        _check_at_least("window", window, 1)
-        _check_at_least("capacity", capacity, window + 1)
-        _check_at_least("pool", pool, 1)
+        check_at_least("window", window, 1)
+        check_at_least("capacity", capacity, window + 1)
+        check_at_least("pool", pool, 1)
         if pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {pool}")
         super().__init__(layer_class_to_replicate=lambda: EvictingLayer(lambda total: capacity, window, pool))
@@ -285,8 +219,8 @@ class PyramidKVCache(HeldCache):
     """
 
     def __init__(self, capacity: int, n_layers: int, *, beta: int = 20, window: int = 32, pool: int = 5) -> None:
-        _check_at_least("n_layers", n_layers, 1)
-        _check_at_least("beta", beta, 1)
+        check_at_least("n_layers", n_layers, 1)
+        check_at_least("beta", beta, 1)
         SnapKVCache(capacity, window=window, pool=pool)  # the same checks
         count = iter(range(1 << 30))
 
@@ -310,72 +244,18 @@ def _pyramid(capacity: int, window: int, beta: int, layer: int, n_layers: int, t
     return most - layer * ((most - least) // max(n_layers - 1, 1)) + window
 
 
-class EvictingLayer(DenseLayer):
+class EvictingLayer(HeadwiseLayer):
     """One layer whose heads keep different tokens of the prompt."""
-
-    most_rows = 1 << 30
 
     def __init__(self, capacity: Callable[[int], int], window: int, pool: int) -> None:
         super().__init__()
         self.capacity, self.window, self.pool = capacity, window, pool
-        self.kept: Tensor | None = None  # int64 [B,G,K]: where the prompt's tokens stood, if some were evicted
-        self.prompt = 0
-
-    @property
-    def wants_prompt(self) -> bool:
-        """For what its last queries attend to."""
-        return True
 
     def observe(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
         """See `Held`."""
-        assert self._prompt is not None
-        prompt, self._prompt = self._prompt, None
-        self.append(*prompt)
-        self.prompt, self.kept = self.length, None
+        self.store_prompt()
         capacity = self.capacity(self.length)
         if capacity >= self.length:
             return
         spec = ScoreSpec(rows=(-self.window, None), cols=(0, -self.window), heads="group_mean", pool=self.pool)
-        scores = attention_scores(q, k, lse=lse, spec=spec, **masking)
-        best = top_tokens(scores.flatten(0, 1), capacity - self.window).view(*scores.shape[:2], -1)
-        newest = torch.arange(self.length - self.window, self.length, device=q.device)
-        self.kept = torch.cat([best, newest.expand(*best.shape[:2], -1)], 2)
-        self.kv.keep(self.kept)
-
-    def unpacked(self) -> tuple[Tensor, Tensor]:
-        """See `Held`; only for fastok's attention, since other masks do not fit."""
-        raise NotImplementedError(
-            "a cache whose heads keep different tokens: required, attn_implementation='fastok' without recorded scores "
-            "or windows over several queries"
-        )
-
-    def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Held`."""
-        if key_bias is not None and self.kept is not None:
-            heads, groups = q.shape[2], self.kept.shape[1]
-            bias = key_bias[:, None] if key_bias.dim() == 2 else key_bias
-            bias = bias.expand(-1, heads, -1)
-            of_head = self.kept.repeat_interleave(heads // groups, 1)
-            key_bias = torch.cat([bias.gather(2, of_head), bias[:, :, self.prompt :]], 2)
-        if q.shape[1] <= 16:
-            return super().attend(q, scale, softcap, key_bias)
-        k, v = self.kv.k, self.kv.v
-        rows = F.pad(q, (0, -q.shape[-1] % 8)).to(self.dtype)
-        out, lse = attention(rows, k, v, scale=scale, causal=True, softcap=softcap, key_bias=key_bias)
-        return out[..., : self.widths[1]].to(q.dtype), lse
-
-    def crop_stores(self, length: int) -> None:
-        """Forget all but the ``length`` oldest tokens; not those of a prompt of which some are gone."""
-        evicted = 0 if self.kept is None else self.prompt - self.kept.shape[2]
-        if evicted and length < self.prompt:
-            raise NotImplementedError(
-                f"crop: required, to {length} tokens; supported, at least the {self.prompt} of the prompt, of which "
-                "some were evicted"
-            )
-        super().crop_stores(length - evicted)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Make samples ``indices[B']`` the batch."""
-        super().batch_select_indices(indices)
-        if self.kept is not None:
-            self.kept = self.kept.index_select(0, indices)
+        self.keep_best(attention_scores(q, k, lse=lse, spec=spec, **masking), capacity - self.window)

@@ -290,7 +290,9 @@ def attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     n_k = key.shape[2] if held is None else held.length
     mask = _understood(module, query, n_k, attention_mask, sliding_window, is_causal, kwargs)
-    if held is not None and n_k > key.shape[2]:
+    if held is not None:
+        held.called_by(module, kwargs.get("position_ids"))
+    if held is not None and (held.whole or n_k > key.shape[2]):
         if _in_place(held, query, mask):
             out, lse = held.attend(query.transpose(1, 2), scaling, softcap, mask.key_bias)
             return _with_sink(out, lse, s_aux)[0].contiguous(), None
@@ -330,7 +332,7 @@ def _in_place(held: Held, query: Tensor, mask: "_Mask") -> bool:
     """Whether a cache can be read in place: few rows, causal, nothing to be recorded."""
     rows = query.shape[2]
     if query.requires_grad:
-        raise NotImplementedError("gradients: required, through a packed cache; supported, inference")
+        raise NotImplementedError("gradients: required, through a cache that is read in place; supported, inference")
     seen = mask.window == (-1, 0) or (rows == 1 and mask.window == (-1, -1))
     return rows <= held.most_rows and seen and mask.cu_seqlens is None and not recording.recording()
 

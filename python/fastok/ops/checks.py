@@ -20,6 +20,13 @@ def check_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
 
 
+def check_at_least(name: str, value: int, least: int) -> None:
+    """TypeError unless ``value`` is an int, ValueError unless it is at least ``least``."""
+    check_int(name, value)
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
     """ValueError unless ``x`` has ``shape``, where None stands for any length."""
     got = x.shape
