@@ -15,8 +15,8 @@ labels and all, over the elements of all keys and values.
 
 Sparse methods read or keep a share of the text's tokens. The first layer always reads everything, and `TidalCache`'s
 second too, since it chooses. `SnapKVCache` and `PyramidKVCache` evict from all layers, by what the prompt's end attends
-to: before any key is asked for. All tokens after the prompt are kept. "most recent" and "random channels" are
-`DoubleSparseCache` made to read the newest tokens, and given label channels at random.
+to: before any key is asked for. They keep all tokens after the prompt; `H2OCache` goes on evicting. "most recent" and
+"random channels" are `DoubleSparseCache` made to read the newest tokens, and given label channels at random.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def sparse_methods(model: LlamaForCausalLM, length: int, prompt: int, shares: Se
             "most recent": lambda double=double, n=n: double(calibration, n),
             "TidalDecode": lambda n=n: sparse.TidalCache(n, select_layers=(1,)),
             "SnapKV": lambda kept=kept: sparse.SnapKVCache(kept),
+            "H2O": lambda n=n: sparse.H2OCache(n // 2, n // 2),
             "PyramidKV": lambda kept=kept: sparse.PyramidKVCache(kept, model.config.num_hidden_layers),
         }
         methods += [Method(name, make, share=share) for name, make in makes.items()]
