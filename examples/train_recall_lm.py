@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS = 4096
 """Tokens per optimiser step."""
-STAGES = ((0.08, 64, 4), (0.21, 256, 16), (0.51, 512, 32), (0.68, 1024, 32), (0.78, 2048, 32), (1.0, 4096, 32))
+STAGES = ((0.08, 64, 4), (0.21, 256, 16), (0.50, 512, 32), (0.66, 1024, 32), (0.76, 2048, 32), (1.0, 4096, 32))
 """Up to which share of the steps sequences have which length and which spacing of keys: at first nothing but pairs."""
 DENSE = (256, 8)
 """Length and spacing in every fourth step after the first stage, so that looking back is not forgotten."""
@@ -35,7 +35,7 @@ DENSE = (256, 8)
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2250, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2300, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak, of Muon (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="model folder (default: %(default)s)")
