@@ -32,7 +32,7 @@ def chosen(row: list[float], k: int, mass: float | None, sink: int, recent: int,
     return sorted(kept)
 
 
-@over_backends("select_tokens", without=("cuda-on-host",))
+@over_backends("select_tokens")
 @pytest.mark.parametrize("mass", [None, 0.5])
 @given(data=st.data())
 def test_selection_is_the_one_made_by_hand(backend: Backend, mass: float | None, data: st.DataObject) -> None:
@@ -56,6 +56,39 @@ def test_selection_is_the_one_made_by_hand(backend: Backend, mass: float | None,
             wanted = chosen(scores[b, h].tolist(), k, mass, sink, recent, int(lengths[b]))
             assert count[b, h] == len(wanted)
             assert index[b, h].tolist() == wanted + [-1] * (k - len(wanted))
+
+
+SPREADS = {
+    "normal": lambda n: torch.randn(n),
+    "of one digit": lambda n: 1 + torch.rand(n) / 8,
+    "few values": lambda n: torch.randint(-2, 3, (n,)).float(),
+    "equal": lambda n: torch.full((n,), -0.5),
+    "hardly any numbers": lambda n: torch.where(torch.rand(n) < 0.9, math.nan, torch.randn(n)),
+}
+
+
+@over_backends("select_tokens")
+@pytest.mark.parametrize("spread", SPREADS)
+def test_selection_among_many_tokens(backend: Backend, spread: str) -> None:
+    n = 9001
+    for k, sink, recent in ((700, 4, 64), (1, 0, 0), (9000, 1, 1), (9001, 0, 9001), (5000, 4500, 500)):
+        scores = torch.stack([SPREADS[spread](n + 1) for _ in range(2)]).view(2, 1, n + 1)[..., 1:]
+        lengths = torch.tensor([n, 5200], dtype=torch.int32)
+        wanted = fastok.reference.sparse.select_tokens(scores, k, None, sink, recent, lengths)
+        for name, got, expected in zip(
+            ("index", "count"), backend.select_tokens(scores, k, None, sink, recent, lengths), wanted, strict=True
+        ):
+            assert_same(got, expected, f"{name} of k = {k}")
+
+
+@over_backends("select_tokens")
+def test_mass_of_many_tokens(backend: Backend) -> None:
+    scores = torch.softmax(4 * torch.randn(2, 3, 3000), -1)
+    lengths = torch.tensor([3000, 1234])
+    for k, mass, sink, recent in ((3000, 0.9, 0, 0), (3000, 0.5, 4, 16), (40, 0.99, 4, 16), (3000, 0.001, 100, 100)):
+        wanted = fastok.reference.sparse.select_tokens(scores, k, mass, sink, recent, lengths)
+        for got, expected in zip(backend.select_tokens(scores, k, mass, sink, recent, lengths), wanted, strict=True):
+            assert_same(got, expected, f"mass {mass}")
 
 
 def test_selection_of_an_empty_cache_and_of_no_tokens() -> None:
@@ -111,7 +144,7 @@ def keys(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize("per_query_head", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@over_backends("label_scores", without=("cuda-on-host",))
+@over_backends("label_scores")
 def test_all_channels_give_the_exact_products(backend: Backend, dtype: torch.dtype, per_query_head: bool) -> None:
     q, k = keys(2, 1, 6, 16, dtype=dtype), keys(2, 37, 3, 16, dtype=dtype)
     channels = torch.stack([torch.randperm(16) for _ in range(6 if per_query_head else 3)])
@@ -141,7 +174,7 @@ def test_codes_are_within_half_a_step(bits: int, r: int) -> None:
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("shared", [False, True])
-@over_backends("label_scores", without=("cuda-on-host",))
+@over_backends("label_scores")
 def test_scores_of_any_number_of_tokens(backend: Backend, shared: bool, bits: int) -> None:
     for n in (1, 5, 16, 33, 100, 5000):
         q = keys(2, 2, 6, 16)
@@ -154,6 +187,9 @@ def test_scores_of_any_number_of_tokens(backend: Backend, shared: bool, bits: in
         truth = fastok.reference.sparse.label_scores(q.double(), unpacked.double(), None, *arguments)
         peer = fastok.reference.sparse.label_scores(q, unpacked, None, *arguments)
         assert_accurate(got, truth, peer, name=f"{n} tokens")
+        if n <= 100:  # rows that begin anywhere
+            dense = [None if x is None else x.contiguous() for x in (labels.data, labels.scale)]
+            assert_same(backend.label_scores(q, *dense, channels, 3, shared, lengths.int()), got)
 
 
 def test_several_rows_count_by_their_largest_and_lengths_hide_the_rest() -> None:

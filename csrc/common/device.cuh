@@ -2,6 +2,7 @@
 // the few helpers that every kernel shares. Torch-free.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -88,12 +89,13 @@ __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % kWarpSiz
 __device__ __forceinline__ int warp_index() { return int(threadIdx.x) / kWarpSize; }
 __device__ __forceinline__ int warps_in_block() { return int(blockDim.x) / kWarpSize; }
 
-// Exclusive prefix sum over the block in thread order; `total` gets the sum. `scratch` is one int per warp. All threads
-// of the block must call it.
-__device__ inline int block_exclusive_sum(int value, int* scratch, int& total) {
-  int inclusive = value;
+// Exclusive prefix sum over the block in thread order; `total` gets the sum. `scratch` is one number per warp. All
+// threads of the block must call it.
+template <class V>
+__device__ inline V block_exclusive_sum(std::type_identity_t<V> value, V* scratch, std::type_identity_t<V>& total) {
+  V inclusive = value;
   for (int step = 1; step < kWarpSize; step *= 2) {
-    const int below = __shfl_up_sync(kFullWarp, inclusive, step);
+    const V below = __shfl_up_sync(kFullWarp, inclusive, step);
     if (lane_index() >= step) inclusive += below;
   }
   __syncthreads();  // the previous call's readers are done with scratch
@@ -101,7 +103,7 @@ __device__ inline int block_exclusive_sum(int value, int* scratch, int& total) {
   __syncthreads();
 
   // Every thread adds up the warps before its own: at most 32 broadcast reads, and no third barrier.
-  int before = 0;
+  V before = 0;
   total = 0;
   for (int warp = 0; warp < warps_in_block(); ++warp) {
     if (warp == warp_index()) before = total;

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "common/encode_tensor_map.h"
+#include "common/integers.cuh"
 #include "common/tensor.h"
 
 namespace fastok::cuda {
@@ -52,6 +53,15 @@ inline void check_shape(const Tensor& x, const char* name, std::initializer_list
   bool same = x.dim() == int64_t(shape.size());
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(same, name, " has the wrong shape");
+}
+
+// int32 and int64 as they are; other integers are converted first, into `held`.
+inline Integers integers_of(const Tensor& x, const char* name, const Tensor& like, Tensor& held) {
+  check_on_device(x, name, like, "the other arguments");
+  const ScalarType dtype = x.scalar_type();
+  held = dtype == ScalarType::Int || dtype == ScalarType::Long ? x : torch::stable::to(x, ScalarType::Long);
+  held = checked_contiguous(held, held.scalar_type(), name);
+  return {held.const_data_ptr(), held.scalar_type() == ScalarType::Long};
 }
 
 // Kernels count tokens and channels in 32 bits, elements in 64.

@@ -24,4 +24,23 @@ __device__ __forceinline__ void cp_async_wait_all() {
 #endif
 }
 
+// Ends a group of the calling thread's copies: those begun since the last one ended.
+__device__ __forceinline__ void cp_async_commit() {
+#if defined(FASTOK_HOST)
+  simt::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the last kLeft groups have landed.
+template <int kLeft>
+__device__ __forceinline__ void cp_async_wait_groups() {
+#if defined(FASTOK_HOST)
+  simt::wait_for_copies(kLeft);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
 }  // namespace fastok::ptx

@@ -43,6 +43,24 @@ __device__ inline void count_digit(int* digits, bool counts, int digit) {
   }
 }
 
+// Leaves in `found` the digit of the wanted-th lowest of all counted keys, which it is of those with this digit, and
+// how many these are; returns how many were counted, and finds nothing if there are less. For all threads of the block.
+__device__ inline int find_digit(int count, int wanted, const CutMemory& memory) {
+  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  // Each thread adds up a few neighbouring digits; the one where the key lies looks closer.
+  const int own = count / threads > 0 ? count / threads : 1;
+  int sum = 0, total;
+  for (int d = thread * own; d < min((thread + 1) * own, count); ++d) sum += memory.digits[d];
+  const int before = block_exclusive_sum(sum, memory.scratch, total);
+  if (before < wanted && wanted <= before + sum) {
+    int left = wanted - before, d = thread * own;
+    while (left > memory.digits[d]) left -= memory.digits[d++];
+    memory.found[0] = d, memory.found[1] = left, memory.found[2] = memory.digits[d];
+  }
+  __syncthreads();
+  return total;
+}
+
 // The k lowest keys of tokens [begin, end), equal ones by index; fewer if there are not as many. `key_of(i, key)` tells
 // whether token i takes part. For all threads of the block.
 template <class KeyOf>
@@ -61,19 +79,8 @@ __device__ Cut find_cut(int begin, int end, int k, const KeyOf& key_of, const Cu
       count_digit(memory.digits, counts, int(key >> shift) & (count - 1));
     }
     __syncthreads();
-
-    // Each thread adds up a few neighbouring digits; the one where the k-th key lies looks closer.
-    const int own = count / threads > 0 ? count / threads : 1;
-    int sum = 0, total;
-    for (int d = thread * own; d < min((thread + 1) * own, count); ++d) sum += memory.digits[d];
-    const int before = block_exclusive_sum(sum, memory.scratch, total);
+    const int total = find_digit(count, wanted, memory);
     if (pass == 0 && total <= k) return {0xffffffffu, -1, total};  // the whole block knows
-    if (before < wanted && wanted <= before + sum) {
-      int left = wanted - before, d = thread * own;
-      while (left > memory.digits[d]) left -= memory.digits[d++];
-      memory.found[0] = d, memory.found[1] = left, memory.found[2] = memory.digits[d];
-    }
-    __syncthreads();
     prefix |= uint32_t(memory.found[0]) << shift;
     high |= uint32_t(count - 1) << shift;
     wanted = memory.found[1], equal = memory.found[2];

@@ -5,10 +5,9 @@
 
 #include "common/dtype.h"
 #include "cpu/dispatch.h"
+#include "sparse/label_code.h"
 
 namespace fastok {
-
-enum class LabelCode { f32, f16, bf16, int8, int4 };
 
 struct LabelScoresCall {
   // Queries [B, S, H, D] with a contiguous last dimension; strides in elements.

@@ -4,6 +4,7 @@ from importlib import import_module
 
 from .caches.labels import LabelCache
 from .integrations.calibrate import Calibration, calibrate
+from .integrations.retrieval_heads import retrieval_heads
 from .ops.double_sparse import double_sparse_decode
 from .ops.sparse import calibrate_channels, label_scores, select_tokens
 
@@ -15,9 +16,11 @@ def __getattr__(name: str) -> object:
 
 
 CACHES = {
-    "DoubleSparseCache": "sparse_caches",
+    "DoubleSparseCache": "double_sparse_cache",
+    "EMASinkCache": "ema_sink_cache",
     "H2OCache": "h2o_cache",
     "PyramidKVCache": "sparse_caches",
+    "RazorCache": "razor_cache",
     "SnapKVCache": "sparse_caches",
     "StreamingCache": "streaming_cache",
     "TidalCache": "sparse_caches",
@@ -31,5 +34,6 @@ __all__ = [
     "calibrate_channels",
     "double_sparse_decode",
     "label_scores",
+    "retrieval_heads",
     "select_tokens",
 ]

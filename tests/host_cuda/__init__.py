@@ -301,6 +301,53 @@ def attention_scores(
     return out
 
 
+def label_scores(
+    q: Tensor, data: Tensor, scale: Tensor | None, channels: Tensor, kv_heads: int, shared: bool,
+    seq_lens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``torch.ops.fastok.label_scores``."""
+    out = torch.empty(q.shape[0], kv_heads if shared else q.shape[2], data.shape[3])
+    inputs = {"q": q, "data": _dense(data), "scale": _dense(scale), "channels": channels.contiguous()}
+    call(
+        "label_scores", inputs | {"seq_lens": seq_lens}, {"out": out}, dtype=_name(q), code=_name(data),
+        wide=_wide(seq_lens),
+    )  # fmt: skip
+    return out
+
+
+def select_tokens(
+    scores: Tensor, k: int, mass: float | None, sink: int, recent: int, seq_lens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fastok.select_tokens``."""
+    lead = scores.shape[:2]
+    index, count = torch.empty(*lead, k, dtype=torch.int64), torch.empty(lead, dtype=torch.int64)
+    call(
+        "select_tokens", {"scores": _dense(scores), "seq_lens": seq_lens}, {"index": index, "count": count},
+        mass=mass or 0.0, sink=sink, recent=recent, wide=_wide(seq_lens),
+    )  # fmt: skip
+    return index, count
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor | None, block_table: Tensor | None, scale: float, softcap: float,
+    key_bias: Tensor | None, tokens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.decode``."""
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    integers = {"seq_lens": seq_lens, "block_table": block_table, "tokens": tokens}
+    call(
+        "decode", {"q": _aligned(q), "k": _aligned(k), "v": _aligned(v), "key_bias": key_bias, **integers},
+        {"out": out, "lse": lse}, dtype=_name(q), scale=scale, softcap=softcap,
+        **{f"{name}_wide": _wide(x) for name, x in integers.items()},
+    )  # fmt: skip
+    return out, lse
+
+
+def _wide(x: Tensor | None) -> bool:
+    return x is not None and x.dtype == torch.int64
+
+
 def _aligned(x: Tensor) -> Tensor:
     """``x`` with rows that begin at multiples of 16 bytes, as the binding sees to it."""
     x = _dense(x)

@@ -72,6 +72,9 @@ void rows(const Call& call);
 void attention(const Call& call);
 void attention_backward(const Call& call);
 void attention_scores(const Call& call);
+void label_scores(const Call& call);
+void select_tokens(const Call& call);
+void decode(const Call& call);
 void sample(const Call& call);
 
 }  // namespace simt

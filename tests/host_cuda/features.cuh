@@ -110,12 +110,12 @@ __global__ void copy_groups(Sample s) {
   int* const values = SharedMemory(shared).take<int>(s.n, "values");
   const int half = s.n / 2, own = 4 * int(threadIdx.x);
   begin_copy(values + own, s.from() + own, 16, true);
-  commit_copies();
+  fastok::ptx::cp_async_commit();
   begin_copy(values + half + own, s.from() + half + own, 16, own != 0);
-  commit_copies();
-  wait_for_copies(1);
+  fastok::ptx::cp_async_commit();
+  fastok::ptx::cp_async_wait_groups<1>();
   for (int i = own; i < own + 4; ++i) s.to()[i] = values[i];
-  wait_for_copies(0);
+  fastok::ptx::cp_async_wait_all();
   for (int i = own; i < own + 4; ++i) s.to()[half + i] = values[half + i];
 }
 

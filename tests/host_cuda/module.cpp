@@ -23,6 +23,9 @@ const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"attention", simt::attention},
                                      {"attention_backward", simt::attention_backward},
                                      {"attention_scores", simt::attention_scores},
+                                     {"label_scores", simt::label_scores},
+                                     {"select_tokens", simt::select_tokens},
+                                     {"decode", simt::decode},
                                      {"sample", simt::sample}};
 
 // Address, shape, strides, bytes of an element.

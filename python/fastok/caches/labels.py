@@ -6,6 +6,7 @@ from torch import Tensor
 from ..ops.checks import ACTIVATIONS, check_dtype, check_int, check_same_device, check_shape
 
 BITS = (16, 8, 4)
+ROW = 16  # the capacity is a multiple, so that rows of channels begin at multiples of 16 bytes, whatever the bits
 
 
 class LabelCache:
@@ -119,7 +120,7 @@ class LabelCache:
         assert self._data is not None
         if tokens <= self._data.shape[-1]:
             return
-        capacity = max(tokens, self._data.shape[-1] * 3 // 2)
+        capacity = -(-max(tokens, self._data.shape[-1] * 3 // 2) // ROW) * ROW
         for name in ("_data", "_scale"):
             old: Tensor | None = getattr(self, name)
             if old is not None:

@@ -17,6 +17,10 @@ class Gone:
     v: Tensor
     counts: Tensor
 
+    def part(self, begin: int, end: int) -> "Gone":
+        """Some of them."""
+        return Gone(self.k[:, :, begin:end], self.v[:, :, begin:end], self.counts[:, begin:end])
+
 
 class Window:
     """One layer's keys and values of the first ``sink`` and the last ``recent`` tokens of a stream.

@@ -56,7 +56,7 @@ class Calibration:
 
     def check(self, model: nn.Module) -> None:
         """ValueError unless ``model`` is the one that was calibrated."""
-        checksum = _checksum(_attentions(model))
+        checksum = _checksum(attention_layers(model))
         if checksum != self.checksum:
             raise ValueError(
                 f"model must be the one that was calibrated, {self.model} ({self.checksum[:12]}); got {_name(model)} "
@@ -90,7 +90,7 @@ def calibrate(
     """
     check_int("r", r)
     check_statistic(statistic)
-    attentions = _attentions(model)
+    attentions = attention_layers(model)
     head_dim = attentions[0].head_dim
     if not 1 <= r <= head_dim:
         raise ValueError(f"r must be within [1, D={head_dim}], got {r}")
@@ -100,7 +100,7 @@ def calibrate(
     try:
         for attention, counter in zip(attentions, counters, strict=True):
             if statistic == "qk":
-                swaps.swap(attention, counter, _counting)
+                swaps.swap(attention, counter, counting)
             else:
                 projection = attention.q_proj if statistic == "q" else attention.k_proj
                 hooks.append(projection.register_forward_hook(counter.projected(head_dim)))
@@ -171,11 +171,12 @@ class _Interface:
 _interface = _Interface()
 
 
-def _counting(base: Any) -> dict[str, Any]:
+def counting(base: Any) -> dict[str, Any]:
+    """For `Swaps.swap`: ``state.add(q[B,S,H,D], k[B,S,G,D])`` in every forward of an attention layer."""
     return {"forward": rebound(base.forward, ALL_ATTENTION_FUNCTIONS=_interface)}
 
 
-def _attentions(model: nn.Module) -> list[Any]:
+def attention_layers(model: nn.Module) -> list[Any]:
     """The self-attention modules, in the order of their layers."""
     found = [
         module

@@ -39,29 +39,33 @@ class DenseLayer(HeldLayer):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
-        k, v = (F.pad(x, (0, -x.shape[-1] % 8)).transpose(1, 2) for x in (keys, values))
+        k, v = (wider(x).transpose(1, 2) for x in (keys, values))
         self.kv.append(k, v)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B,T,G,D]``, padded, where the model is."""
+        return self.kv.k, self.kv.v
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B,G,T,D]``."""
-        k, v = (x[..., :width].transpose(1, 2) for x, width in zip((self.kv.k, self.kv.v), self.widths, strict=True))
+        k, v = (x[..., :width].transpose(1, 2) for x, width in zip(self.read(), self.widths, strict=True))
         return k, v
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Held`."""
         if q.shape[1] <= MOST_ROWS:
             return self.to_tokens(None, q, scale, softcap, key_bias)
-        rows = F.pad(q, (0, -q.shape[-1] % 8)).to(self.dtype)
+        rows = wider(q).to(self.dtype)
         masking: dict[str, Any] = {"scale": scale, "causal": True, "softcap": softcap, "key_bias": key_bias}
-        out, lse = attention(rows, self.kv.k, self.kv.v, **masking)
+        out, lse = attention(rows, *self.read(), **masking)
         return out[..., : self.widths[1]].to(q.dtype), lse
 
     def to_tokens(
         self, tokens: Tensor | None, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same, of some tokens ``[B,G|H,K]`` only."""
-        rows = F.pad(q, (0, -q.shape[-1] % 8)).to(self.dtype)
-        cache = (self.kv.k, self.kv.v, None)
+        rows = wider(q).to(self.dtype)
+        cache = (*self.read(), None)
         out, lse = attention_decode(rows, cache, tokens=tokens, scale=scale, softcap=softcap, key_bias=key_bias)
         return out[..., : self.widths[1]].to(q.dtype), lse
 
@@ -159,3 +163,8 @@ def hidden(scores: Tensor, key_bias: Tensor | None) -> Tensor:
         return scores
     seen = key_bias if key_bias.dim() == 2 else key_bias.amax(1)
     return scores.masked_fill((seen == -torch.inf)[:, None], -torch.inf)
+
+
+def wider(x: Tensor) -> Tensor:
+    """Zeros added up to a multiple of 8 channels, as the kernels need them."""
+    return F.pad(x, (0, -x.shape[-1] % 8))

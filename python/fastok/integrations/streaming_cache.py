@@ -14,6 +14,7 @@ from ..caches.window import Gone, Window
 from ..ops.attention import attention, merge_states
 from ..ops.checks import check_at_least
 from ..ops.decode import attention_decode
+from .dense_layer import wider
 from .held import hold
 from .held_cache import HeldCache, HeldLayer, Store
 from .rotary import Angles, Rotary
@@ -61,7 +62,7 @@ class StreamingCache(HeldCache):
         self._begin(model, lambda: StreamingLayer(sink, recent, self._tables))
 
     def _begin(self, model: nn.Module | None, layer: Any) -> None:
-        self._tables = _Tables(None if model is None else Rotary.of(model))
+        self._tables = Tables(None if model is None else Rotary.of(model))
         super().__init__(layer_class_to_replicate=layer)
         if model is not None:
             _unturned(model, self)
@@ -88,7 +89,7 @@ def _unturned(model: nn.Module, cache: StreamingCache) -> None:
     weakref.finalize(cache, decoder.register_forward_pre_hook(place, with_kwargs=True).remove)
 
 
-class _Tables:
+class Tables:
     """The angles of all places of a window, by kind of layer, for all layers of a cache."""
 
     def __init__(self, rotary: Rotary | None) -> None:
@@ -97,6 +98,7 @@ class _Tables:
 
     @property
     def nbytes(self) -> int:
+        """Bytes allocated."""
         return sum(x.numel() * x.element_size() for angles in self._made.values() for x in (angles.cos, angles.sin))
 
     def of(self, attention: nn.Module, places: int, device: torch.device) -> Angles:
@@ -115,7 +117,7 @@ class StreamingLayer(HeldLayer):
     most_rows = 1 << 30
     whole = True
 
-    def __init__(self, sink: int, recent: int, tables: _Tables) -> None:
+    def __init__(self, sink: int, recent: int, tables: Tables) -> None:
         super().__init__()
         self.sink, self.recent, self._tables = sink, recent, tables
         self.window: Window
@@ -139,7 +141,7 @@ class StreamingLayer(HeldLayer):
         """Get ready for tensors like these."""
         super().lazy_initialization(key_states, value_states)
         self._value_width = value_states.shape[-1]
-        self.window = Window(self.sink, self.recent, key_states, _wider(value_states))
+        self.window = Window(self.sink, self.recent, key_states, wider(value_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B,G,S,D]``; they are stored once their positions are known, by `attend`."""
@@ -148,7 +150,7 @@ class StreamingLayer(HeldLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[2]
-        self._new = key_states.detach(), _wider(value_states.detach())
+        self._new = key_states.detach(), wider(value_states.detach())
         return hold(self, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -200,7 +202,7 @@ class StreamingLayer(HeldLayer):
         self.forget(window.push(k, v, hidden))
         place, bias = window.places()
         newest = (place if bias is None else place.masked_fill(bias < 0, 0)).amax(1, keepdim=True)
-        rows, keys = (_wider(_at(table, where).turn(x).to(self.dtype)).transpose(1, 2)
+        rows, keys = (wider(_at(table, where).turn(x).to(self.dtype)).transpose(1, 2)
                       for where, x in ((newest, q), (place, window.k)))  # fmt: skip
         cache = keys, window.v.transpose(1, 2), None
         return attention_decode(rows, cache, key_bias=bias, scale=scale, softcap=softcap)
@@ -226,7 +228,7 @@ class StreamingLayer(HeldLayer):
             seen = rank + 1 - F.pad(rank + 1, (self.recent, 0))[:, :total]
         angles = at(rank.clamp(min=0))
         rows = Angles(angles.function, angles.cos[:, -new:], angles.sin[:, -new:]).turn(q)
-        rows, keys = (_wider(x.to(self.dtype)).transpose(1, 2) for x in (rows, angles.turn(keys)))
+        rows, keys = (wider(x.to(self.dtype)).transpose(1, 2) for x in (rows, angles.turn(keys)))
         out, lse = attention(rows, keys, values.transpose(1, 2), scale=scale, causal=True, window=(self.recent - 1, 0),
                              softcap=softcap, key_bias=bias)  # fmt: skip
         gone = window.push(k, v, hidden)
@@ -235,7 +237,7 @@ class StreamingLayer(HeldLayer):
             return out, lse
         # A query at column c has seen columns up to c - recent leave its window.
         left = torch.arange(begin, begin + new, device=q.device) - self.recent
-        asking = _Rows(q, seen[:, -new:], left, table, scale, softcap)
+        asking = Rows(q, seen[:, -new:], left, table, scale, softcap)
         more, more_lse = self.to_sinks(asking, gone)
         return merge_states(out.float(), lse, more, more_lse)
 
@@ -244,7 +246,7 @@ class StreamingLayer(HeldLayer):
     def forget(self, gone: Gone | None) -> None:
         """Tokens are gone, and no query is still to see them leave."""
 
-    def to_sinks(self, rows: "_Rows", gone: Gone | None) -> tuple[Tensor, Tensor]:
+    def to_sinks(self, rows: "Rows", gone: Gone | None) -> tuple[Tensor, Tensor]:
         """fp32 ``out[B,S,H,D_v]`` and ``lse[B,H,S]`` of queries over the sinks, of which some are ``gone`` since."""
         column = self.window.sink_column[:, None]
         there = (column >= 0) & (column <= rows.left[:, None])
@@ -252,7 +254,7 @@ class StreamingLayer(HeldLayer):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Queries ``q[B,H,S,D]`` without rotary embedding, before sinks.
 
     ``seen[B or 1,S]`` tokens are in the window of each, and column ``left[S]`` is the newest that left it.
@@ -265,7 +267,7 @@ class _Rows:
     scale: float
     softcap: float | None
 
-    def part(self, begin: int, end: int) -> "_Rows":
+    def part(self, begin: int, end: int) -> "Rows":
         """Some of the queries."""
         q, seen, left = self.q[:, :, begin:end], self.seen[:, begin:end], self.left[begin:end]
         return replace(self, q=q, seen=seen, left=left)
@@ -291,8 +293,3 @@ class _Rows:
 def _at(table: Angles, place: Tensor) -> Angles:
     """The angles of ``place[B or 1,T]``."""
     return Angles(table.function, table.cos[0][place], table.sin[0][place])
-
-
-def _wider(x: Tensor) -> Tensor:
-    """Zeros added up to a multiple of 8 channels."""
-    return F.pad(x, (0, -x.shape[-1] % 8))

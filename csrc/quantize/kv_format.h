@@ -1,0 +1,110 @@
+// A packed KV format and where everything is in one of its pages (docs/kv-format.md). The twin of
+// python/fastok/reference/kv_layout.py. Torch-free.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/attention.h"
+
+namespace fastok {
+
+enum class KvKind { affine, trit, sign };
+enum class KvScale { f16, bf16, f32 };
+
+inline constexpr int64_t kMostChannels = 256, kMostPage = 256, kMostTokenGroups = 32;
+
+FASTOK_INLINE int64_t kv_aligned(int64_t size) { return (size + 15) / 16 * 16; }
+FASTOK_INLINE int64_t kv_code_bytes(int bits, int64_t channels) {  // bits 0: trits
+  return bits == 0 ? (channels + 4) / 5 : (channels * bits + 7) / 8;
+}
+
+// Some channels of a row that share a code.
+struct KvPart {
+  KvKind kind;
+  int bits;  // 8, 4, 2, 1, or 0 for trits
+  int64_t first, channels;
+  bool fourier;
+
+  FASTOK_INLINE int arrays() const { return kind == KvKind::affine ? 2 : 1; }
+  FASTOK_INLINE int64_t bytes() const { return kv_code_bytes(bits, channels); }
+};
+
+// The keys' or the values' half.
+struct KvSide {
+  bool per_token, channel_scale, compat;
+  int low_bits;  // 0: one class
+  int64_t width, group, scale_bytes, hard;
+  int n_parts;
+  KvPart part[2];
+
+  FASTOK_INLINE bool needs_channels() const { return channel_scale || hard > 0; }
+  FASTOK_INLINE int64_t row_bytes(bool high) const {
+    if (!high) return kv_code_bytes(low_bits, width);
+    return part[0].bytes() + (n_parts > 1 ? part[1].bytes() : 0);
+  }
+  // Entries of one row of a parameter array.
+  FASTOK_INLINE int64_t groups_of(const KvPart& p) const {
+    return per_token ? (p.channels + group - 1) / group : p.channels;
+  }
+  FASTOK_INLINE int64_t arrays_width() const {
+    int64_t width_sum = 0;
+    for (int i = 0; i < n_parts; ++i) width_sum += part[i].arrays() * groups_of(part[i]);
+    return width_sum;
+  }
+  FASTOK_INLINE int64_t codes_size(int64_t high, int64_t low) const {
+    return kv_aligned(high * row_bytes(true) + (low_bits ? low * row_bytes(false) : 0));
+  }
+  FASTOK_INLINE int64_t size(int64_t high, int64_t low, int64_t token_groups) const {
+    return codes_size(high, low) + kv_aligned((per_token ? high + low : token_groups) * arrays_width() * scale_bytes);
+  }
+};
+
+struct KvFormat {
+  KvSide key, value;
+  int64_t group, page, token_groups;
+  KvScale scale;
+  bool two_classes;
+
+  // From the ints that the ops take; false if they mean nothing or heads of `width` channels cannot be stored so.
+  static bool of(const int64_t* ints, size_t count, int64_t width, KvFormat& out);
+};
+
+// One side of one page.
+struct KvHalf {
+  const uint8_t *codes, *params;
+  int64_t param_rows;
+};
+
+// One page of one head: how many entries it has, and where they are.
+struct KvPage {
+  int64_t n, n_high, filled;             // filled: token groups that have entries
+  int64_t groups_end[kMostTokenGroups];  // of the filled ones, one behind the last entry
+  const uint8_t* classes;                // bits, nullptr: one class
+  KvHalf key, value;
+  int64_t size;
+
+  FASTOK_INLINE static KvPage of(const KvFormat& fmt, const uint8_t* record, const int16_t* counts,
+                                 const uint8_t* classes) {
+    KvPage page{};
+    page.classes = classes;
+    for (int64_t i = 0; i < fmt.token_groups; ++i) {
+      if (counts[i] <= 0) continue;
+      page.n += counts[i];
+      page.groups_end[page.filled++] = page.n;
+    }
+    page.n_high = page.n;
+    if (classes) {
+      page.n_high = 0;
+      for (int64_t i = 0; i < page.n; ++i) page.n_high += page.is_high(i);
+    }
+    const int64_t low = page.n - page.n_high;
+    page.key = {record, record + fmt.key.codes_size(page.n_high, low), fmt.key.per_token ? page.n : page.filled};
+    const uint8_t* const half = record + fmt.key.size(page.n_high, low, page.filled);
+    page.value = {half, half + fmt.value.codes_size(page.n_high, low), fmt.value.per_token ? page.n : page.filled};
+    page.size = page.n > 0 ? half + fmt.value.size(page.n_high, low, page.filled) - record : 0;
+    return page;
+  }
+  FASTOK_INLINE bool is_high(int64_t entry) const { return !classes || (classes[entry / 8] >> (entry % 8) & 1); }
+};
+
+}  // namespace fastok

@@ -1,0 +1,259 @@
+"""Packed caches as a whole: storage, growth, eviction, threads, errors."""
+
+import fastok
+import pytest
+import torch
+from fastok import Code, KVFormat, PackedKV, kv_pack
+from fastok.reference import quantize as reference
+from fastok.testing import Backend, assert_accurate, assert_same, over_backends
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_cases import DTYPES, FORMATS, NAMES, keys_values, packed, same_records, sealed_tokens
+from torch import Tensor
+
+over_formats = pytest.mark.parametrize("name", NAMES)
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+
+def test_bits_per_element_are_what_is_promised() -> None:
+    def bits(name: str, group: int) -> tuple[float, float]:
+        fmt = KVFormat.preset(name)
+        return KVFormat(fmt.key, fmt.value, group, 64).bits_per_element(128)
+
+    assert bits("vidkv-1.5/1.58", 64) == (1.875, 1.875)
+    assert bits("vidkv-1.5/1.58", 32) == (2.25, 2.125)
+    assert bits("kivi-2", 32) == (3.0, 3.0)
+    assert bits("kivi-2", 64) == (2.5, 2.5)
+    assert bits("kivi-4", 64) == (4.5, 4.5)
+    assert KVFormat.preset("int8").bits_per_element(128) == (8.25, 8.25)
+
+
+@over_formats
+def test_nbytes_are_bits_per_element_and_the_window(name: str) -> None:
+    fmt, width, groups = FORMATS[name], 128, 2
+    sealed = 4096 // fmt.page * fmt.page
+    k, v = keys_values(1, sealed + fmt.hot, groups, width, torch.float16)
+    high = None
+    if fmt.low_bits:  # exactly the share that bits_per_element assumes
+        of_page = torch.arange(fmt.page) < round(0.6 * fmt.page)
+        high = of_page.repeat((sealed + fmt.hot) // fmt.page + 1)[: sealed + fmt.hot].expand(1, groups, -1)
+    cache = kv_pack(k, v, fmt, salient=high)
+    assert int(cache.counts.sum()) == groups * sealed
+    window = 2 * groups * (fmt.hot + fmt.page) * width * 2
+    wanted = sum(fmt.bits_per_element(width)) / 8 * sealed * groups * width + window
+    assert abs(cache.nbytes / wanted - 1) < 0.02
+
+
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from(NAMES), batch=st.integers(1, 2), groups=st.integers(1, 3), total=st.integers(0, 300),
+    eighth=st.integers(4, 20), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_any_shape(name, batch, groups, total, eighth, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    fmt = FORMATS[name]
+    cache, k, v = packed(name, batch, total, groups, 8 * eighth, dtype)
+    sealed = sealed_tokens(fmt, total)
+    assert cache.seq_lens.tolist() == [[total] * groups] * batch
+    assert cache.n_pages * fmt.page == sealed
+    for x, y in zip(cache.unpack(), (k, v), strict=True):
+        assert x.shape == y.shape
+        assert torch.isfinite(x).all()
+        assert_same(x[:, sealed:], y[:, sealed:])
+
+
+@over_formats
+@over_backends("kv_unseal", without=("reference", "cuda-on-host"))
+def test_unpacking(backend: Backend, name: str) -> None:
+    cache, _, _ = packed(name, 2, 2 * FORMATS[name].page + FORMATS[name].hot + 5, 2, 80, torch.float32)
+    cache.keep(torch.arange(0, int(cache.seq_lens.max()), 3).expand(2, 2, -1))
+    arguments = (*cache.arguments, cache.format.flat, int(cache.seq_lens.max()) + 2)
+    doubled = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+    truth, peer = reference.kv_unseal(*doubled), reference.kv_unseal(*arguments)
+    for got, exact, same in zip(backend.kv_unseal(*arguments), truth, peer, strict=True):
+        assert_accurate(got, exact, same, floor=1e-6 * exact.abs().amax())
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+@over_formats
+def test_one_by_one_is_all_at_once_and_sealed_bytes_never_change(name: str) -> None:
+    fmt, width = FORMATS[name], 64
+    total = 2 * fmt.page + fmt.hot + 3
+    k, v = keys_values(2, total, 2, width)
+    bulk = kv_pack(k, v, fmt)
+    grown = kv_pack(k[:, :0], v[:, :0], fmt)
+    before: list[Tensor] = []
+    for t in range(total):
+        assert grown.append(k[:, t : t + 1], v[:, t : t + 1]) is grown
+        assert grown.n_pages == max(0, t + 1 - fmt.hot) // fmt.page
+        for page, old in enumerate(before):
+            assert torch.equal(grown.record(1, 1, page), old)
+        before = [grown.record(1, 1, page).clone() for page in range(grown.n_pages)]
+    assert same_records(bulk, grown)
+    chunked = kv_pack(k[:, : total // 3], v[:, : total // 3], fmt)
+    chunked.append(k[:, total // 3 :], v[:, total // 3 :])
+    assert same_records(bulk, chunked)
+    for a, b in zip(bulk.unpack(), grown.unpack(), strict=True):
+        assert_same(a, b)
+
+
+def test_appending_within_capacity_allocates_nothing_that_stays() -> None:
+    fmt = KVFormat.preset("kivi-2")
+    k, v = torch.randn(2, 1, 600, 2, 64).unbind(0)
+    cache = PackedKV(fmt, 1, 2, 64).reserve(600)
+    held = [x.data_ptr() for x in (cache.data, cache._offset, cache._counts, cache.hot_k)]
+    size = cache.nbytes
+    for t in range(600):
+        cache.append(k[:, t : t + 1], v[:, t : t + 1])
+    assert [x.data_ptr() for x in (cache.data, cache._offset, cache._counts, cache.hot_k)] == held
+    assert cache.nbytes == size
+    assert same_records(cache, kv_pack(k, v, fmt))
+
+
+@over_formats
+def test_keeping_copies_and_never_quantizes_again(name: str) -> None:
+    fmt = FORMATS[name]
+    total = 3 * fmt.page + fmt.hot + 2
+    cache, _, _ = packed(name, 2, total, 2, 72)
+    k, v = cache.unpack()
+    rows = []
+    for seed in range(4):
+        kept = torch.rand(total, generator=torch.Generator().manual_seed(seed)) < (0.2, 0.5, 0.9, 0.05)[seed]
+        kept[fmt.page : 2 * fmt.page] &= seed != 1  # a page of which nothing stays
+        rows.append(kept.nonzero()[:, 0])
+    most = max(map(len, rows))
+    index = torch.stack([torch.cat([r, torch.full((most - len(r),), -1)]) for r in rows]).view(2, 2, most)
+    index = index[..., torch.randperm(most)]
+    assert cache.keep(index) is cache
+    assert cache.seq_lens.flatten().tolist() == [len(r) for r in rows]
+    for head, kept in enumerate(rows):
+        b, g = divmod(head, 2)
+        for x, y in zip(cache.unpack(), (k, v), strict=True):
+            assert_same(x[b, : len(kept), g], y[b, kept, g])
+            assert (x[b, len(kept) :, g] == 0).all()
+    # Heads of different lengths go on growing, and can be thinned again.
+    new_k, new_v = keys_values(2, 2 * fmt.page + 5, 2, 72)
+    for t in range(new_k.shape[1]):
+        cache.append(new_k[:, t : t + 1], new_v[:, t : t + 1])
+    assert cache.seq_lens.flatten().tolist() == [len(r) + new_k.shape[1] for r in rows]
+    window = cache.hot_k.shape[2]
+    assert (cache.hot_len < window).all()
+    again = cache.unpack()
+    for head, kept in enumerate(rows):
+        b, g = divmod(head, 2)
+        last = len(kept) + new_k.shape[1]
+        assert_same(again[0][b, last - 1, g], new_k[b, -1, g])
+    cache.keep(torch.full((2, 2, 1), 0))
+    assert_same(cache.unpack()[0][:, 0], again[0][:, 0])
+
+
+def test_keeping_all_or_nothing() -> None:
+    cache, _, _ = packed("kivi-2", 1, 300, 2, 64)
+    before, records = cache.unpack(), [cache.record(0, 1, page).clone() for page in range(cache.n_pages)]
+    cache.keep(torch.arange(300).expand(1, 2, -1))
+    for a, b in zip(cache.unpack(), before, strict=True):
+        assert_same(a, b)
+    assert all(torch.equal(cache.record(0, 1, page), old) for page, old in enumerate(records))
+    cache.keep(torch.full((1, 2, 3), -1))
+    assert cache.seq_lens.tolist() == [[0, 0]]
+    assert cache.n_pages == 0
+    assert cache.unpack()[0].shape == (1, 0, 2, 64)
+    cache.append(before[0], before[1])
+    assert cache.seq_lens.tolist() == [[300, 300]]
+
+
+@over_formats
+def test_any_number_of_threads_writes_the_same_bytes(name: str) -> None:
+    fmt, before = FORMATS[name], torch.get_num_threads()
+    total = 5 * fmt.page + fmt.hot + 1
+    k, v = keys_values(2, total, 3, 64, torch.bfloat16)
+    found = []
+    try:
+        for threads in (1, 4, 7):
+            torch.set_num_threads(threads)
+            cache = kv_pack(k, v, fmt)
+            found.append((cache.data, *cache.unpack()))
+    finally:
+        torch.set_num_threads(before)
+    for got in found[1:]:
+        for a, b in zip(got, found[0], strict=True):
+            assert_same(a, b)
+
+
+# ---- errors, op checks -----------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument() -> None:
+    k = torch.randn(1, 200, 2, 64)
+    with pytest.raises(ValueError, match=r"bits must be one of .* got 3"):
+        Code(3, "channel")
+    with pytest.raises(ValueError, match=r"axis must be .* got 'row'"):
+        Code(2, "row")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="channel_scale goes with"):
+        Code(2, "channel", channel_scale=True)
+    with pytest.raises(ValueError, match=r"format must be .* got 'kivi-3'"):
+        kv_pack(k, k, "kivi-3")
+    with pytest.raises(ValueError, match="page must be a multiple of group"):
+        KVFormat(Code(2, "channel"), Code(2, "token"), group=64, page=32)
+    with pytest.raises(ValueError, match="head dim must be"):
+        kv_pack(k[..., :20], k[..., :20], "kivi-2")
+    with pytest.raises(ValueError, match="v must have shape"):
+        kv_pack(k, k[:, :3], "kivi-2")
+    with pytest.raises(TypeError, match="v must have dtype"):
+        kv_pack(k, k.half(), "kivi-2")
+    with pytest.raises(ValueError, match="salient must be None"):
+        kv_pack(k, k, "kivi-2", salient=torch.ones(1, 2, 200, dtype=torch.bool))
+    cache = kv_pack(k, k, "kivi-2")
+    with pytest.raises(TypeError, match="k must have dtype float32"):
+        cache.append(k.half(), k.half())
+    with pytest.raises(ValueError, match="k must have shape"):
+        cache.append(k[:, :1, :1], k[:, :1, :1])
+    with pytest.raises(ValueError, match=r"index must be within \[-1, 200\), got 200"):
+        cache.keep(torch.full((1, 2, 1), 200))
+    with pytest.raises(ValueError, match="index must name different tokens"):
+        cache.keep(torch.zeros(1, 2, 2, dtype=torch.int64))
+
+
+def test_corrupt_caches_are_refused() -> None:
+    """Whatever the directory says, nothing outside the data is read."""
+    cache, _, _ = packed("vidkv-1.5/1.58", 1, 400, 2, 64)
+    good = cache.arguments
+    spoilers = {
+        "data is too short": (0, good[0][: good[0].numel() - 1]),
+        "offset must be a multiple of 16": (1, good[1] + 8),
+        "page 0 of head 0 of sequence 0 is at": (1, good[1] - 1024),
+        "counts must be within": (2, good[2] + 1),
+        "hot_len must be within": (8, good[8] + 1000),
+        "key_channels must mark 32 channels": (4, good[4] * 0),
+        "key_channels must be given": (4, None),
+        "fmt is no packed KV format": (9, [7] * 10),
+    }
+    for message, (place, bad) in spoilers.items():
+        arguments = [*good, cache.format.flat, 400]
+        arguments[place] = bad
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fastok.kv_unseal(*arguments)
+    # Any bytes at all are codes and parameters of something.
+    noise = torch.randint(0, 256, good[0].shape, dtype=torch.uint8)
+    assert torch.ops.fastok.kv_unseal(noise, *good[1:], cache.format.flat, 400)[0].shape == (1, 400, 2, 64)
+
+
+@pytest.mark.parametrize("name", ["kivi-2", "vidkv-1.5/1.58", "zipcache-4/2"])
+def test_opcheck(name: str) -> None:
+    fmt = FORMATS[name]
+    cache, k, v = packed(name, 2, fmt.page + fmt.hot + 1, 2, 64)
+    seal = (cache.data.clone(), cache.offset, k[:, : fmt.page], v[:, : fmt.page], cache.classes, cache.key_channels,
+            cache.value_channels, fmt.flat, 0.7, 0.7)  # fmt: skip
+    torch.library.opcheck(torch.ops.fastok.kv_seal.default, seal)
+    torch.library.opcheck(torch.ops.fastok.kv_unseal.default, (*cache.arguments, fmt.flat, k.shape[1]))
+
+
+def test_public_names() -> None:
+    assert fastok.KVFormat.presets() == ("int8", "int4", "kivi-4", "kivi-2", "zipcache-4/2", "vidkv-2", "vidkv-1.5",
+                                         "vidkv-1.5/1.58")  # fmt: skip
+    text = KVFormat.preset("vidkv-1.5").describe(80)
+    assert "40 channels by signs of their own (40 is no power of two)" in text
