@@ -16,7 +16,7 @@ def __getattr__(name: str) -> object:
 
 
 CACHES = {
-    "DoubleSparseCache": "sparse_caches",
+    "DoubleSparseCache": "double_sparse_cache",
     "EMASinkCache": "ema_sink_cache",
     "H2OCache": "h2o_cache",
     "PyramidKVCache": "sparse_caches",

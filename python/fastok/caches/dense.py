@@ -33,12 +33,12 @@ class DenseKV:
         """Add ``k[B,S,G,D]`` and ``v[B,S,G,D_v]``; returns self."""
         new = [x.transpose(1, 2) for x in (k, v)]
         if not self._parts:
-            self._parts = [x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in new]
+            self._parts = [self._empty(x, (*x.shape[:2], 0, x.shape[3])) for x in new]
         end = self.length + k.shape[1]
         if end > self._parts[0].shape[2]:
             self._resize(max(end, self._parts[0].shape[2] * 3 // 2))
         for part, x in zip(self._parts, new, strict=True):
-            part[:, :, self.length : end] = x
+            part[:, :, self.length : end].copy_(x, non_blocking=True)
         self.length = end
         return self
 
@@ -70,6 +70,9 @@ class DenseKV:
 
     def _resize(self, capacity: int) -> None:
         for i, old in enumerate(self._parts):
-            new = old.new_empty((*old.shape[:2], capacity, old.shape[3]))
+            new = self._empty(old, (*old.shape[:2], capacity, old.shape[3]))
             new[:, :, : self.length] = old[:, :, : self.length]
             self._parts[i] = new
+
+    def _empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return like.new_empty(shape)

@@ -42,9 +42,13 @@ class DenseLayer(HeldLayer):
         k, v = (wider(x).transpose(1, 2) for x in (keys, values))
         self.kv.append(k, v)
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B,T,G,D]``, padded, where the model is."""
+        return self.kv.k, self.kv.v
+
     def stored(self) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B,G,T,D]``."""
-        k, v = (x[..., :width].transpose(1, 2) for x, width in zip((self.kv.k, self.kv.v), self.widths, strict=True))
+        k, v = (x[..., :width].transpose(1, 2) for x, width in zip(self.read(), self.widths, strict=True))
         return k, v
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,7 @@ class DenseLayer(HeldLayer):
             return self.to_tokens(None, q, scale, softcap, key_bias)
         rows = wider(q).to(self.dtype)
         masking: dict[str, Any] = {"scale": scale, "causal": True, "softcap": softcap, "key_bias": key_bias}
-        out, lse = attention(rows, self.kv.k, self.kv.v, **masking)
+        out, lse = attention(rows, *self.read(), **masking)
         return out[..., : self.widths[1]].to(q.dtype), lse
 
     def to_tokens(
@@ -61,7 +65,7 @@ class DenseLayer(HeldLayer):
     ) -> tuple[Tensor, Tensor]:
         """The same, of some tokens ``[B,G|H,K]`` only."""
         rows = wider(q).to(self.dtype)
-        cache = (self.kv.k, self.kv.v, None)
+        cache = (*self.read(), None)
         out, lse = attention_decode(rows, cache, tokens=tokens, scale=scale, softcap=softcap, key_bias=key_bias)
         return out[..., : self.widths[1]].to(q.dtype), lse
 

@@ -65,7 +65,7 @@ class Rotary:
 
     def at(self, attention: nn.Module, position: Tensor, dtype: torch.dtype) -> "Angles":
         """The angles at ``position[B or 1,T]`` in the layer ``attention``, with cosines and sines as in ``dtype``."""
-        function = _turning_function(attention)
+        function = turning_function(attention)
         if function is None:
             return Angles(None, position, position)
         options = {}
@@ -114,7 +114,7 @@ def _is_decoder(caller: object) -> bool:
     return isinstance(caller, nn.Module) and isinstance(getattr(caller, "rotary_emb", None), nn.Module)
 
 
-def _turning_function(attention: nn.Module) -> Callable[..., Any] | None:
+def turning_function(attention: nn.Module) -> Callable[..., Any] | None:
     """What the forward of an attention layer turns queries and keys with; None for a layer without positions."""
     if not getattr(attention, "use_rope", True):
         return None

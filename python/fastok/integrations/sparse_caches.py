@@ -1,115 +1,16 @@
-"""Caches for transformers that keep everything and attend to little of it, or keep little: sparse decode's drop-ins."""
+"""Caches for transformers in which some layers choose for others, or whose heads keep little of the prompt."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..caches.labels import BITS, LabelCache
 from ..ops.attention import attention_scores
 from ..ops.checks import check_at_least
 from ..ops.scores import ScoreSpec
-from ..ops.sparse import label_scores, select_tokens
-from .calibrate import Calibration
+from ..ops.sparse import select_tokens
 from .dense_layer import DenseLayer, HeadwiseLayer, hidden, wider
-from .held_cache import HeldCache, HeldLayer, Store
-
-# ---- Double Sparsity -------------------------------------------------------------------------------------------------
-
-
-class DoubleSparseCache(HeldCache):
-    """Decode attends to the ``n_keep`` tokens whose label channels say that they matter; the prompt attends to all.
-
-    Args:
-        calibration: of the model, see :func:`fastok.sparse.calibrate`.
-        n_keep: tokens attended to, per KV head: a number, or a share of those there are if below 1 (at least 64).
-        dense_layers: layers that attend to all tokens; published: the first two.
-        sink, recent: first and last tokens always among them.
-        bits: of the labels, 16, 8 or 4.
-        shared: one list for all query heads of a KV head; published: one for each.
-
-    Raises:
-        TypeError, ValueError: an argument of another type or range.
-
-    For ``attn_implementation="fastok"``; another one gets all tokens, with a warning. All keys and values stay in the
-    model's dtype; `nbytes` has the labels too. Steps of up to 16 tokens are sparse, longer ones attend to everything.
-    Padding is never chosen. Works with batches, beams, ``crop``, `reset`. Yang et al., arXiv 2408.07092.
-    """
-
-    def __init__(
-        self,
-        calibration: Calibration,
-        n_keep: float,
-        *,
-        dense_layers: tuple[int, ...] = (0, 1),
-        sink: int = 0,
-        recent: int = 16,
-        bits: int = 16,
-        shared: bool = True,
-    ) -> None:
-        if not isinstance(calibration, Calibration):
-            raise TypeError(f"calibration must be a fastok.sparse.Calibration, got {type(calibration).__name__}")
-        check_at_least("sink", sink, 0)
-        check_at_least("recent", recent, 0)
-        if isinstance(n_keep, float) and n_keep < 1:
-            if not n_keep > 0:
-                raise ValueError(f"n_keep must be above 0, got {n_keep}")
-        else:
-            check_at_least("n_keep", n_keep, max(1, sink + recent))  # type: ignore[arg-type]
-        if bits not in BITS:
-            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits}")
-
-        def layers() -> Callable[[], HeldLayer]:
-            made = iter(range(len(calibration.channels)))
-
-            def make() -> HeldLayer:
-                index = next(made, None)
-                if index is None:
-                    raise ValueError(f"calibration must have every layer's channels, got {len(calibration.channels)}")
-                if index in dense_layers:
-                    return DenseLayer()
-                return DoubleSparseLayer(calibration.channels[index], n_keep, sink, recent, bits, shared)
-
-            return make
-
-        super().__init__(layer_class_to_replicate=layers())
-
-
-class DoubleSparseLayer(DenseLayer):
-    """One sparse layer of a `DoubleSparseCache`."""
-
-    def __init__(self, channels: Tensor, n_keep: float, sink: int, recent: int, bits: int, shared: bool) -> None:
-        super().__init__()
-        self.channels, self.bits, self.shared = channels, bits, shared
-        self.n_keep, self.sink, self.recent = n_keep, sink, recent
-        self.labels = LabelCache(channels, bits)
-
-    @property
-    def stores(self) -> list[Store]:
-        """All that is stored."""
-        return [self.kv, self.labels]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Get ready for tensors like these."""
-        super().lazy_initialization(key_states, value_states)
-        self.labels = LabelCache(self.channels.to(self.device), self.bits)
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store new tokens ``[B,G,S,D]``."""
-        super().append(keys, values)
-        self.labels.append(keys.transpose(1, 2))
-
-    def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `Held`."""
-        recent = max(self.recent, q.shape[1])
-        n_keep = int(self.n_keep) if self.n_keep >= 1 else max(64, int(self.n_keep * self.length))
-        n_keep = max(n_keep, self.sink + recent)
-        if n_keep >= self.length:
-            return super().attend(q, scale, softcap, key_bias)
-        scores = hidden(label_scores(q.to(self.dtype), self.labels, shared=self.shared), key_bias)
-        tokens, _ = select_tokens(scores, n_keep, sink=self.sink, recent=recent)
-        return self.to_tokens(tokens, q, scale, softcap, key_bias)
-
+from .held_cache import HeldCache, HeldLayer
 
 # ---- TidalDecode -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,67 @@
+"""``HostKV``: a `DenseKV` in host memory, of which rows are fetched."""
+
+import torch
+from torch import Tensor
+
+from .dense import DenseKV
+
+
+class HostKV(DenseKV):
+    """One layer's keys and values in host memory, pinned where there is CUDA, so that copies need not be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: torch.cuda.Event | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> "HostKV":
+        """Add ``k[B,S,G,D]`` and ``v[B,S,G,D_v]`` of any device; returns self."""
+        self._wait()
+        super().append(k, v)
+        if k.is_cuda:
+            self._written = torch.cuda.Event()
+            self._written.record(torch.cuda.current_stream(k.device))
+        return self
+
+    def rows(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B,L,K,D]`` of ``tokens[B,L,K]`` (int64, on the host; L a multiple of G) on ``device``."""
+        ratio = tokens.shape[1] // self._parts[0].shape[1]
+        batch, head = torch.arange(tokens.shape[0])[:, None, None], torch.arange(tokens.shape[1])[:, None]
+        k, v = self.places(batch.expand_as(tokens), (head // ratio).expand_as(tokens), tokens, device)
+        return k, v
+
+    def places(self, batch: Tensor, head: Tensor, token: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same of single places, of one shape: ``[…,D]`` each."""
+        self._wait()
+        k, v = (self._pinned(part[batch, head, token]).to(device, non_blocking=True) for part in self._parts)
+        return k, v
+
+    def all(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """All keys and values ``[B,T,G,D]`` on ``device``."""
+        self._wait()
+        return self.k.to(device), self.v.to(device)
+
+    def keep(self, index: Tensor, spare: int = 0) -> "HostKV":
+        """See `DenseKV`; not from here."""
+        raise NotImplementedError("keep: required, tokens of a cache in host memory to go; supported, on the device")
+
+    def select(self, index: Tensor) -> "HostKV":
+        """Make samples ``index[B']`` the batch; returns self."""
+        self._wait()
+        self._parts = [self._pinned(part.index_select(0, index.cpu())) for part in self._parts]
+        return self
+
+    def _resize(self, capacity: int) -> None:
+        self._wait()
+        super()._resize(capacity)
+
+    def _wait(self) -> None:
+        """Until what was appended has arrived."""
+        if self._written is not None:
+            self._written.synchronize()
+            self._written = None
+
+    def _empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())
+
+    def _pinned(self, x: Tensor) -> Tensor:
+        return x.pin_memory() if torch.cuda.is_available() else x
