@@ -162,6 +162,8 @@ class PackedKV:
     def _append(self, k: Tensor, v: Tensor, salient: Tensor | None) -> "PackedKV":
         total, page, window = k.shape[1], self.format.page, self.hot_k.shape[2]
         start = 0
+        if not self.hot_len.numel():
+            return self
         if total and self.n_pages == 0 and not any(map(any, self._hot)):
             sealed = max(0, total - self.format.hot) // page * page
             if sealed:

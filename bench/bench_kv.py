@@ -1,0 +1,108 @@
+"""Decode attention over dense and packed caches against PyTorch's best, and packing against a copy."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import fastok
+import torch
+from fastok import KVFormat
+from fastok.testing.bench import Case, interleaved
+from rivals import decode_torch
+
+HEADS, GROUPS, WIDTH = 32, 8, 128
+LENGTHS = (32_768, 262_144)
+PRESETS = ("int8", "int4", "kivi-4", "kivi-2", "zipcache-4/2", "vidkv-2", "vidkv-1.5", "vidkv-1.5/1.58")
+PROMISED = ("kivi-4", "kivi-2", "vidkv-1.5/1.58")
+BEST_OF_TORCH, OWN_DENSE = 3.0, 1.2
+DENSE_TARGET = 2.5
+
+Build = Callable[[], Callable[[], Any]]
+
+
+def cases(device: torch.device) -> list[Case]:
+    found = []
+    for total in LENGTHS:
+        where = f"T={total} ({HEADS}/{GROUPS},{WIDTH}) bf16"
+        flops = 4.0 * HEADS * total * WIDTH
+        dense_bytes = 2.0 * total * GROUPS * WIDTH * 2
+        best = fastest(device)
+        found.append(
+            Case(f"dense decode {where}", dense(total, device), in_torch(best, total, device), best,
+                 bytes_moved=dense_bytes, flops=flops, dtype=torch.bfloat16, target=DENSE_TARGET)
+        )  # fmt: skip
+        for name in PRESETS if total == LENGTHS[0] else PROMISED:
+            key, value = KVFormat.preset(name).bits_per_element(WIDTH)
+            moved = (key + value) / 8 * total * GROUPS * WIDTH
+            promised = name in PROMISED
+            ours = packed(name, total, device)
+            found.append(
+                Case(f"{name} decode {where}", ours, in_torch(best, total, device), best, bytes_moved=moved,
+                     target=BEST_OF_TORCH if promised else None)
+            )  # fmt: skip
+            found.append(
+                Case(f"{name} decode {where}", ours, dense(total, device), "our own dense", bytes_moved=moved,
+                     target=OWN_DENSE if promised else None)
+            )  # fmt: skip
+    for name in PROMISED:
+        found.append(packing(name, LENGTHS[0], device))
+    return found
+
+
+def randoms(total: int, device: torch.device) -> list[torch.Tensor]:
+    shapes = ((1, 1, HEADS), (1, total, GROUPS), (1, total, GROUPS))
+    return [torch.randn(*shape, WIDTH, device=device, dtype=torch.bfloat16) for shape in shapes]
+
+
+@cache
+def fastest(device: torch.device) -> str:
+    """Of PyTorch's formulations, with keys and values heads first, which suits it best."""
+    q, k, v = randoms(LENGTHS[0], device)
+    return decode_torch.fastest(q, *(x.transpose(1, 2).contiguous() for x in (k, v)), interleaved)
+
+
+def in_torch(name: str, total: int, device: torch.device) -> Build:
+    def build() -> Callable[[], Any]:
+        q, k, v = randoms(total, device)
+        k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
+        return lambda: decode_torch.FORMULATIONS[name](q, k, v)
+
+    return build
+
+
+def dense(total: int, device: torch.device) -> Build:
+    def build() -> Callable[[], Any]:
+        q, k, v = randoms(total, device)
+        return lambda: fastok.attention_decode(q, (k, v, None))
+
+    return build
+
+
+def packed(name: str, total: int, device: torch.device) -> Build:
+    def build() -> Callable[[], Any]:
+        q, k, v = randoms(total, device)
+        held = fastok.kv_pack(k, v, name)
+        return lambda: fastok.attention_decode(q, held)
+
+    return build
+
+
+def packing(name: str, total: int, device: torch.device) -> Case:
+    """Sealing whole pages, against a copy of as many bytes as go in and out."""
+    fmt = KVFormat.preset(name)
+    moved = total * GROUPS * WIDTH * (4 + sum(fmt.bits_per_element(WIDTH)) / 8)
+
+    def seal() -> Callable[[], Any]:
+        _, k, v = randoms(total, device)
+        held = fastok.kv_pack(k, v, KVFormat(fmt.key, fmt.value, fmt.group, fmt.page, 0, low_bits=fmt.low_bits))
+        return lambda: torch.ops.fastok.kv_seal(
+            held.data, held.offset, k, v, held.classes, held.key_channels, held.value_channels, fmt.flat,
+            fmt.key.gamma, fmt.value.gamma,
+        )  # fmt: skip
+
+    def copy() -> Callable[[], Any]:
+        source = torch.ones(int(moved / 2), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return Case(f"packing {name} T={total}", seal, copy, "a copy", bytes_moved=moved, target=0.4)

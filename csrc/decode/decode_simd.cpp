@@ -1,0 +1,460 @@
+// Decode attention, a block of keys or one page at a time: logits of all rows, softmax relative to the peak so far,
+// weighted sums. Scales of packed codes are folded into queries, probabilities and sums, never into a copy of the page.
+#include "decode/decode.h"
+
+#include "attention/exp_simd.h"
+#include "decode/expand_simd.h"
+#include "decode/integer_simd.h"
+
+namespace fastok::FASTOK_ISA {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class T>
+T* take(char*& memory, int64_t count) {
+  T* const p = reinterpret_cast<T*>(memory);
+  memory += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+  return p;
+}
+
+// Sizes the members when `memory` is null.
+struct Scratch {
+  static constexpr int64_t kPitch = kMostPage + kIntegerPitch;  // of arrays by page entry
+  static constexpr int64_t kTable = kMostPage * kMostTokenGroups;
+  float *logits, *weights;          // [rows][kPitch]
+  float *folded, *sums;             // [rows][pitch]: queries times scales, sums before scales
+  float *bias, *step;               // [rows]: what a group adds to all logits, what an integer stands for
+  int16_t* integers;                // [rows][kPitch]: queries or weights
+  float *scale, *zero;              // [channels or page entries]
+  float *table_scale, *table_zero;  // [page entry][group of channels]
+  uint8_t* codes;                   // [page][pitch]
+  const uint8_t** code_rows;        // [page]
+  int32_t *place, *rank;            // [page]
+  size_t bytes;
+
+  Scratch(int64_t rows, int64_t width, void* memory) {
+    char* at = static_cast<char*>(memory);
+    const int64_t pitch = decode_pitch(width);
+    logits = take<float>(at, rows * kPitch);
+    weights = take<float>(at, rows * kPitch);
+    folded = take<float>(at, rows * pitch);
+    sums = take<float>(at, rows * pitch);
+    bias = take<float>(at, rows);
+    step = take<float>(at, rows);
+    integers = take<int16_t>(at, rows * kPitch);
+    scale = take<float>(at, kPitch);
+    zero = take<float>(at, kPitch);
+    table_scale = take<float>(at, kTable);
+    table_zero = take<float>(at, kTable);
+    codes = take<uint8_t>(at, kMostPage * pitch + 64);
+    code_rows = take<const uint8_t*>(at, kMostPage);
+    place = take<int32_t>(at, kMostPage);
+    rank = take<int32_t>(at, kMostPage);
+    bytes = size_t(at - static_cast<char*>(memory));
+  }
+};
+
+size_t scratch_bytes(int64_t rows, int64_t width) { return Scratch(rows, width, nullptr).bytes; }
+
+// ---- softmax
+// ---------------------------------------------------------------------------------------------------------
+
+// Logits to probabilities relative to exp(peak), in place, and the state to the new peak. Columns behind n up to a
+// whole vector are written too.
+void soften(const DecodeRows& rows, int64_t n, const int32_t* place, int64_t newest, int64_t width, float* logits,
+            int64_t pitch, const DecodeState& state) {
+  const int64_t whole = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    float* const x = logits + r * pitch;
+    if (rows.softcap > 0) {
+      const vf inverse = splat(1.0f / rows.softcap), cap = splat(rows.softcap);
+      for (int64_t i = n; i < whole; ++i) x[i] = 0;
+      for (int64_t i = 0; i < whole; i += kLanes) store(x + i, tanh_of(load(x + i) * inverse) * cap);
+    }
+    if (rows.bias)
+      for (int64_t i = 0; i < n; ++i) x[i] += rows.bias[r][place[i]];
+    if (newest > rows.last[r])
+      for (int64_t i = 0; i < n; ++i)
+        if (place[i] > rows.last[r]) x[i] = -kInfinity;
+    for (int64_t i = n; i < whole; ++i) x[i] = -kInfinity;
+    vf top = load(x);
+    for (int64_t i = kLanes; i < whole; i += kLanes) top = maximum(top, load(x + i));
+    float peak = horizontal_max(top);
+    // A NaN logit must reach the result, however the maximum treats it.
+    peak = state.peak[r] > peak ? state.peak[r] : peak;
+    if (peak == -kInfinity) {
+      for (int64_t i = 0; i < whole; ++i) x[i] = x[i] == -kInfinity ? 0.0f : x[i];
+      bool nan = false;
+      for (int64_t i = 0; i < n; ++i) nan |= x[i] != x[i];
+      if (!nan) continue;
+    }
+    const float fade = state.peak[r] == peak ? 1.0f : __builtin_expf(state.peak[r] - peak);
+    const vf shift = splat(peak * kLog2E), log2e = splat(kLog2E);
+    vf total = splat(0.0f);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const vf p = exp2_of(load(x + i) * log2e - shift);
+      total = total + p;
+      store(x + i, p);
+    }
+    state.peak[r] = peak;
+    state.total[r] = state.total[r] * fade + horizontal_sum(total);
+    if (fade == 1.0f) continue;
+    float* const sum = state.sum + r * decode_pitch(width);
+    for (int64_t d = 0; d < decode_pitch(width); d += kLanes) store(sum + d, load(sum + d) * splat(fade));
+  }
+}
+
+// ---- dense
+// -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+void dense(const DecodeRows& rows, const DenseKeys& keys, const DecodeState& state, void* memory) {
+  const Scratch s(rows.count, keys.width > keys.v_width ? keys.width : keys.v_width, memory);
+  const T* const* const k = reinterpret_cast<const T* const*>(keys.k);
+  const T* const* const v = reinterpret_cast<const T* const*>(keys.v);
+  for (int64_t begin = 0; begin < keys.count; begin += kDecodeBlock) {
+    const int64_t left = keys.count - begin, n = left < kDecodeBlock ? left : kDecodeBlock;
+    dots<T, true>(k + begin, n, 0, rows.q, decode_pitch(keys.width), rows.count, keys.width, s.logits, Scratch::kPitch,
+                  left - n);
+    for (int64_t i = 0; i < n; ++i) prefetch_row(v[begin + i], keys.v_width);
+    soften(rows, n, keys.place + begin, keys.place[begin + n - 1], keys.v_width, s.logits, Scratch::kPitch, state);
+    weighted_sum(v + begin, n, 0, s.logits, Scratch::kPitch, rows.count, keys.v_width, state.sum,
+                 decode_pitch(keys.v_width));
+  }
+}
+
+void dense_keys(const DecodeRows& rows, const DenseKeys& keys, const DecodeState& state, void* memory) {
+  switch (keys.dtype) {
+    case Dtype::f16:
+      return dense<f16>(rows, keys, state, memory);
+    case Dtype::bf16:
+      return dense<bf16>(rows, keys, state, memory);
+    default:
+      return dense<float>(rows, keys, state, memory);
+  }
+}
+
+// ---- packed
+// ----------------------------------------------------------------------------------------------------------
+
+// The entries of a page that take part, in the order of their rows: segments of them share parameters along channels.
+struct Chosen {
+  int64_t n, segments;
+  int64_t end[kMostTokenGroups];   // of a segment
+  int64_t slot[kMostTokenGroups];  // its row in arrays along channels
+  bool high[kMostTokenGroups];
+};
+
+Chosen choose(const PackedKeys& keys, Scratch& s) {
+  const KvPage& page = keys.page;
+  Chosen chosen{};
+  const auto add = [&](int64_t entry, int64_t rank, int64_t slot, bool high) {
+    s.place[chosen.n] = int32_t(keys.first + entry);
+    s.rank[chosen.n++] = int32_t(rank);
+    if (chosen.segments == 0 || chosen.slot[chosen.segments - 1] != slot || chosen.high[chosen.segments - 1] != high) {
+      chosen.slot[chosen.segments] = slot;
+      chosen.high[chosen.segments++] = high;
+    }
+    chosen.end[chosen.segments - 1] = chosen.n;
+  };
+  int64_t at = 0;
+  const auto takes_part = [&](int64_t entry) {
+    if (!keys.listed) return true;
+    while (at < keys.n_listed && keys.listed[at] < keys.first + entry) ++at;
+    return at < keys.n_listed && keys.listed[at] == keys.first + entry;
+  };
+  if (!page.classes) {
+    for (int64_t slot = 0, entry = 0; slot < page.filled; ++slot)
+      for (; entry < page.groups_end[slot]; ++entry)
+        if (takes_part(entry)) add(entry, entry, slot, true);
+    return chosen;
+  }
+  int64_t rank = 0;
+  for (int wanted = 1; wanted >= 0; --wanted) {
+    const bool high = wanted == 1;
+    at = 0;
+    for (int64_t entry = 0; entry < page.n; ++entry) {
+      if (page.is_high(entry) != high) continue;
+      if (takes_part(entry)) add(entry, rank, 0, high);
+      ++rank;
+    }
+  }
+  return chosen;
+}
+
+// The chosen rows' codes, a byte each, to s.code_rows.
+void expand(const KvSide& side, const KvPage& page, const KvHalf& half, const Chosen& chosen, const uint8_t* data_end,
+            Scratch& s) {
+  const int64_t pitch = decode_pitch(side.width), high_bytes = side.row_bytes(true);
+  const int64_t low_bytes = side.low_bits ? side.row_bytes(false) : 0;
+  for (int64_t i = 0; i < chosen.n; ++i) {
+    const int64_t rank = s.rank[i];
+    const bool high = rank < page.n_high;
+    const uint8_t* row =
+        half.codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes);
+    const int64_t bytes = high ? high_bytes : low_bytes;
+    uint8_t copy[kMostChannels + kSlack];
+    if (data_end - row < bytes + kSlack) row = static_cast<const uint8_t*>(std::memcpy(copy, row, size_t(bytes)));
+    uint8_t* const out = s.codes + i * pitch;
+    for (int part = 0; part < side.n_parts; ++part) {
+      expand_codes(row, high ? side.part[part].bits : side.low_bits, side.part[part].channels,
+                   out + side.part[part].first);
+      row += side.part[part].bytes();
+    }
+    s.code_rows[i] = out;
+  }
+}
+
+// x = code * scale + zero along channels: scale[d] times the queries, and what zero[d] adds to a row's every logit.
+float fold(const float* q, const float* scale, const float* zero, int64_t width, float* folded) {
+  vf bias = splat(0.0f);
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) {
+    const vf x = load(q + d);
+    store(folded + d, x * load(scale + d));
+    bias = fma(x, load(zero + d), bias);
+  }
+  float sum = horizontal_sum(bias);
+  for (; d < width; ++d) {
+    folded[d] = q[d] * scale[d];
+    sum += q[d] * zero[d];
+  }
+  return sum;
+}
+
+// Rows x[row * pitch ..] of n numbers as integers, what they stand for to s.step. False if that would not do.
+bool integer_rows(const PackedKeys& keys, const float* x, int64_t pitch, int64_t rows, int64_t n, Scratch& s) {
+  if constexpr (kIntegers) {
+    for (int64_t r = 0; r < rows && keys.integers; ++r) {
+      s.step[r] = to_integers(x + r * pitch, n, s.integers + r * Scratch::kPitch);
+      if (s.step[r] != s.step[r]) return false;
+    }
+    return keys.integers;
+  }
+  return false;
+}
+
+// out[row * kPitch + i] = bias[row] + <q[row], codes of the i-th token from channel `first` on>; no bias: 0.
+void code_dots(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, int64_t first, const float* q,
+               int64_t rows, int64_t width, const float* bias, float* out, Scratch& s) {
+  const int64_t pitch = decode_pitch(keys.fmt->key.width);
+  const bool integers = integer_rows(keys, q, pitch, rows, width, s);
+  if constexpr (kIntegers) {
+    if (integers) integer_dots(codes, n, first, s.integers, Scratch::kPitch, rows, width, out, Scratch::kPitch);
+  }
+  if (!integers) dots<uint8_t, false>(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch);
+  for (int64_t r = 0; r < rows && (integers || bias); ++r) {
+    const vf unit = splat(integers ? s.step[r] : 1.0f), more = splat(bias ? bias[r] : 0.0f);
+    float* const x = out + r * Scratch::kPitch;
+    for (int64_t i = 0; i < n; i += kLanes) store(x + i, fma(load(x + i), unit, more));
+  }
+}
+
+// out[row * pitch + d] += the sum over tokens of p[row * kPitch + i] * code of channel first + d.
+void code_sums(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, int64_t first, const float* p,
+               int64_t rows, int64_t width, float* out, Scratch& s) {
+  const int64_t pitch = decode_pitch(keys.fmt->value.width);
+  const bool integers = integer_rows(keys, p, Scratch::kPitch, rows, n, s);
+  if constexpr (kIntegers) {
+    if (integers) integer_sums(codes, n, first, s.integers, Scratch::kPitch, s.step, rows, width, out, pitch);
+  }
+  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch);
+}
+
+// Released numerics code real components 0 or s and imaginary ones +-s/2.
+bool released_spectrum(const KvSide& side, const KvPart& part) { return side.compat && part.fourier; }
+
+// Of the channels of a group that begins at `first`, the first one that is not code * scale alone.
+int64_t shifted_from(const KvSide& side, const KvPart& part, int64_t first) {
+  const int64_t imaginary = part.first + part.channels / 2 + 1;
+  return released_spectrum(side, part) && first < imaginary ? imaginary : first;
+}
+
+// x = code * scale + zero of every token of the page and every group of channels of one part, to the tables.
+void read_table(const KvFormat& fmt, const KvSide& side, const KvHalf& half, int part_index, Scratch& s) {
+  const uint8_t* array = half.params;
+  for (int i = 0; i < part_index; ++i)
+    array += half.param_rows * side.part[i].arrays() * side.groups_of(side.part[i]) * side.scale_bytes;
+  const KvPart& part = side.part[part_index];
+  const int64_t count = half.param_rows * side.groups_of(part);
+  read_scales(array, fmt.scale, 0, count, s.table_scale);
+  if (part.kind == KvKind::affine)
+    return read_scales(array + count * side.scale_bytes, fmt.scale, 0, count, s.table_zero);
+  finish_parameters(side, part, 0, count, s.table_scale, s.table_zero);
+  for (int64_t i = 0; i < count && released_spectrum(side, part); ++i) s.table_zero[i] = -0.5f * s.table_scale[i];
+}
+
+// The chosen tokens' column of the tables, in whole vectors.
+void read_column(const Chosen& chosen, int64_t groups, int64_t group, Scratch& s) {
+  for (int64_t i = 0; i < chosen.n; ++i) {
+    s.scale[i] = s.table_scale[s.rank[i] * groups + group];
+    s.zero[i] = s.table_zero[s.rank[i] * groups + group];
+  }
+  for (int64_t i = chosen.n; i % kLanes; ++i) s.scale[i] = s.zero[i] = 0;
+}
+
+void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
+  const KvFormat& fmt = *keys.fmt;
+  const KvSide& side = fmt.key;
+  const int64_t width = side.width, pitch = decode_pitch(width);
+  if (!side.per_token) {
+    for (int64_t segment = 0, begin = 0; segment < chosen.segments; begin = chosen.end[segment++]) {
+      const int64_t n = chosen.end[segment] - begin;
+      channel_parameters(fmt, side, keys.page.key, chosen.slot[segment], chosen.high[segment], s.scale, s.zero);
+      for (int64_t r = 0; r < rows.count; ++r)
+        s.bias[r] = fold(rows.q + r * pitch, s.scale, s.zero, width, s.folded + r * pitch);
+      code_dots(keys, s.code_rows + begin, n, 0, s.folded, rows.count, width, s.bias, s.logits + begin, s);
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows.count; ++r)
+    std::memset(s.logits + r * Scratch::kPitch, 0, Scratch::kPitch * sizeof(float));
+  for (int part = 0; part < side.n_parts; ++part) {
+    const KvPart& of = side.part[part];
+    const int64_t groups = side.groups_of(of);
+    read_table(fmt, side, keys.page.key, part, s);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = of.first + g * side.group, left = of.first + of.channels - first;
+      const int64_t count = left < side.group ? left : side.group;
+      read_column(chosen, groups, g, s);
+      code_dots(keys, s.code_rows, chosen.n, first, rows.q + first, rows.count, count, nullptr, s.weights, s);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        float whole = 0;
+        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) whole += rows.q[r * pitch + d];
+        float *const x = s.logits + r * Scratch::kPitch, *const dot = s.weights + r * Scratch::kPitch;
+        for (int64_t i = 0; i < chosen.n; i += kLanes)
+          store(x + i, load(x + i) + fma(load(dot + i), load(s.scale + i), splat(whole) * load(s.zero + i)));
+      }
+    }
+  }
+}
+
+void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, const DecodeState& state,
+                Scratch& s) {
+  const KvFormat& fmt = *keys.fmt;
+  const KvSide& side = fmt.value;
+  const int64_t width = side.width, pitch = decode_pitch(width);
+  if (!side.per_token) {
+    for (int64_t segment = 0, begin = 0; segment < chosen.segments; begin = chosen.end[segment++]) {
+      const int64_t n = chosen.end[segment] - begin;
+      channel_parameters(fmt, side, keys.page.value, chosen.slot[segment], chosen.high[segment], s.scale, s.zero);
+      for (int64_t d = width; d < pitch; ++d) s.scale[d] = s.zero[d] = 0;
+      std::memset(s.sums, 0, size_t(rows.count * pitch) * sizeof(float));
+      code_sums(keys, s.code_rows + begin, n, 0, s.logits + begin, rows.count, width, s.sums, s);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        vf whole = splat(0.0f);
+        int64_t i = begin;
+        for (; i + kLanes <= begin + n; i += kLanes) whole = whole + load(s.logits + r * Scratch::kPitch + i);
+        if (i < begin + n) whole = whole + load_part(s.logits + r * Scratch::kPitch + i, begin + n - i);
+        const vf total = splat(horizontal_sum(whole));
+        float *const sum = state.sum + r * pitch, *const more = s.sums + r * pitch;
+        for (int64_t d = 0; d < width; d += kLanes)
+          store(sum + d, load(sum + d) + fma(load(more + d), load(s.scale + d), total * load(s.zero + d)));
+      }
+    }
+    return;
+  }
+  for (int part = 0; part < side.n_parts; ++part) {
+    const KvPart& of = side.part[part];
+    const int64_t groups = side.groups_of(of);
+    read_table(fmt, side, keys.page.value, part, s);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = of.first + g * side.group, left = of.first + of.channels - first;
+      const int64_t count = left < side.group ? left : side.group;
+      read_column(chosen, groups, g, s);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const float* const p = s.logits + r * Scratch::kPitch;
+        vf whole = splat(0.0f);
+        for (int64_t i = 0; i < chosen.n; i += kLanes) {
+          store(s.weights + r * Scratch::kPitch + i, load(p + i) * load(s.scale + i));
+          whole = fma(load(p + i), load(s.zero + i), whole);
+        }
+        const float total = horizontal_sum(whole);
+        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) state.sum[r * pitch + d] += total;
+      }
+      code_sums(keys, s.code_rows, chosen.n, first, s.weights, rows.count, count, state.sum + first, s);
+    }
+  }
+}
+
+void packed(const DecodeRows& rows, const PackedKeys& keys, const DecodeState& state, void* memory) {
+  Scratch s(rows.count, keys.fmt->key.width, memory);
+  const Chosen chosen = choose(keys, s);
+  if (chosen.n == 0) return;
+  expand(keys.fmt->key, keys.page, keys.page.key, chosen, keys.data_end, s);
+  key_logits(rows, keys, chosen, s);
+  soften(rows, chosen.n, s.place, keys.first + keys.page.n - 1, keys.fmt->value.width, s.logits, Scratch::kPitch,
+         state);
+  expand(keys.fmt->value, keys.page, keys.page.value, chosen, keys.data_end, s);
+  value_sums(rows, keys, chosen, state, s);
+}
+
+// ---- before and after
+// ------------------------------------------------------------------------------------------------
+
+template <class T>
+void widen_scaled(const void* x, int64_t width, float factor, float* out) {
+  for (int64_t d = 0; d < width; ++d) out[d] = widen(static_cast<const T*>(x)[d]) * factor;
+}
+
+void prepare(const void* q, Dtype dtype, int64_t width, float factor, const KvSide* side, const KvChannels& channels,
+             float* out) {
+  float plain[kMostChannels];
+  float* const to = side ? plain : out;
+  if (dtype == Dtype::f16) {
+    widen_scaled<f16>(q, width, factor, to);
+  } else if (dtype == Dtype::bf16) {
+    widen_scaled<bf16>(q, width, factor, to);
+  } else {
+    widen_scaled<float>(q, width, factor, to);
+  }
+  for (int64_t d = width; d < decode_pitch(width); ++d) out[d] = 0;
+  if (!side) return;
+  float coded[kMostChannels];
+  for (int64_t d = 0; d < width; ++d) {
+    const int64_t from = channels.order ? channels.order[d] : d;
+    coded[d] = channels.factor ? plain[from] * widen(channels.factor[from]) : plain[from];
+  }
+  const int64_t easy = side->part[0].fourier ? side->part[0].channels : 0;
+  // Parseval: <q, k> is the weighted inner product of the spectra.
+  for (int64_t j = 0; j < easy; ++j) out[j] = 0;
+  for (int64_t i = 0; i < easy; ++i)
+    for (int64_t j = 0; j < easy; ++j) out[j] += coded[i] * channels.basis[i * easy + j];
+  for (int64_t j = 0; j < easy; ++j) out[j] *= fourier_weight(easy, j);
+  for (int64_t d = easy; d < width; ++d) out[d] = coded[d];
+}
+
+void finish(const DecodeState& state, int64_t rows, int64_t width, const KvSide* side, const KvChannels& channels,
+            float* out, float* lse) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float total = state.total[r];
+    const bool none = total == 0;
+    lse[r] = none ? -kInfinity : state.peak[r] + __builtin_logf(total);
+    const float inverse = none ? 0.0f : 1.0f / total;
+    const float* const sum = state.sum + r * decode_pitch(width);
+    float* const to = out + r * width;
+    const int64_t easy = side && side->part[0].fourier ? side->part[0].channels : 0;
+    float weighted[kMostChannels];
+    for (int64_t j = 0; j < easy; ++j) weighted[j] = sum[j] * fourier_weight(easy, j);
+    for (int64_t i = 0; i < easy; ++i) {
+      const float* const row = channels.basis + i * easy;
+      vf x = splat(0.0f);
+      int64_t j = 0;
+      for (; j + kLanes <= easy; j += kLanes) x = fma(load(row + j), load(weighted + j), x);
+      if (j < easy) x = fma(load_part(row + j, easy - j), load_part(weighted + j, easy - j), x);
+      to[channels.order ? channels.order[i] : i] = horizontal_sum(x) * inverse;
+    }
+    for (int64_t d = easy; d < width; ++d) {
+      const float factor = side && channels.factor ? widen(channels.factor[d]) : 1.0f;
+      to[side && channels.order ? channels.order[d] : d] = sum[d] * inverse * factor;
+    }
+  }
+}
+
+}  // namespace
+
+extern const DecodeKernels decode_kernels;
+const DecodeKernels decode_kernels = {scratch_bytes, prepare, dense_keys, packed, finish};
+
+}  // namespace fastok::FASTOK_ISA
