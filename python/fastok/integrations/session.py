@@ -101,7 +101,8 @@ class Session:
     """State of one patched encoder. Only the last forward is remembered.
 
     Sizes (and positions) are kept per layer, not only the newest, so that a layer which gradient checkpointing runs
-    again during backward finds what it had. Inside ``torch.compile`` no maps and no time are recorded.
+    again during backward finds what it had. Inside ``torch.compile`` no maps and no time are recorded, but for maps
+    where ``records`` is set: a vision-language model around the encoder has to know them.
     """
 
     def __init__(self, reducer: Reducer, n_layers: int, protect: int, *, rotary: bool = False) -> None:
@@ -118,6 +119,7 @@ class Session:
         self.carried: list[dict[str, Tensor]] = [{} for _ in range(n_layers + 1)]
         self.grid: tuple[int, int, int] | None = None
         self.class_token = True
+        self.records = False
         self.reducing = 0.0
         self.input: tuple[int, int, torch.device] | None = None
         self.addresses: list[int] = [0] * n_layers
@@ -321,7 +323,7 @@ class Layer:
             session.positions[index + 1] = session.positions[index]
         session.sizes[index + 1] = size
         session.carried[index + 1] = carried
-        if not torch.compiler.is_compiling():
+        if session.records or not torch.compiler.is_compiling():
             session.maps[index] = token_map
         return x
 
@@ -388,4 +390,4 @@ def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def in_backward() -> bool:
     """Whether this runs within a backward pass, which is where gradient checkpointing recomputes layers."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -95,7 +95,8 @@ class Tower:
         names = self.wanted.get(layer, [])
         if not names:
             return
-        started = perf_counter()
+        compiling = torch.compiler.is_compiling()
+        started = 0.0 if compiling else perf_counter()
         q, k = _joined(chunks, 0), _joined(chunks, 1)
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -113,7 +114,8 @@ class Tower:
             spec = score_spec(name, self.special, class_token=self.class_token)
             found = attention_scores(q, k, spec=spec, scale=scale, **packing)
             self.scores[name] = self.scores[name] + found if name in self.scores else found
-        self.seconds += perf_counter() - started
+        if not compiling:
+            self.seconds += perf_counter() - started
 
 
 def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]], part: int) -> Tensor:

@@ -58,6 +58,7 @@ class Reducer(Protocol):
       scores are summed, -1 being the last; a score that is not listed is of the layer at hand (before a language
       model: of the layer that makes the features);
     - ``whole_image: bool``: True to be shown all crops or frames of an image as one sample, without ``grid``;
+    - ``ragged: bool``: True if how many tokens it leaves depends on what is in them, not on their number alone;
     - ``newlines``: which newline embeddings of a stitched image stay: ``"all"``, ``"filled"`` or ``"none"``.
 
     A method that accumulates over layers puts a tensor ``[B,N]`` into ``ctx.extra`` under its class's name; the next
