@@ -151,13 +151,14 @@ class PromptSession:
         mask = given.get("attention_mask")
         past = history.past_mask(mask, cached, batch) if cached else None
         now = None if mask is None else mask[:, seen:]
+        spans: list[Span] = []
         if features:
             x = core.get_input_embeddings()(ids) if x is None else x
-        positions = self._positions(core, given, seen, width)
-        if features:
-            assert x is not None
             self.layout, spans = self._laid_out(core, features, ids, x, now)
-            layout = self.layout
+        positions = self._positions(core, given, seen, width)
+        layout = self.layout
+        if layout is not None:
+            assert x is not None
             given |= {"input_ids": None, "inputs_embeds": layout.embeddings(x, spans), "mm_encoder_outputs": None}
             given |= {modality.pixels: None for modality in self.family.modalities}
             now = layout.mask(now)
