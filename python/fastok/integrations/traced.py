@@ -41,7 +41,8 @@ def reduced(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
     if isinstance(token_map, TokenMap):
         torch._assert_async(
             (token_map.counts == token_map.n_out).all(),
-            f"{name} left fewer tokens than it has room for: in a compiled graph, all images must keep as many",
+            f"{name} left fewer tokens than its map has room for, which a compiled graph cannot hold: say so by its "
+            "attribute ragged = True",
         )
     numbers = torch.arange(visual.hidden.shape[1], device=merged.device)
     source = representatives(token_map, numbers)
