@@ -1,12 +1,14 @@
 """What a reducer between vision tower and language model is shown, against the tower's eager attention."""
 
+import copy
 import math
 import sys
 from typing import Any
 
+import fastok
 import pytest
 import torch
-from fastok.reducers import TokenContext
+from fastok.reducers import FlowCut, TokenContext
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -342,3 +344,66 @@ def test_survivors_keep_their_positions(case: Case) -> None:
         positions, visible = at_once[0][:, row], at_once[1][row].bool()
         assert torch.equal(positions[:, visible], expected[:, row, columns])
     assert torch.equal(model.model.rope_deltas, deltas)
+
+
+class MeanQuery(Every):
+    """Wants the mean query's row in place of a class token's."""
+
+    mean_query = True
+
+
+@pytest.mark.parametrize("case", QWEN.values(), ids=QWEN)
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
+def test_qwen_shows_the_mean_querys_row(case: Case, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each frame (or window) alone. FlashAttention is given all of them at once, packed."""
+    model, picture = case.make(), vlm.MIXED[0]
+    source = sys.modules[type(model.model.visual).__module__]
+    rows: list[Tensor] = []
+    plain = source.eager_attention_forward
+
+    def spy(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if module is model.model.visual.blocks[-1].attn:
+            rows.append((q @ k.mT * 8**-0.5).mean(2).softmax(-1).mean((0, 1)))
+        return plain(module, q, k, v, *args, **kwargs)
+
+    inputs = case.inputs([5, picture, 6])
+    ours = copy.deepcopy(model)
+    if attention == "flash":
+        fastok.register_transformers()
+        ours.model.visual.set_attn_implementation("fastok")
+    (ctx,) = seen(ours, inputs, MeanQuery(1, ("cls",)))
+    model.model.visual.set_attn_implementation("eager")
+    monkeypatch.setattr(source, "eager_attention_forward", spy)
+    with torch.no_grad():
+        model(**inputs)
+    order = torch.tensor(window_order(case, picture)).argsort()
+    expected = torch.cat(rows).unflatten(0, (-1, 4)).mean(1)[order][None]
+    torch.testing.assert_close(ctx.scores["cls"], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_siglip_shows_the_mean_querys_row() -> None:
+    case = vlm.MODELS["LLaVA-OneVision"]
+    model, picture = case.make(), case.pictures[0]
+    inputs = case.inputs([5, picture, 6])
+    (ctx,) = seen(model, inputs, MeanQuery(1, ("cls",)))
+    tower, layer = model.model.vision_tower, model.model.vision_tower.encoder.layers[-1]
+    with torch.no_grad():
+        states = tower(inputs["pixel_values"].flatten(0, -4), output_hidden_states=True).hidden_states
+        x = layer.layer_norm1(states[-2])
+        q, k = (f(x).unflatten(-1, (4, 8)) for f in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+        row = (torch.einsum("bhd,bkhd->bhk", q.mean(1), k) * 8**-0.5).softmax(-1).mean(1)
+    torch.testing.assert_close(ctx.scores["cls"], row, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Qwen2.5-VL", "LLaVA-OneVision", "LLaVA-OneVision, video"])
+def test_flowcut_cuts_once_behind_a_tower(name: str) -> None:
+    """By the mean query's row times the norm of the mean value, in every crop or frame that is encoded apart."""
+    case = vlm.MODELS[name]
+    model, picture = case.make(), case.pictures[0]
+    inputs = case.inputs([5, picture, 6])
+    (ctx,) = seen(model, inputs, MeanQuery(1, ("cls", "values")))
+    score = ctx.scores["cls"] * ctx.values.mean(2).abs().sum(-1)
+    with apply(model, FlowCut(4), place="output") as handle, torch.no_grad():
+        model(**inputs)
+    for row, kept in zip(score, handle.token_map[0].keep_mask, strict=True):
+        assert kept.nonzero()[:, 0].tolist() == sorted(row.topk(4).indices.tolist())

@@ -27,7 +27,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "RecoverableCompression": {"clusters": 2},
 }
 IN_LAYERS = ("ToMe", "EViT", "FlowCut")
-CLASS_TOKEN = ("EViT", "FlowCut", "RecoverableCompression")
+CLASS_TOKEN = ("EViT", "RecoverableCompression")
 NEW = 3
 over_models = pytest.mark.parametrize("name", vlm.MODELS)
 

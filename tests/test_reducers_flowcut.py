@@ -176,6 +176,54 @@ def test_in_clip() -> None:
     torch.testing.assert_close(tokens, x, rtol=1e-4, atol=1e-4)
 
 
+def published_step_without_class_token(
+    q: Tensor, k: Tensor, v: Tensor, before: list[float] | None, target: int, left: int
+) -> tuple[list[int], list[float]]:
+    """As for Qwen2-VL: the mean query's row times the norm, of ``[n,H,D]`` each."""
+    row = (torch.einsum("hd,nhd->hn", q.double().mean(0), k.double()) * q.shape[-1] ** -0.5).softmax(-1).mean(0)
+    r, norms = row.tolist(), v.double().mean(1).abs().sum(-1).tolist()
+    scores = [a / sum(r) * b for a, b in zip(r, norms, strict=True)]
+    if before is not None:
+        scores = [0.5 * a + 0.5 * b for a, b in zip(before, scores, strict=True)]
+    if left % 2:
+        return list(range(len(r))), scores
+    entropy = -sum(a / sum(r) * math.log(a / sum(r)) for a in r) / math.log(len(r))
+    cut = len(r) if left == 0 else round((len(r) - target) / math.sqrt(left) * (1 - entropy**2))
+    stay = sorted(sorted(range(len(r)), key=lambda j: (-scores[j], j))[: max(len(r) - cut, target)])
+    return stay, [scores[j] for j in stay]
+
+
+def test_in_siglip() -> None:
+    """Without a class token: `apply` against the layers run by hand, their attention written out."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, num_hidden_layers=8, num_attention_heads=4, intermediate_size=48, image_size=28, patch_size=4,
+        vision_use_head=False,
+    )  # fmt: skip
+    model = transformers.SiglipVisionModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * 1.5 * parameter.shape[-1] ** -0.5)
+        pixels = torch.randn(1, 3, 28, 28)
+        x, before, lengths = model.embeddings(pixels)[0], None, []
+        for index, layer in enumerate(model.encoder.layers):
+            attention, y = layer.self_attn, layer.layer_norm1(x)
+            q, k, v = (f(y).unflatten(-1, (4, 8)) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+            p = (torch.einsum("qhd,khd->hqk", q, k) * 8**-0.5).softmax(-1)
+            x = x + attention.out_proj(torch.einsum("hqk,khd->qhd", p, v).flatten(1))
+            if index < 6 and len(x) > 10:
+                stay, before = published_step_without_class_token(q, k, v, before, 10, 5 - index)
+                x = x[stay]
+            x = x + layer.mlp(layer.layer_norm2(x))
+            lengths.append(len(x))
+        with apply(model, FlowCut(10)) as handle:
+            tokens = model(pixels).last_hidden_state[0]
+            assert handle.stats.tokens == lengths
+    assert lengths[-1] == 10
+    torch.testing.assert_close(tokens, model.post_layernorm(x), rtol=1e-4, atol=1e-4)
+
+
 def test_nan_zeros_and_errors() -> None:
     """A patch whose score is NaN goes first; probabilities of 0 count nothing towards the entropy."""
     scores = torch.tensor([[0.0, 1.0, torch.nan, 0.0, 3.0]])

@@ -121,3 +121,19 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert fast == pytest.approx(4 * slow, abs=6)
     with pytest.raises(ValueError, match="labels"):
         viz.draw_bars(["fast"], [], "title")
+
+
+def test_curves_rise_with_their_values() -> None:
+    curves = {"one": [(1.0, 10.0), (2.0, 20.0), (16.0, 90.0)]}
+    colour = tuple(int(part) for part in 0.75 * viz._distinct_colours(1)[0])
+    where = (np.asarray(viz.draw_curves(curves, "title", "x")) == colour).all(-1)[:, :700]  # left of the legend
+    heights = [np.flatnonzero(column).mean() for column in where.T if column.any()]
+    assert heights[0] > heights[len(heights) // 2] > heights[-1]
+    crowded = [(2.0, 20.0, "a note"), (2.0, 20.0, "a note")]
+    drawn = [np.asarray(viz.draw_curves(curves, "title", "x", notes=notes)) for notes in (crowded[:1], crowded)]
+    dark = [(pixels == viz._INK).all(-1).sum() for pixels in drawn]
+    assert dark[1] > dark[0]  # the second is beside the first, not over it
+    with pytest.raises(ValueError, match="x > 0"):
+        viz.draw_curves({"one": [(0.0, 1.0)]}, "title", "x")
+    with pytest.raises(ValueError, match="points"):
+        viz.draw_curves({}, "title", "x")

@@ -1,7 +1,7 @@
 """Pictures of token maps: which patches of an image became one token. Needs Pillow only; imported on demand."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,6 +22,7 @@ Style = Literal["mean", "outline", "color"]
 _BORDER = (250, 250, 250)
 _INK = (35, 38, 45)
 _FAINT = (150, 156, 166)
+_GRID = (226, 229, 233)
 _BAR = (62, 121, 196)
 _DROPPED = 0.2
 """What is left of a dropped token's brightness."""
@@ -230,6 +231,84 @@ def draw_bars(labels: Sequence[str], values: Sequence[float], title: str) -> Ima
         draw.text((sheet.width - text, middle), f"{value:.2f}x", fill=_INK, font=font, anchor="rm")
     one = left + round(length / longest)
     draw.line((one, step * 1.5, one, sheet.height - step * 0.4), fill=_INK, width=1)
+    return sheet
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    x_label: str,
+    *,
+    notes: Sequence[tuple[float, float, str]] = (),
+    x_text: Callable[[float], str] = "{:g}".format,
+) -> Image.Image:
+    """Lines with a dot at every point over a logarithmic x axis, and which colour is which.
+
+    Args:
+        curves: by name, points ``(x > 0, y)``, drawn from left to right; a single one becomes a level line.
+        title: above; says what y is.
+        x_label: below.
+        notes: ``(x, y, text)`` to be written beside points, moved down where they would cover each other.
+        x_text: what to write below an x at which there is a point.
+
+    Raises:
+        ValueError: no points, or an x that is not positive.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    if not points or min(x for x, _ in points) <= 0:
+        raise ValueError(f"curves must have points, all with x > 0; got {curves}")
+    text, width, height = 16, 620, 400
+    font = ImageFont.load_default(text)
+    xs = sorted({x for x, _ in points})
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    extent = high - low or max(abs(high), 1.0)
+    unit = 10.0 ** math.floor(math.log10(extent))
+    unit *= next(part for part in (0.2, 0.5, 1, 2, 5, 10) if extent / (part * unit) <= 8)
+    low, high = unit * math.floor(low / unit), unit * (math.floor(high / unit) + 1)
+    left, top = 5 * text, 3 * text
+    legend = math.ceil(max(font.getlength(name) for name in curves)) + 4 * text
+    sheet = Image.new("RGB", (left + width + legend, top + height + 4 * text), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        span = math.log(xs[-1] / xs[0]) or 1.0
+        right = text + round((width - 2 * text) * math.log(x / xs[0]) / span)
+        return left + right, top + round(height * (high - y) / (high - low))
+
+    draw.text((text, text), title, fill=_INK, font=font, anchor="lm")
+    draw.text((left + width // 2, sheet.height - text), x_label, fill=_INK, font=font, anchor="mm")
+    for step in range(round((high - low) / unit) + 1):
+        y = low + step * unit
+        row = place(xs[0], y)[1]
+        draw.line((left, row, left + width, row), fill=_GRID)
+        draw.text((left - text // 2, row), f"{round(y, 6):g}", fill=_INK, font=font, anchor="rm")
+    written = -math.inf
+    for x in xs:
+        column, label = place(x, low)[0], x_text(x)
+        if column - font.getlength(label) / 2 > written + text / 2:
+            draw.text((column, top + height + text), label, fill=_INK, font=font, anchor="mm")
+            written = column + font.getlength(label) / 2
+    for row, (name, curve) in enumerate(curves.items()):
+        colour = tuple(int(part) for part in 0.75 * _distinct_colours(len(curves))[row])
+        corners = [place(x, y) for x, y in sorted(curve)]
+        if len(corners) == 1:
+            draw.line((left, corners[0][1], left + width, corners[0][1]), fill=colour, width=2)
+        draw.line(corners, fill=colour, width=2)
+        middle = (left + width + 2 * text, top + (row + 1) * 3 * text // 2)
+        for x, y in (*corners, middle):
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        draw.text((middle[0] + text, middle[1]), name, fill=_INK, font=font, anchor="lm")
+    small = ImageFont.load_default(text - 3)
+    taken: list[tuple[float, float, float, float]] = []
+    for x, y, note in sorted(notes, key=lambda note: -note[1]):
+        column, row = place(x, y)
+        row -= 9
+        box = draw.textbbox((column + 8, row), note, font=small, anchor="lm")
+        while any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+            row += 2
+            box = draw.textbbox((column + 8, row), note, font=small, anchor="lm")
+        taken.append(box)
+        draw.text((column + 8, row), note, fill=_INK, font=small, anchor="lm")
     return sheet
 
 

@@ -54,7 +54,13 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
     those they had (M-RoPE). Prompts of a batch that keep different numbers of tokens are padded on the side where
     they were padded, else on the left. Scores of the vision tower's attention are computed in the layers that the
     reducer asks for, and its attention is left as it is. Newline embeddings stay, unless the reducer says otherwise
-    (``newlines = "filled"`` or ``"none"``). Training works. Not for compiled graphs.
+    (``newlines = "filled"`` or ``"none"``). Training works.
+
+    ``torch.compile`` of LLaVA-1.5 gives one graph (``fullgraph=True``, after a first call outside, in which
+    transformers installs hooks) for methods that keep a fixed number of tokens, if all prompts have as many images;
+    methods that read ``text`` want no attention mask there. Otherwise, and in the other models, which break graphs
+    themselves, the graph ends once or twice between vision tower and language model: how long the prompt becomes
+    depends on what is in it. Compiled forwards of one graph record nothing in the handle.
     """
     needs = getattr(reducer, "needs", None)
     if needs is None or not callable(reducer) or isinstance(reducer, type):

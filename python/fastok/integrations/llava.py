@@ -104,6 +104,7 @@ class LlavaFamily:
     modalities: ClassVar[tuple[Modality, ...]] = (_IMAGE,)
     keeps_positions: ClassVar[bool] = False
     forwards_options: ClassVar[bool] = False
+    traces: ClassVar[bool] = True
     inner: Session | None = None  # where the reducer is in the tower's layers
 
     def __init__(self, core: Any, reducer: Reducer) -> None:
@@ -187,6 +188,7 @@ class LlavaNextFamily(LlavaFamily):
 
     module = "llava_next.modeling_llava_next"
     core = "LlavaNextModel"
+    traces = False
     head = "LlavaNextForConditionalGeneration"
 
     def visuals(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> list[Visual]:

@@ -30,6 +30,7 @@ class Qwen2VLFamily:
     )
     keeps_positions: ClassVar[bool] = True
     forwards_options: ClassVar[bool] = True
+    traces: ClassVar[bool] = False
 
     def __init__(self, core: Any, reducer: Reducer) -> None:
         self.needs = reducer.needs

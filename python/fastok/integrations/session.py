@@ -53,10 +53,11 @@ def check_needs(reducer: Reducer, where: str, shown: tuple[str, ...]) -> None:
 def check_class_token(reducer: Reducer, encoder: str, class_token: bool) -> None:
     """ValueError if the reducer needs a class token that the encoder lacks.
 
-    A method that acts behind an encoder takes the mean over all rows of attention for the class token's row.
+    A method that acts behind an encoder takes the mean over all rows of attention for the class token's row; one with
+    ``mean_query = True``, in an encoder's layers, the row of the mean query.
     """
     wanted = "vision_cls" in reducer.needs
-    if not acts_behind(reducer):
+    if not acts_behind(reducer) and not getattr(reducer, "mean_query", False):
         wanted = wanted or any(name.startswith("cls") for name in reducer.needs)
     if wanted and not class_token:
         raise ValueError(f"{type(reducer).__name__} needs a class token, of which {encoder} has none")
@@ -101,7 +102,8 @@ class Session:
     """State of one patched encoder. Only the last forward is remembered.
 
     Sizes (and positions) are kept per layer, not only the newest, so that a layer which gradient checkpointing runs
-    again during backward finds what it had. Inside ``torch.compile`` no maps and no time are recorded.
+    again during backward finds what it had. Inside ``torch.compile`` no maps and no time are recorded, but for maps
+    where ``records`` is set: a vision-language model around the encoder has to know them.
     """
 
     def __init__(self, reducer: Reducer, n_layers: int, protect: int, *, rotary: bool = False) -> None:
@@ -118,6 +120,8 @@ class Session:
         self.carried: list[dict[str, Tensor]] = [{} for _ in range(n_layers + 1)]
         self.grid: tuple[int, int, int] | None = None
         self.class_token = True
+        self.mean_query: bool = getattr(reducer, "mean_query", False)
+        self.records = False
         self.reducing = 0.0
         self.input: tuple[int, int, torch.device] | None = None
         self.addresses: list[int] = [0] * n_layers
@@ -266,9 +270,12 @@ class Layer:
         q, k = in_autocast(q.detach(), k.detach())
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = (padded(x.transpose(1, 2)) for x in (q, k))
+        class_token = self.session.class_token
         for name in self.wants_scores:
-            spec = score_spec(name, class_token=self.session.class_token)
-            self.scores[name] = attention_scores(q, k, spec=spec, scale=scale, key_bias=self.bias)
+            rows, spec = q, score_spec(name, class_token=class_token)
+            if name.startswith("cls") and not class_token and self.session.mean_query:
+                rows, spec = q.mean(1, keepdim=True), ScoreSpec(rows=0, logits=name == "cls:logit")
+            self.scores[name] = attention_scores(rows, k, spec=spec, scale=scale, key_bias=self.bias)
 
     def serves(self, dropout: float) -> bool:
         """Whether `attend` is wanted and can be had; without a bias the model's own attention lacks nothing."""
@@ -321,7 +328,7 @@ class Layer:
             session.positions[index + 1] = session.positions[index]
         session.sizes[index + 1] = size
         session.carried[index + 1] = carried
-        if not torch.compiler.is_compiling():
+        if session.records or not torch.compiler.is_compiling():
             session.maps[index] = token_map
         return x
 
@@ -388,4 +395,4 @@ def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def in_backward() -> bool:
     """Whether this runs within a backward pass, which is where gradient checkpointing recomputes layers."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..flash import padded
 from ..ops.attention import attention_scores
+from ..ops.scores import ScoreSpec
 from ..reducers.context import Reducer
 from .session import in_autocast, in_backward, is_score, score_layers, score_spec
 from .swap import rebound
@@ -56,6 +57,7 @@ class Tower:
         self.names = [name for name in reducer.needs if is_score(name)]
         self.notes = [name for name in reducer.needs if name in ("keys", "values")]
         self.layers_of = score_layers(reducer, n_layers)
+        self.mean_query = getattr(reducer, "mean_query", False) and not class_token
         self.n_layers = n_layers
         self.special = special
         self.class_token = class_token
@@ -95,7 +97,8 @@ class Tower:
         names = self.wanted.get(layer, [])
         if not names:
             return
-        started = perf_counter()
+        compiling = torch.compiler.is_compiling()
+        started = 0.0 if compiling else perf_counter()
         q, k = _joined(chunks, 0), _joined(chunks, 1)
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -110,10 +113,31 @@ class Tower:
             q, k = q.flatten(0, 1), k.flatten(0, 1)
             packing = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
         for name in names:
-            spec = score_spec(name, self.special, class_token=self.class_token)
-            found = attention_scores(q, k, spec=spec, scale=scale, **packing)
+            if name == "cls" and self.mean_query and starts is not None:
+                found = _mean_query(q, k, starts, scale)
+            elif name == "cls" and self.mean_query:
+                spec = ScoreSpec(rows=0, cols=(self.special, None))
+                found = attention_scores(q.mean(1, keepdim=True), k, spec=spec, scale=scale)
+            else:
+                spec = score_spec(name, self.special, class_token=self.class_token)
+                found = attention_scores(q, k, spec=spec, scale=scale, **packing)
             self.scores[name] = self.scores[name] + found if name in self.scores else found
-        self.seconds += perf_counter() - started
+        if not compiling:
+            self.seconds += perf_counter() - started
+
+
+def _mean_query(q: Tensor, k: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """fp32 ``[total]``: of each packed sequence, the row that the mean of its queries ``[total,H,D]`` would have."""
+    count, heads = len(starts) - 1, k.shape[1]
+    sequence = torch.bucketize(torch.arange(len(q), device=q.device), starts[1:], right=True)
+    sums = torch.zeros(count, *q.shape[1:], device=q.device).index_add(0, sequence, q.float())
+    mean = sums / starts.diff().clamp(min=1)[:, None, None]
+    logits = (mean[sequence] * k.float()).sum(-1) * scale
+    index = sequence[:, None].expand(-1, heads)
+    most = logits.new_full((count, heads), -torch.inf).scatter_reduce(0, index, logits, "amax")
+    weights = (logits - most[sequence]).exp()
+    total = logits.new_zeros(count, heads).index_add(0, sequence, weights)
+    return (weights / total[sequence]).mean(1)
 
 
 def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]], part: int) -> Tensor:

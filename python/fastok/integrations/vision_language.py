@@ -51,6 +51,7 @@ def patch(model: nn.Module, core: Any, reducer: Reducer, swaps: Swaps, place: st
             raise TypeError(f"no layers to reduce in are known of {type(core.vision_tower).__name__}")
         check_needs(reducer, "in an encoder's layers", transformers.SHOWN)
         family.inner = transformers.patch(core.vision_tower, core.vision_tower, reducer, swaps)
+        family.inner.records, session.traces = True, False
     for module in model.modules():
         if _is(module, kind.module, kind.head) and module.model is core:
             swaps.swap(module, session, head_methods)

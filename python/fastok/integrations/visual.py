@@ -100,7 +100,7 @@ def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
     """
     started = perf_counter()
     whole: bool = getattr(reducer, "whole_image", False)
-    token_map, merged = _merged(visual, reducer, text, whole) if visual.merged is None else visual.merged
+    token_map, merged = merged_by(visual, reducer, text, whole) if visual.merged is None else visual.merged
     batch, n = token_map.batch_size, token_map.n_in
     total = len(visual.features)
     place = _places(visual, total).view(batch, n)
@@ -152,7 +152,7 @@ def _into(token_map: TokenMap | SoftMap) -> Tensor:
     return torch.where(slot < 0, -1, slot + first).flatten()
 
 
-def _merged(visual: Visual, reducer: Reducer, text: Tensor | None, whole: bool) -> tuple[TokenMap | SoftMap, Tensor]:
+def merged_by(visual: Visual, reducer: Reducer, text: Tensor | None, whole: bool) -> tuple[TokenMap | SoftMap, Tensor]:
     """What the reducer returns, and the tokens merged by it."""
     name, ctx = type(reducer).__name__, visual.context(text, whole)
     token_map = reducer(ctx)

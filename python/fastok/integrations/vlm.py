@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..reducers.context import Reducer
 from ..token_map import SoftMap, TokenMap
+from . import traced
 from .prompt import History, Layout, Span, rearrange
 from .session import Stats
 from .swap import Methods
 from .visual import Reduced, Visual, reduce
+from .vlm_calls import check_call, check_positions, starts, with_visuals
 
 SHOWN = ("hidden", "grid", "text", "keys", "values", "vision", "vision_cls", "crops", "valid", "cls", "column")
 """What a reducer between vision tower and language model can be shown; the scores also with a role behind a colon."""
@@ -52,11 +54,13 @@ class Family(Protocol):
         modalities: in the order in which the model puts them into prompts.
         keeps_positions: whether tokens keep the positions they had (M-RoPE); else positions have no gaps.
         forwards_options: whether the model's further arguments go to ``get_…_features``.
+        traces: whether `visuals` reads nothing on the host, so that a compiled graph can hold it.
     """
 
     modalities: tuple[Modality, ...]
     keeps_positions: bool
     forwards_options: bool
+    traces: bool
 
     @property
     def seconds(self) -> float:
@@ -76,6 +80,9 @@ class PromptSession:
         self.reducer = reducer
         self.family = family
         self.layout: Layout | None = None
+        self.traces = family.traces and not getattr(reducer, "ragged", False)
+        self.fresh: list[Visual] = []
+        self.left: dict[str, Tensor] = {}
         self.reduced: list[Reduced] = []
         self.tokens_in: list[int] = []
         self.prompts: list[tuple[int, int]] = []
@@ -85,14 +92,14 @@ class PromptSession:
     def token_map(self) -> list[TokenMap | SoftMap]:
         """One map for each image of the last prompt that had any."""
         if self.seconds is None:
-            raise RuntimeError("no prompt with images was seen since apply")
+            raise RuntimeError("no prompt with images was seen since apply (a compiled forward records nothing)")
         return [image.token_map for image in self.reduced]
 
     @property
     def patches(self) -> list[list[Tensor]]:
         """For each image of the last prompt that had any, each picture that it was encoded as."""
         if self.seconds is None:
-            raise RuntimeError("no prompt with images was seen since apply")
+            raise RuntimeError("no prompt with images was seen since apply (a compiled forward records nothing)")
         return [image.patches for image in self.reduced]
 
     @property
@@ -107,6 +114,14 @@ class PromptSession:
         wanted = arguments.pop("return_dict", None)
         self.family.begin(core, modality, arguments)
         output = own(core, **arguments, return_dict=True)
+        if self.traces and torch.compiler.is_compiling():
+            self.fresh = self.family.visuals(core, modality, arguments, output)
+        else:
+            self._show(core, modality, arguments, output)
+        return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
+
+    @torch.compiler.disable(reason="which tokens of the tower belong to which image is read on the host")
+    def _show(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> None:
         visuals = self.family.visuals(core, modality, arguments, output)
         for visual in visuals:
             visual.seconds = self.family.seconds / len(visuals)
@@ -116,7 +131,6 @@ class PromptSession:
         else:
             for tensor, visual in zip(features, visuals, strict=True):
                 tensor._fastok = visual
-        return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
 
     def forward(self, core: Any, own: Callable[..., Any], given: dict[str, Any], options: dict[str, Any]) -> Any:
         """The model's forward ``own``, of a shorter prompt."""
@@ -131,21 +145,20 @@ class PromptSession:
         cached = 0 if cache is None else int(cache.get_seq_length())
         history = History.none(batch) if history is None else history.rows(batch)
         seen = history.seen(cached)
-        _check(given, options, batch, seen, width)
+        check_call(given, options, batch, seen, width)
         if history.places and width > 1:
-            _check_positions(core, given.get("position_ids"), history, seen)
+            check_positions(core, given.get("position_ids"), history, seen)
         mask = given.get("attention_mask")
         past = history.past_mask(mask, cached, batch) if cached else None
         now = None if mask is None else mask[:, seen:]
-        placed: list[_Placed] = []
+        spans: list[Span] = []
         if features:
             x = core.get_input_embeddings()(ids) if x is None else x
-            placed = self._placed(core, features, ids, x, now)
+            self.layout, spans = self._laid_out(core, features, ids, x, now)
         positions = self._positions(core, given, seen, width)
-        if placed:
+        layout = self.layout
+        if layout is not None:
             assert x is not None
-            spans = [image.span for image in placed]
-            self.layout = layout = rearrange(width, batch, spans, now, x.device)
             given |= {"input_ids": None, "inputs_embeds": layout.embeddings(x, spans), "mm_encoder_outputs": None}
             given |= {modality.pixels: None for modality in self.family.modalities}
             now = layout.mask(now)
@@ -156,19 +169,18 @@ class PromptSession:
         given |= {"attention_mask": whole, "position_ids": positions}
         wanted = options.pop("return_dict", None)
         output = own(core, **given, **options, return_dict=True)
-        if placed:
-            self._remember(placed)
+        if features:
             self._note(output, history, seen + width, cached, whole)
-            for name in features:
-                left = torch.cat([image.reduced.features for image in placed if image.modality == name])
+            for name, left in self.left.items():
                 if hasattr(output, f"{name}_hidden_states"):
                     setattr(output, f"{name}_hidden_states", left.to(x))
         return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
 
-    def _features(self, core: Any, given: dict[str, Any], options: dict[str, Any]) -> dict[str, list[Tensor]]:
-        """By modality, the features of each image in this call."""
+    def _features(self, core: Any, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """By modality, the features of the images in this call."""
+        self.fresh = []
         encoded = given.get("mm_encoder_outputs") or {}
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, Any] = {}
         for modality in self.family.modalities:
             output, pixels = encoded.get(modality.name), given.get(modality.pixels)
             if pixels is not None and given.get("mm_encoder_outputs") is not None:
@@ -179,7 +191,7 @@ class PromptSession:
                 get = getattr(core, modality.getter)
                 output = get(**{modality.pixels: pixels}, **arguments | {"return_dict": True})
             if output is not None:
-                found[modality.name] = _with_visuals(output.pooler_output)
+                found[modality.name] = output.pooler_output
         return found
 
     def _positions(self, core: Any, given: dict[str, Any], seen: int, width: int) -> Tensor | None:
@@ -209,10 +221,10 @@ class PromptSession:
             return torch.cat([layout.compact(positions[0])[None], layout.gather(positions[1:], 0)])
         return layout.gather(positions, 0)
 
-    def _placed(
-        self, core: Any, features: dict[str, list[Tensor]], ids: Tensor | None, x: Tensor, mask: Tensor | None
-    ) -> list["_Placed"]:
-        """What is left of each image, in the order in which they are in the prompts."""
+    def _laid_out(
+        self, core: Any, features: dict[str, Any], ids: Tensor | None, x: Tensor, mask: Tensor | None
+    ) -> tuple[Layout, list[Span]]:
+        """Where everything goes, and what is left of the images."""
         places = {}
         for modality in self.family.modalities:
             token = getattr(core.config, f"{modality.name}_token_id")
@@ -221,12 +233,61 @@ class PromptSession:
                 places[modality.name] = (x == embedded).all(-1)
             else:
                 places[modality.name] = ids == token
+        wants_text = "text" in self.reducer.needs
+        if traced.traceable(self.fresh, len(x)) and not (wants_text and mask is not None):
+            return self._traced(next(iter(places.values())), x)
+        fresh, self.fresh = self.fresh, []
+        return self._counted(features, fresh, places, ids, x, mask)
+
+    def _traced(self, placeholders: Tensor, x: Tensor) -> tuple[Layout, list[Span]]:
+        """As `_counted`, in a compiled graph, where nothing is recorded."""
+        visuals, self.fresh = self.fresh, []
+        each, n = len(visuals) // len(x), visuals[0].hidden.shape[1]
+        texts = traced.text_of(x, placeholders, each, n) if "text" in self.reducer.needs else None
+        images = []
+        for i, visual in enumerate(visuals):
+            text = None if texts is None else texts[i // each : i // each + 1]
+            images.append(traced.reduced(visual, self.reducer, text))
+        self.reduced, self.tokens_in, self.prompts, self.seconds = [], [], [], None
+        self.left = {self.family.modalities[0].name: torch.cat([image.features for image in images])}
+        return traced.rearrange(placeholders, images, n)
+
+    @torch.compiler.disable(reason="how long the shortened prompts are depends on what is in them")
+    def _counted(
+        self,
+        features: dict[str, Any],
+        fresh: list[Visual],
+        places: dict[str, Tensor],
+        ids: Tensor | None,
+        x: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Layout, list[Span]]:
+        for tensor, visual in zip(next(iter(features.values())), fresh, strict=False):
+            tensor._fastok = visual
+        placed = self._placed({name: with_visuals(x) for name, x in features.items()}, places, ids, x, mask)
+        spans = [image.span for image in placed]
+        layout = rearrange(x.shape[1], len(x), spans, mask, x.device)
+        self.left = {
+            name: torch.cat([image.reduced.features for image in placed if image.modality == name]) for name in features
+        }
+        self._remember(placed, layout)
+        return layout, spans
+
+    def _placed(
+        self,
+        features: dict[str, list[Tensor]],
+        places: dict[str, Tensor],
+        ids: Tensor | None,
+        x: Tensor,
+        mask: Tensor | None,
+    ) -> list["_Placed"]:
+        """What is left of each image, in the order in which they are in the prompts."""
         is_text = ~torch.stack(list(places.values())).any(0)
         is_text = is_text if mask is None else is_text & mask.bool()
         wants_text = "text" in self.reducer.needs
         placed, known = [], {}
         for name, images in features.items():
-            for image, (row, start) in zip(images, _starts(name, places[name], images), strict=True):
+            for image, (row, start) in zip(images, starts(name, places[name], images), strict=True):
                 words: Any = None
                 if wants_text:
                     words = row if ids is None else tuple(ids[row][is_text[row]].tolist())
@@ -238,9 +299,7 @@ class PromptSession:
                 placed.append(_Placed(name, image, reduced, span))
         return sorted(placed, key=lambda image: (image.span.row, image.span.start))
 
-    def _remember(self, placed: list["_Placed"]) -> None:
-        layout = self.layout
-        assert layout is not None
+    def _remember(self, placed: list["_Placed"], layout: Layout) -> None:
         self.reduced = [image.reduced for image in placed]
         self.tokens_in = [image.span.length for image in placed]
         removed = layout.removed.tolist()
@@ -253,7 +312,8 @@ class PromptSession:
         """On the cache, what it now holds: ``columns`` of the original prompt."""
         layout, cache = self.layout, output.get("past_key_values")
         assert layout is not None
-        if cache is not None and (history.places or any(before != after for before, after in self.prompts)):
+        traced_shorter = not self.prompts and columns - cached != layout.column.shape[1]
+        if cache is not None and (history.places or traced_shorter or any(a != b for a, b in self.prompts)):
             removed = history.removed.to(layout.removed.device) + layout.removed
             cache._fastok = History(columns, cached + layout.column.shape[1], mask, removed)
 
@@ -279,43 +339,6 @@ class OriginalLength:
         return self.length
 
 
-def _check(given: dict[str, Any], options: dict[str, Any], batch: int, seen: int, width: int) -> None:
-    mask = given.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise NotImplementedError(f"attention_mask: required, {what}; supported, [B,S] with 0 for padding")
-    if mask is not None and mask.shape[1] != seen + width:
-        raise ValueError(
-            f"attention_mask must be of the tokens of the prompt as it was before images were reduced, "
-            f"[{batch}, {seen + width}] after {seen} earlier ones, got {list(mask.shape)}. Where generate makes it, "
-            "apply the reducer to the whole model, with its language-modelling head"
-        )
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        if options.get(name) is not None:
-            raise NotImplementedError(
-                f"{name}: required, packed prompts whose lengths were counted before images were reduced; supported, "
-                "one prompt per row"
-            )
-
-
-def _check_positions(core: Any, positions: Tensor | None, history: History, seen: int) -> None:
-    """ValueError if what continues a shortened cache starts again with tokens that are in it."""
-    if positions is None or (positions.dim() == 3 and positions.shape[0] not in (1, 4)):
-        return
-    if positions.dim() == 3:  # M-RoPE: a first row that counts tokens, or one for all axes, with the model's offset
-        offset = 0 if core.rope_deltas is None or positions.shape[0] == 4 else core.rope_deltas
-        positions = positions[0] - offset
-    visible = history.places if history.mask is None else (history.mask != 0).sum(1)
-    next_one = visible + history.removed.to(positions.device) + seen - history.columns
-    again = int((next_one - positions[:, 0]).max())
-    if again > 0:
-        raise ValueError(
-            f"input_ids must be the tokens behind the {seen} that past_key_values stands for, but position_ids say "
-            f"that {again} of them come again: the caller of {type(core).__name__} took the cache's length for theirs. "
-            "Apply the reducer to the whole model, with its language-modelling head, or give it the new tokens only"
-        )
-
-
 def _joined(past: Tensor | None, now: Tensor | None, batch: int, cached: int, width: int) -> Tensor | None:
     """The mask of what is in the cache and of what is new, ``[B,cached + width]``; None if all is to be seen."""
     like = past if now is None else now
@@ -323,46 +346,6 @@ def _joined(past: Tensor | None, now: Tensor | None, batch: int, cached: int, wi
         return None
     past = like.new_ones(batch, cached) if past is None else past.to(like)
     return torch.cat([past, like.new_ones(batch, width) if now is None else now], 1)
-
-
-def _with_visuals(features: Any) -> list[Tensor]:
-    """The features of each image, which carry a `Visual`."""
-    if isinstance(features, Tensor):
-        rows = list(features)
-        for row, visual in zip(rows, getattr(features, "_fastok", ()), strict=False):
-            row._fastok = visual
-    else:
-        rows = list(features)
-    if not all(hasattr(row, "_fastok") for row in rows):
-        raise NotImplementedError(
-            "mm_encoder_outputs: required, image features that carry what the reducer is to be shown; supported, those "
-            "of the model's get_image_features or get_video_features while the reducer is applied, whole and on the "
-            "same device; missing for others, and for generate with prefill_chunk_size"
-        )
-    return rows
-
-
-def _starts(name: str, placeholders: Tensor, images: list[Tensor]) -> list[tuple[int, int]]:
-    """Row and column where each image's placeholders begin, which fill ``placeholders[B,S]`` in this order."""
-    width = placeholders.shape[1]
-    places = placeholders.flatten().nonzero()[:, 0]
-    lengths = torch.tensor([len(image) for image in images])
-    total = int(lengths.sum())
-    if len(places) != total:
-        raise ValueError(
-            f"the prompts have {len(places)} {name} placeholders for {len(images)} {name}s of {total} tokens: "
-            f"processor and model disagree (patch_size, image size, vision_feature_select_strategy), or {name}s are "
-            "missing"
-        )
-    ends = lengths.cumsum(0).to(places.device)
-    first, last = torch.stack([places[ends - lengths.to(places.device)], places[ends - 1]]).tolist()
-    for begin, end, length in zip(first, last, lengths.tolist(), strict=True):
-        if end - begin != length - 1 or begin // width != end // width:
-            raise ValueError(
-                f"the {length} placeholders of one {name} are not side by side in one prompt: processor and model "
-                "disagree on how many tokens it makes"
-            )
-    return [(begin // width, begin % width) for begin in first]
 
 
 # ---- methods of the model's classes ----------------------------------------------------------------------------------
@@ -382,33 +365,46 @@ def core_methods(family: Family | type[Family]) -> Methods:
 
 
 def _core_forward(own: Any) -> Callable[..., Any]:
-    signature = inspect.signature(own)
+    arguments = _arguments(own)
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        del given["self"]
-        options = given.pop("kwargs", {})
-        return self._fastok.forward(self, own, dict(given), dict(options))
+        given, options = arguments(self, args, kwargs)
+        return self._fastok.forward(self, own, given, options)
 
     return forward
 
 
 def _features_getter(own: Any, modality: Modality) -> Callable[..., Any]:
-    signature = inspect.signature(own)
+    arguments = _arguments(own)
 
     @wraps(own)
     def get(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        del given["self"]
-        options = given.pop("kwargs", {})
-        return self._fastok.encode(self, own, modality, dict(given) | dict(options))
+        given, options = arguments(self, args, kwargs)
+        return self._fastok.encode(self, own, modality, given | options)
 
     return get
 
 
+def _arguments(own: Any) -> Callable[..., tuple[dict[str, Any], dict[str, Any]]]:
+    """From a call's arguments to those that ``own`` has names for, and the others."""
+    signature = inspect.signature(own)
+    names = [name for name in signature.parameters if name not in ("self", "kwargs")]
+
+    def split(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if args:
+            given = dict(signature.bind(self, *args, **kwargs).arguments)
+            options = given.pop("kwargs", {})
+            return {name: given[name] for name in given if name != "self"}, dict(options)
+        named = {name: x for name, x in kwargs.items() if name in names}
+        return named, {name: x for name, x in kwargs.items() if name not in names}
+
+    return split
+
+
 def head_methods(base: Any) -> dict[str, Any]:
     """For the model with a language-modelling head; the state is the `PromptSession` of the model inside."""
+    own_loss: Callable[[Any], Callable[..., Tensor]] = base.loss_function.fget
 
     @wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -442,7 +438,7 @@ def head_methods(base: Any) -> dict[str, Any]:
     ) -> Any:
         for output in mm_encoder_output.values():
             if isinstance(getattr(output, "pooler_output", None), Tensor):
-                output.pooler_output = _with_visuals(output.pooler_output)  # a list keeps what rows carry
+                output.pooler_output = with_visuals(output.pooler_output)  # a list keeps what rows carry
         return base._expand_multimodal_outputs(self, input_ids, mm_encoder_output, *args, **kwargs)
 
     def create_masks_for_generate(
@@ -453,7 +449,7 @@ def head_methods(base: Any) -> dict[str, Any]:
 
     @property  # type: ignore[misc]
     def loss_function(self: Any) -> Callable[..., Tensor]:
-        own: Callable[..., Tensor] = base.loss_function.fget(self)
+        own = own_loss(self)
         layout: Layout | None = self._fastok.layout
         if layout is None:
             return own

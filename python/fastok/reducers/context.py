@@ -57,7 +57,10 @@ class Reducer(Protocol):
     - ``score_layers(n_layers) -> dict[str, tuple[int, ...]]``: for scores by name, the layers of an encoder whose
       scores are summed, -1 being the last; a score that is not listed is of the layer at hand (before a language
       model: of the layer that makes the features);
+    - ``mean_query: bool``: of an encoder without a class token, ``"cls"`` is the row that the mean of all queries would
+      have; otherwise it is the mean over all rows, and in the layers of such an encoder the method is refused;
     - ``whole_image: bool``: True to be shown all crops or frames of an image as one sample, without ``grid``;
+    - ``ragged: bool``: True if how many tokens it leaves depends on what is in them, not on their number alone;
     - ``newlines``: which newline embeddings of a stitched image stay: ``"all"``, ``"filled"`` or ``"none"``.
 
     A method that accumulates over layers puts a tensor ``[B,N]`` into ``ctx.extra`` under its class's name; the next

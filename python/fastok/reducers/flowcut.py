@@ -29,7 +29,10 @@ class FlowCut:
     Needs the score ``"cls"``, the class token's row of attention averaged over heads, and ``values``, of each layer but
     the last two. Acts in these layers. The score of a token is its share of that row plus its share of the softmax (not
     scaled) of its value's product with the class token's, per head and averaged, all times the 1-norm of its value's
-    mean over heads. Without a protected token the row is that of the mean query, alone, as published for Qwen2-VL.
+    mean over heads. Without a class token (SigLIP) the row is that of the mean query, softmax of its products with the
+    keys per head, averaged, and the score its share times the norm, as published for Qwen2-VL. In the layers of Qwen's
+    own towers it does not act, which would have to drop whole groups of patches and pack what is left anew: with
+    ``place="output"`` it cuts once, behind the tower, by that score of its last layer.
 
     Gives a `TokenMap` in raster order, and puts the accumulated score, fp32 ``[B,N]``, into ``ctx.extra["FlowCut"]``
     for the next layer. Called without a model (one layer), cuts down to ``keep`` at once. All samples of a batch are
@@ -43,6 +46,7 @@ class FlowCut:
     momentum: float = 0.5
 
     needs: ClassVar[tuple[str, ...]] = ("cls", "values")
+    mean_query: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

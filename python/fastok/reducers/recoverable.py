@@ -44,6 +44,7 @@ class RecoverableCompression(BeforeLanguageModel):
     neighbors: int = 5
 
     needs: ClassVar[tuple[str, ...]] = ("vision", "vision_cls", "text")
+    ragged: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, least in (("clusters", self.clusters, 0), ("neighbors", self.neighbors, 1)):

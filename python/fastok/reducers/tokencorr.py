@@ -41,6 +41,7 @@ class TokenCorr(BeforeLanguageModel):
     partners: float = 0.1
 
     needs: ClassVar[tuple[str, ...]] = ("keys", "cls", "cls:mid")
+    ragged: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("similarity", self.similarity, -1, 1)

@@ -1,0 +1,224 @@
+"""What a smaller KV cache costs: perplexity and recall of fastok's language model, by format and by sparse method.
+
+    python bench/quality_kv.py --json bench/results/quality_kv.json --plot docs/quality-kv.png
+
+The texts are the standard library's held-out files with key-value pairs among them (fastok.models.recall): every key
+stands once in the first part of a text and once more in the last, and there its value counts as recalled if the model
+finds it the likeliest token. Recall and perplexity (per byte of the file) are both taken on the last part only: a
+quarter of the text for formats, an eighth for sparse methods.
+
+The first part is fed at once, as a prompt: it attends to itself exactly, and is packed, evicted or chosen from only
+then. The last part follows in steps of 16 tokens (sparse methods: of one), as many as fastok's attention reads a cache
+in place for. So what is measured was told from stored bytes, but for the hot window, which is near and holds few keys.
+"bits" are those of sealed pages, parameters and padding included; "whole" is the whole cache at the end, hot window,
+labels and all, over the elements of all keys and values.
+
+Sparse methods read or keep a share of the text's tokens. The first layer always reads everything, and `TidalCache`'s
+second too, since it chooses. `SnapKVCache` and `PyramidKVCache` evict from all layers, by what the prompt's end attends
+to: before any key is asked for. They keep all tokens after the prompt; `H2OCache` goes on evicting. "most recent" and
+"random channels" are `DoubleSparseCache` made to read the newest tokens, and given label channels at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fastok
+import torch
+import torch.nn.functional as F
+from fastok import sparse, viz
+from fastok.models.recall import BYTES, MODEL_DIR, RecallTexts, Sequences
+from torch import Generator, nn
+from transformers import Cache, DynamicCache, LlamaForCausalLM
+
+LENGTHS = (1024, 2048, 4096)
+SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
+CHANNELS = 8
+"""Label channels of 64."""
+FULL = "bf16"
+
+
+@dataclass(frozen=True)
+class Table:
+    """How texts are made and read: the last part's share, tokens per key, tokens per step."""
+
+    tail: float
+    spacing: int
+    step: int
+
+
+TABLES = {"formats": Table(1 / 4, 32, 16), "sparse": Table(1 / 8, 64, 1)}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to keep keys and values, and what it is counted by."""
+
+    name: str
+    make: Callable[[], Cache]
+    bits: float = 16.0
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one method made of the texts of one length."""
+
+    table: str
+    method: str
+    length: int
+    bits: float
+    whole_bits: float
+    share: float
+    perplexity: float
+    recall: float
+
+
+def formats(model: LlamaForCausalLM) -> list[Method]:
+    width = model.config.head_dim
+    methods = [Method(FULL, DynamicCache)]
+    for name in fastok.KVFormat.presets():
+        bits = sum(fastok.KVFormat.preset(name).bits_per_element(width)) / 2
+        methods.append(Method(name, lambda name=name: fastok.PackedCache(name, model), bits))
+    return methods
+
+
+def sparse_methods(model: LlamaForCausalLM, length: int, prompt: int, shares: Sequence[float]) -> list[Method]:
+    train = RecallTexts("train")
+    calibration = sparse.calibrate(model, [train.batch(4, 512, Generator().manual_seed(0)).tokens], CHANNELS)
+    shape, width = calibration.channels.shape, model.config.head_dim
+    random = torch.rand(*shape[:2], width, generator=Generator().manual_seed(0)).argsort(-1)[..., :CHANNELS]
+    other = sparse.Calibration(random, calibration.statistic, calibration.model, calibration.checksum)
+    methods = [Method(FULL, DynamicCache)]
+    for share in shares:
+        n = int(share * length)
+        kept = int(share * prompt)
+
+        def double(channels: sparse.Calibration, recent: int = 16, n: int = n) -> Cache:
+            return sparse.DoubleSparseCache(channels, n, dense_layers=(0,), recent=recent)
+
+        makes = {
+            "Double Sparsity": lambda double=double: double(calibration),
+            "random channels": lambda double=double: double(other),
+            "most recent": lambda double=double, n=n: double(calibration, n),
+            "TidalDecode": lambda n=n: sparse.TidalCache(n, select_layers=(1,)),
+            "SnapKV": lambda kept=kept: sparse.SnapKVCache(kept),
+            "H2O": lambda n=n: sparse.H2OCache(n // 2, n // 2),
+            "PyramidKV": lambda kept=kept: sparse.PyramidKVCache(kept, model.config.num_hidden_layers),
+        }
+        methods += [Method(name, make, share=share) for name, make in makes.items()]
+    return methods
+
+
+@torch.inference_mode()
+def answer(model: nn.Module, cache: Cache, texts: Sequences, prompt: int, step: int) -> tuple[float, float]:
+    """Perplexity per byte and share of values recalled behind the first ``prompt`` tokens."""
+    tokens = texts.tokens
+    logits = [model(tokens[:, :prompt], past_key_values=cache, logits_to_keep=1).logits]
+    for start in range(prompt, tokens.shape[1], step):
+        logits.append(model(tokens[:, start : start + step], past_key_values=cache).logits)
+    predicted = torch.cat(logits, 1)[:, :-1].float()
+    target, recalled = tokens[:, prompt:], texts.recalled[:, prompt:]
+    plain = (target < BYTES) & (tokens[:, prompt - 1 : -1] < BYTES)
+    loss = F.cross_entropy(predicted[plain], target[plain])
+    return math.exp(loss), (predicted.argmax(-1) == target)[recalled].float().mean().item()
+
+
+def bits_of(cache: Cache, elements: int) -> float:
+    """Of all that is stored, per element of the keys and values there were."""
+    if isinstance(cache, DynamicCache):
+        size = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    else:
+        size = cache.nbytes
+    return 8 * size / elements
+
+
+def measure(model: LlamaForCausalLM, table: str, length: int, n: int, shares: Sequence[float]) -> Iterator[Quality]:
+    """One table's rows on ``n`` texts of ``length`` tokens."""
+    how, config = TABLES[table], model.config
+    generator = Generator().manual_seed(length)
+    texts = RecallTexts("test").batch(n, length, generator, spacing=how.spacing, recall_last=how.tail)
+    prompt = length - int(how.tail * length)
+    elements = 2 * n * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    for method in formats(model) if table == "formats" else sparse_methods(model, length, prompt, shares):
+        cache = method.make()
+        perplexity, recall = answer(model, cache, texts, prompt, how.step)
+        whole = bits_of(cache, elements)
+        yield Quality(table, method.name, length, method.bits, whole, method.share, perplexity, recall)
+
+
+def line(quality: Quality) -> str:
+    kept = f"{quality.bits:5.2f} bits" if quality.table == "formats" else f"1/{round(1 / quality.share):<2} tokens"
+    return (
+        f"{quality.table:8} {quality.length:5}  {quality.method:16} {kept:11} {quality.whole_bits:6.2f} whole  "
+        f"perplexity {quality.perplexity:6.3f}  recall {quality.recall:6.1%}"
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Recall and perplexity over bits, and over the share of tokens; what ``rows`` have of it."""
+    pictures, captions = [], []
+    for table, axis in (("formats", "bits"), ("sparse", "share")):
+        of_table = [row for row in rows if row["table"] == table]
+        for measured, scale in (("recall", 100), ("perplexity", 1)):
+            curves: dict[str, list[tuple[float, float]]] = {}
+            for row in of_table:
+                name = f"{row['length']} tokens" if table == "formats" else row["method"]
+                curves.setdefault(name, []).append((row[axis], scale * row[measured]))
+            longest = max((row["length"] for row in of_table), default=0)
+            notes = [
+                (row[axis], scale * row[measured], row["method"])
+                for row in of_table
+                if table == "formats" and row["length"] == longest and row["method"] != FULL
+            ]
+            title = "values recalled, %" if measured == "recall" else "perplexity per byte"
+            if not curves:
+                continue
+            if table == "formats":
+                drawn = viz.draw_curves(curves, title, "bits per element", notes=notes, x_text="{:.1f}".format)
+            else:
+                drawn = viz.draw_curves(curves, title, f"share of {longest} tokens", x_text=lambda x: f"1/{1 / x:.0f}")
+            pictures.append(drawn)
+            captions.append(f"{table}: {measured}")
+    viz.save(viz.picture_grid(pictures, captions, columns=2), path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model folder (default: fastok's)")
+    parser.add_argument("--tokens", type=int, default=16384, help="of text, for each length (default: %(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sparse methods: the last of them")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of tokens, for sparse methods")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--json", type=Path, help="write the figures there, in place of those of the same tables")
+    parser.add_argument("--plot", type=Path, help="draw the figures of --json there")
+    options = parser.parse_args(arguments)
+    start, rows = time.perf_counter(), []
+    fastok.register_transformers()
+    model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="fastok").eval()
+    for table in options.tables:
+        for length in options.lengths if table == "formats" else options.lengths[-1:]:
+            for quality in measure(model, table, length, max(1, options.tokens // length), options.shares):
+                rows.append(asdict(quality))
+                print(line(quality), flush=True)
+    print(f"{time.perf_counter() - start:.0f} s")
+    if options.json:
+        if options.json.exists():
+            rows += [row for row in json.loads(options.json.read_text())["rows"] if row["table"] not in options.tables]
+        rows.sort(key=lambda row: row["table"])
+        about = {"torch": torch.__version__, "python": platform.python_version(), "tokens": options.tokens}
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
