@@ -38,7 +38,7 @@ class RazorCache(HeldCache):
     by the first call. Memory shrinks: the other heads have a ring buffer (`nbytes` does not grow with them).
 
     Works with batches (padding is never a sink and not in the mean), beams, `reset`, and ``crop`` while nothing has
-    left the window. Tang et al., "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads", ICLR 2025.
+    left the window. Tang et al., "RazorAttention", arXiv 2407.15891.
     """
 
     def __init__(self, heads: Tensor, *, sink: int = 4, recent: int = 4000, share: int = 5) -> None:

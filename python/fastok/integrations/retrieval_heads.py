@@ -42,7 +42,8 @@ def retrieval_heads(
         argument out of range.
 
     Queries and keys are those after rotary embedding, in the model's dtype; logits and probabilities are fp32, ties go
-    to the lowest layer and head. The model is left as it was; no gradients. Tang et al., "RazorAttention", ICLR 2025.
+    to the lowest layer and head. The model is left as it was; no gradients. Tang et al.,
+    "RazorAttention", arXiv 2407.15891.
     """
     for name, share in (("induction", induction), ("echo", echo)):
         if not 0 <= share <= 1:
