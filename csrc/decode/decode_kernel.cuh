@@ -215,7 +215,8 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, sizeof(T
 
     scale_products(p.rule, x);
     // Only the newest keys of the sequence are hidden from any row.
-    if (tokens || p.bias.data || at + kKeys > length - p.rows + 1) {
+    const bool gaps = p.table.data && __any_sync(kFullWarp, lane < kKeys && place.key < 0);
+    if (tokens || p.bias.data || gaps || at + kKeys > length - p.rows + 1) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
