@@ -199,7 +199,7 @@ def test_dense(backend: Backend, total: int, ratio: int, rows: int, width: int, 
 @pytest.mark.parametrize("page", [1, 16, 48])
 @over_dense
 def test_paged_is_contiguous(backend: Backend, page: int) -> None:
-    """Shuffled tables, either order of heads and tokens, one tensor for both; stale bytes behind the end are not read."""
+    """Shuffled tables, either order of heads and tokens, one tensor for both; what lies behind the end is not read."""
     lengths = torch.tensor([0, 5, 97, 144], dtype=torch.int32)
     most = 144 // page
     pages = torch.randperm(4 * most + 3)
