@@ -61,7 +61,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   p.q = heads_of(queries), p.k = heads_of(keys), p.v = heads_of(values);
   p.rule = logit_rule(scale, softcap, false);
   p.rows = int(rows), p.heads = int(heads), p.group = int(heads / groups);
-  p.width = int(width), p.v_width = int(v_width), p.page = int(page), p.total = int(total);
+  p.width = int(width), p.v_width = int(v_width), p.page = int(page), p.pages = int(k.size(0));
+  p.total = int(total);
   if (block_table) {
     check_shape(*block_table, "block_table", {batch, block_table->size(1)});
     check_on_device(*block_table, "block_table", q, "q");

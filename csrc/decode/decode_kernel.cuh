@@ -13,6 +13,7 @@ struct DecodeParams {
   Integers table;      // [B, pages]: a sequence's pages in order; none: as many pages as sequences
   int64_t table_batch_stride, table_stride;
   int page;          // tokens
+  int pages;         // that there are
   Integers lengths;  // [B] or [B, KV heads]
   bool lengths_by_head;
   int total;  // tokens that there is room for
@@ -106,13 +107,13 @@ __device__ __forceinline__ void send_keys(unsigned char* tile, int pitch, int st
                                           int width, const KeyPlace& place) {
   constexpr int kElements = 16 / int(sizeof(T));
   const T* const data = heads.head<T>(0, head);
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 4 ? 1 : 2)  // plain arithmetic leaves few registers
   for (int j = 0; j < kKeys / 4; ++j) {
     const int i = 4 * j + lane_index() / 8;
     const int key = __shfl_sync(kFullWarp, place.key, i), page = __shfl_sync(kFullWarp, place.page, i);
     const int token = __shfl_sync(kFullWarp, place.token, i);
     const T* const row = data + page * heads.batch_stride + token * heads.token_stride;
-#pragma unroll 2
+#pragma unroll(sizeof(T) == 4 ? 1 : 2)
     for (int chunk = lane_index() % 8; chunk < 2 * steps; chunk += 8) {
       const bool valid = key >= 0 && chunk * kElements < width;
       ptx::cp_async_16(tile + i * pitch + chunk * 16, valid ? row + chunk * kElements : data, valid);
@@ -163,8 +164,10 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, sizeof(T
       if (key < length) {
         place = {key, int(b), key};
         if (p.table.data) {
+          // Tables come from the user: whatever they hold, no index leaves the arrays.
           place.page = int(p.table.at(b * p.table_batch_stride + key / p.page * p.table_stride));
           place.token = key % p.page;
+          if (unsigned(place.page) >= unsigned(p.pages)) place.key = -1;
         }
       }
     }
@@ -212,7 +215,8 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, sizeof(T
 
     scale_products(p.rule, x);
     // Only the newest keys of the sequence are hidden from any row.
-    if (tokens || p.bias.data || at + kKeys > length - p.rows + 1) {
+    const bool gaps = p.table.data && __any_sync(kFullWarp, lane < kKeys && place.key < 0);
+    if (tokens || p.bias.data || gaps || at + kKeys > length - p.rows + 1) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll

@@ -26,6 +26,7 @@ void decode(const Call& call) {
   p.q = token_heads(q), p.k = token_heads(k), p.v = token_heads(call.array("v"));
   p.rows = int(q.shape[1]), p.heads = int(q.shape[2]), p.group = p.heads / int(k.shape[2]);
   p.width = int(q.shape[3]), p.v_width = int(call.array("v").shape[3]), p.page = p.total = int(k.shape[1]);
+  p.pages = int(k.shape[0]);
   p.rule = logit_rule(call.number("scale"), call.number("softcap"), false);
   if (call.has("block_table")) {
     const Tensor& table = call.array("block_table");

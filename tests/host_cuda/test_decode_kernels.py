@@ -117,3 +117,15 @@ def test_rows_without_keys_are_nothing() -> None:
     assert bool((lse == -math.inf).all())
     out, lse = decode(q, k, v, None, nothing[..., :0])
     assert bool((lse == -math.inf).all())
+
+
+def test_a_table_may_hold_anything() -> None:
+    """Tokens of pages that there are not are skipped, and nothing outside the arrays is read."""
+    q, k, v = made(1, 64)
+    pages = [x.view(-1, 16, G, D) for x in (k, v)]
+    wrong = torch.tensor([[0, 4, 2, -1]])
+    there = torch.cat([torch.arange(16), torch.arange(32, 48)]).expand(1, G, -1)
+    got = decode(q, *pages, torch.tensor([64]), table=wrong)
+    wanted = decode(q, k, v, None, there)
+    torch.testing.assert_close(got[0], wanted[0], atol=2e-3, rtol=0)
+    torch.testing.assert_close(got[1], wanted[1], atol=1e-5, rtol=1e-5)

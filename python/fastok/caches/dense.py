@@ -32,13 +32,9 @@ class DenseKV:
     def append(self, k: Tensor, v: Tensor) -> "DenseKV":
         """Add ``k[B,S,G,D]`` and ``v[B,S,G,D_v]``; returns self."""
         new = [x.transpose(1, 2) for x in (k, v)]
-        if not self._parts:
-            self._parts = [self._empty(x, (*x.shape[:2], 0, x.shape[3])) for x in new]
-        end = self.length + k.shape[1]
-        if end > self._parts[0].shape[2]:
-            self._resize(max(end, self._parts[0].shape[2] * 3 // 2))
+        end = self._reserved(new)
         for part, x in zip(self._parts, new, strict=True):
-            part[:, :, self.length : end].copy_(x, non_blocking=True)
+            part[:, :, self.length : end] = x
         self.length = end
         return self
 
@@ -67,6 +63,15 @@ class DenseKV:
         """Make samples ``index[B']`` the batch; returns self."""
         self._parts = [part.index_select(0, index.to(part.device)) for part in self._parts]
         return self
+
+    def _reserved(self, new: list[Tensor]) -> int:
+        """Make room for some more tokens ``[B,G,S,D]``; the length with them."""
+        if not self._parts:
+            self._parts = [self._empty(x, (*x.shape[:2], 0, x.shape[3])) for x in new]
+        end = self.length + new[0].shape[2]
+        if end > self._parts[0].shape[2]:
+            self._resize(max(end, self._parts[0].shape[2] * 3 // 2))
+        return end
 
     def _resize(self, capacity: int) -> None:
         for i, old in enumerate(self._parts):

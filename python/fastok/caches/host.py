@@ -5,21 +5,34 @@ from torch import Tensor
 
 from .dense import DenseKV
 
+FEW = 16  # new tokens that are kept twice for a while; prompts are rather waited for
+
 
 class HostKV(DenseKV):
     """One layer's keys and values in host memory, pinned where there is CUDA, so that copies need not be waited for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._written: torch.cuda.Event | None = None
+        self._arriving: list[Tensor] = []  # the newest tokens [B,G,S,D], on their way
+        self._arrived: torch.cuda.Event | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return super().nbytes + sum(x.numel() * x.element_size() for x in self._arriving)
 
     def append(self, k: Tensor, v: Tensor) -> "HostKV":
-        """Add ``k[B,S,G,D]`` and ``v[B,S,G,D_v]`` of any device; returns self."""
+        """Add ``k[B,S,G,D]`` and ``v[B,S,G,D_v]`` of any device, without waiting if they are few; returns self."""
         self._wait()
-        super().append(k, v)
+        new = [x.transpose(1, 2) for x in (k, v)]
+        self.length = self._reserved(new)
+        # A copy into part of a tensor would be waited for, one into a tensor of its own is not.
+        self._arriving = [self._empty(x, tuple(x.shape)).copy_(x.contiguous(), non_blocking=True) for x in new]
         if k.is_cuda:
-            self._written = torch.cuda.Event()
-            self._written.record(torch.cuda.current_stream(k.device))
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(k.device))
+        if not k.is_cuda or k.shape[1] > FEW:
+            self._wait()
         return self
 
     def rows(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -55,10 +68,18 @@ class HostKV(DenseKV):
         super()._resize(capacity)
 
     def _wait(self) -> None:
-        """Until what was appended has arrived."""
-        if self._written is not None:
-            self._written.synchronize()
-            self._written = None
+        """Until what was appended has arrived and is in its place."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for part, x in zip(self._parts, self._arriving, strict=False):
+            part[:, :, self.length - x.shape[2] : self.length] = x
+        self._arriving, self._arrived = [], None
+
+    def crop(self, length: int) -> "HostKV":
+        """Forget all but the ``length`` oldest tokens; returns self."""
+        self._wait()
+        super().crop(length)
+        return self
 
     def _empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..caches.dense import DenseKV
+from ..flash import padded
 from ..ops.attention import attention
 from ..ops.decode import MOST_ROWS, attention_decode
 from ..ops.select import top_tokens
@@ -39,7 +39,7 @@ class DenseLayer(HeldLayer):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
-        k, v = (wider(x).transpose(1, 2) for x in (keys, values))
+        k, v = (padded(x).transpose(1, 2) for x in (keys, values))
         self.kv.append(k, v)
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class DenseLayer(HeldLayer):
         """See `Held`."""
         if q.shape[1] <= MOST_ROWS:
             return self.to_tokens(None, q, scale, softcap, key_bias)
-        rows = wider(q).to(self.dtype)
+        rows = padded(q).to(self.dtype)
         masking: dict[str, Any] = {"scale": scale, "causal": True, "softcap": softcap, "key_bias": key_bias}
         out, lse = attention(rows, *self.read(), **masking)
         return out[..., : self.widths[1]].to(q.dtype), lse
@@ -64,7 +64,7 @@ class DenseLayer(HeldLayer):
         self, tokens: Tensor | None, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same, of some tokens ``[B,G|H,K]`` only."""
-        rows = wider(q).to(self.dtype)
+        rows = padded(q).to(self.dtype)
         cache = (*self.read(), None)
         out, lse = attention_decode(rows, cache, tokens=tokens, scale=scale, softcap=softcap, key_bias=key_bias)
         return out[..., : self.widths[1]].to(q.dtype), lse
@@ -163,8 +163,3 @@ def hidden(scores: Tensor, key_bias: Tensor | None) -> Tensor:
         return scores
     seen = key_bias if key_bias.dim() == 2 else key_bias.amax(1)
     return scores.masked_fill((seen == -torch.inf)[:, None], -torch.inf)
-
-
-def wider(x: Tensor) -> Tensor:
-    """Zeros added up to a multiple of 8 channels, as the kernels need them."""
-    return F.pad(x, (0, -x.shape[-1] % 8))

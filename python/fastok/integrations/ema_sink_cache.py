@@ -25,8 +25,8 @@ class EMASinkCache(StreamingCache):
 
     The averages are fp32, whatever the model's dtype: steps of 0.1 % are below half an ulp of bf16, where most of
     them would be lost. `nbytes` has them. What the release does besides, several denoising passes over a block, is
-    for its caller: a pass that is to be repeated has to use another cache. Published as part of Reward Forcing, Lu et
-    al., arXiv 2512.04678.
+    for its caller: a pass that is to be repeated has to use another cache. Reward Forcing, arXiv
+    2512.04678.
     """
 
     def __init__(self, sink: int, recent: int, alpha: float = 0.999, model: nn.Module | None = None) -> None:

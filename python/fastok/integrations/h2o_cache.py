@@ -5,11 +5,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..flash import padded
 from ..ops.attention import attention_scores
 from ..ops.checks import check_at_least
 from ..ops.decode import MOST_ROWS
 from ..ops.scores import ScoreSpec
-from .dense_layer import HeadwiseLayer, wider
+from .dense_layer import HeadwiseLayer
 from .held_cache import HeldCache
 
 
@@ -70,7 +71,7 @@ class H2OLayer(HeadwiseLayer):
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Held`."""
         out, lse = super().attend(q, scale, softcap, key_bias)
-        rows = wider(q).to(self.dtype)
+        rows = padded(q).to(self.dtype)
         bias = self.bias_of_stored(key_bias, q.shape[2])
         masking = {"scale": scale, "causal": True, "softcap": softcap, "key_bias": bias}
         self.scores = F.pad(self.scores, (0, q.shape[1])) + attended(rows, self.kv.k, lse, masking)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..caches.host import HostKV
+from ..flash import padded
 from ..ops.decode import MOST_ROWS, attention_decode
 from ..ops.sparse import label_scores, select_tokens
 from .calibrate import attention_layers
-from .dense_layer import hidden, wider
+from .dense_layer import hidden
 from .double_sparse_layer import DoubleSparseLayer
 from .held_cache import HeldCache
 from .rotary import Angles, turning_function
@@ -51,7 +52,7 @@ class OffloadedLayer(DoubleSparseLayer):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
         super().append(keys, values)
-        self._newest = wider(keys), wider(values)
+        self._newest = padded(keys), padded(values)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """See `DenseLayer`."""
@@ -73,7 +74,7 @@ class OffloadedLayer(DoubleSparseLayer):
         if key_bias is not None:
             bias = (key_bias[:, None] if key_bias.dim() == 2 else key_bias).expand(-1, q.shape[2], -1)
             key_bias = bias.gather(2, tokens.repeat_interleave(q.shape[2] // tokens.shape[1], 1))
-        rows = wider(q).to(self.dtype)
+        rows = padded(q).to(self.dtype)
         out, lse = attention_decode(rows, (k, v, None), key_bias=key_bias, scale=scale, softcap=softcap)
         return out[..., : self.widths[1]].to(q.dtype), lse
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..caches.window import Gone, Window
+from ..flash import padded
 from ..ops.attention import attention, merge_states
 from ..ops.checks import check_at_least
 from ..ops.decode import MOST_ROWS, attention_decode
-from .dense_layer import DenseLayer, wider
+from .dense_layer import DenseLayer
 from .held_cache import HeldCache, HeldLayer, Store
 
 
@@ -38,7 +39,7 @@ class RazorCache(HeldCache):
     by the first call. Memory shrinks: the other heads have a ring buffer (`nbytes` does not grow with them).
 
     Works with batches (padding is never a sink and not in the mean), beams, `reset`, and ``crop`` while nothing has
-    left the window. Tang et al., "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads", ICLR 2025.
+    left the window. Tang et al., "RazorAttention", arXiv 2407.15891.
     """
 
     def __init__(self, heads: Tensor, *, sink: int = 4, recent: int = 4000, share: int = 5) -> None:
@@ -146,7 +147,7 @@ class RazorLayer(HeldLayer):
         self.whole_heads, self.others = self.whole_heads.to(self.device), self.others.to(self.device)
         self._value_width = value_states.shape[-1]
         self.retrieval.lazy_initialization(key_states, value_states)
-        k, v = (wider(x[:, self.others]) for x in (key_states, value_states))
+        k, v = (padded(x[:, self.others]) for x in (key_states, value_states))
         self.window = Window(self.sink, max(self.recent, key_states.shape[2] // self.share), k, v)
         self.mean = RunningMean(k, v)
 
@@ -156,7 +157,7 @@ class RazorLayer(HeldLayer):
 
     def _store(self, keys: Tensor, values: Tensor, hidden: Tensor | None) -> None:
         self.retrieval.append(keys[:, self.whole_heads], values[:, self.whole_heads])
-        k, v = (wider(x[:, self.others]) for x in (keys, values))
+        k, v = (padded(x[:, self.others]) for x in (keys, values))
         gone = self.window.push(k, v, hidden)
         if gone is not None:
             self.mean.add(gone)
@@ -202,13 +203,13 @@ class RazorLayer(HeldLayer):
         self, q: Tensor, k: Tensor | None, v: Tensor | None, hidden: Tensor | None, scale: float, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         """Queries ``[B,S,H,D]`` of the other heads, over the window, what is gone, and ``k, v[B,G,S,D]`` if given."""
-        rows = wider(q).to(self.dtype)
+        rows = padded(q).to(self.dtype)
         all_k, all_v, bias = self.window.k, self.window.v, self.window.places()[1]
         if k is not None and v is not None:
             ring_k, ring_v, ring_hidden = self.window.newest()
             sinks, new = slice(0, self.sink), k.shape[2]
-            all_k = torch.cat([all_k[:, :, sinks], ring_k, wider(k)], 2)
-            all_v = torch.cat([all_v[:, :, sinks], ring_v, wider(v)], 2)
+            all_k = torch.cat([all_k[:, :, sinks], ring_k, padded(k)], 2)
+            all_v = torch.cat([all_v[:, :, sinks], ring_v, padded(v)], 2)
             none = torch.zeros(len(k), 1, dtype=torch.bool, device=k.device)
             known = ((self.window.sink_column < 0, 0), (ring_hidden, ring_k.shape[2]), (hidden, new))
             gone = torch.cat([none.expand(-1, n) if x is None else x for x, n in known], 1)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flash import padded
 from ..ops.attention import attention
 from ..ops.checks import check_at_least
 from .calibrate import attention_layers, counting
-from .dense_layer import wider
 from .swap import Swaps
 
 
@@ -42,7 +42,8 @@ def retrieval_heads(
         argument out of range.
 
     Queries and keys are those after rotary embedding, in the model's dtype; logits and probabilities are fp32, ties go
-    to the lowest layer and head. The model is left as it was; no gradients. Tang et al., "RazorAttention", ICLR 2025.
+    to the lowest layer and head. The model is left as it was; no gradients. Tang et al.,
+    "RazorAttention", arXiv 2407.15891.
     """
     for name, share in (("induction", induction), ("echo", echo)):
         if not 0 <= share <= 1:
@@ -83,7 +84,7 @@ class _Diagonals:
         total, ratio = q.shape[1], q.shape[2] // k.shape[2]
         scale = getattr(self.layer, "scaling", q.shape[3] ** -0.5)
         narrow = k[..., :8].contiguous()  # of the attention only the log-sum-exp is wanted
-        lse = attention(wider(q), wider(k), narrow, scale=scale, causal=True)[1][0].transpose(0, 1)
+        lse = attention(padded(q), padded(k), narrow, scale=scale, causal=True)[1][0].transpose(0, 1)
         keys, sums = k[0].float().repeat_interleave(ratio, 1), []
         for ahead in (0, 1):
             p, count = lse.new_zeros(q.shape[2]), 0

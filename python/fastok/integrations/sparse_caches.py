@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..flash import padded
 from ..ops.attention import attention_scores
 from ..ops.checks import check_at_least
 from ..ops.scores import ScoreSpec
 from ..ops.sparse import select_tokens
-from .dense_layer import DenseLayer, HeadwiseLayer, hidden, wider
+from .dense_layer import DenseLayer, HeadwiseLayer, hidden
 from .held_cache import HeldCache, HeldLayer
 
 # ---- TidalDecode -----------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ class TidalLayer(DenseLayer):
             return super().attend(q, scale, softcap, key_bias)
         if not self.chooses:
             return self.to_tokens(self.chosen.tokens, q, scale, softcap, key_bias)
-        rows = wider(q).to(self.dtype)
+        rows = padded(q).to(self.dtype)
         spec = ScoreSpec(rows="last", heads="none", logits=True)
         scores = hidden(attention_scores(rows, self.kv.k, spec=spec, scale=scale), key_bias)
         if self.shared:

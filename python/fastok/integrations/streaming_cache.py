@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..caches.window import Gone, Window
+from ..flash import padded
 from ..ops.attention import attention, merge_states
 from ..ops.checks import check_at_least
 from ..ops.decode import attention_decode
-from .dense_layer import wider
 from .held import hold
 from .held_cache import HeldCache, HeldLayer, Store
 from .rotary import Angles, Rotary
@@ -141,7 +141,7 @@ class StreamingLayer(HeldLayer):
         """Get ready for tensors like these."""
         super().lazy_initialization(key_states, value_states)
         self._value_width = value_states.shape[-1]
-        self.window = Window(self.sink, self.recent, key_states, wider(value_states))
+        self.window = Window(self.sink, self.recent, key_states, padded(value_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B,G,S,D]``; they are stored once their positions are known, by `attend`."""
@@ -150,7 +150,7 @@ class StreamingLayer(HeldLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[2]
-        self._new = key_states.detach(), wider(value_states.detach())
+        self._new = key_states.detach(), padded(value_states.detach())
         return hold(self, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -202,7 +202,7 @@ class StreamingLayer(HeldLayer):
         self.forget(window.push(k, v, hidden))
         place, bias = window.places()
         newest = (place if bias is None else place.masked_fill(bias < 0, 0)).amax(1, keepdim=True)
-        rows, keys = (wider(_at(table, where).turn(x).to(self.dtype)).transpose(1, 2)
+        rows, keys = (padded(_at(table, where).turn(x).to(self.dtype)).transpose(1, 2)
                       for where, x in ((newest, q), (place, window.k)))  # fmt: skip
         cache = keys, window.v.transpose(1, 2), None
         return attention_decode(rows, cache, key_bias=bias, scale=scale, softcap=softcap)
@@ -228,7 +228,7 @@ class StreamingLayer(HeldLayer):
             seen = rank + 1 - F.pad(rank + 1, (self.recent, 0))[:, :total]
         angles = at(rank.clamp(min=0))
         rows = Angles(angles.function, angles.cos[:, -new:], angles.sin[:, -new:]).turn(q)
-        rows, keys = (wider(x.to(self.dtype)).transpose(1, 2) for x in (rows, angles.turn(keys)))
+        rows, keys = (padded(x.to(self.dtype)).transpose(1, 2) for x in (rows, angles.turn(keys)))
         out, lse = attention(rows, keys, values.transpose(1, 2), scale=scale, causal=True, window=(self.recent - 1, 0),
                              softcap=softcap, key_bias=bias)  # fmt: skip
         gone = window.push(k, v, hidden)
