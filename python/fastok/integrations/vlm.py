@@ -87,6 +87,13 @@ class PromptSession:
         self.tokens_in: list[int] = []
         self.prompts: list[tuple[int, int]] = []
         self.seconds: float | None = None
+        # Here and not by decorators, which would make `import fastok` import the compiler.
+        self._show = torch.compiler.disable(
+            self._show_images, reason="which tokens of the tower belong to which image is read on the host"
+        )
+        self._counted = torch.compiler.disable(
+            self._count, reason="how long the shortened prompts are depends on what is in them"
+        )
 
     @property
     def token_map(self) -> list[TokenMap | SoftMap]:
@@ -120,8 +127,7 @@ class PromptSession:
             self._show(core, modality, arguments, output)
         return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
 
-    @torch.compiler.disable(reason="which tokens of the tower belong to which image is read on the host")
-    def _show(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> None:
+    def _show_images(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> None:
         visuals = self.family.visuals(core, modality, arguments, output)
         for visual in visuals:
             visual.seconds = self.family.seconds / len(visuals)
@@ -252,8 +258,7 @@ class PromptSession:
         self.left = {self.family.modalities[0].name: torch.cat([image.features for image in images])}
         return traced.rearrange(placeholders, images, n)
 
-    @torch.compiler.disable(reason="how long the shortened prompts are depends on what is in them")
-    def _counted(
+    def _count(
         self,
         features: dict[str, Any],
         fresh: list[Visual],
