@@ -4,8 +4,14 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from fastok import _library
 
 from .record import Record, one_line
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether ``op`` is ours on ``device``; PyTorch operations, which serve other ops on CUDA, promise less."""
+    return device != "cuda" or _library.cuda_backend(op) != "reference"
 
 
 def attempt(record: Record, name: str, check: Callable[[], None]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fastok.testing.examples import DTYPES, Arguments, Example, examples, moved, outputs
 
-from .device import attempt
+from .device import attempt, has_kernel
 from .record import Record
 
 REPEATS = 1000
@@ -19,7 +19,8 @@ REPEATS = 1000
 
 def run(record: Record, device: str = "cuda", repeats: int = REPEATS, limit: int | None = None) -> None:
     count = 0
-    for example in islice(examples("awkward", "large"), limit):
+    own = (example for example in examples("awkward", "large") if has_kernel(example.op, device))
+    for example in islice(own, limit):
         for dtype in DTYPES:
             count += attempt(record, f"{example.name}, {dtype}", partial(check, example, dtype, device, repeats))
             record.update(f"{count} inputs x {repeats} repeats stable, {len(record.failures)} not")
