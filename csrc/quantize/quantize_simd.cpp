@@ -2,6 +2,10 @@
 // in ascending order and nothing is fused, so that the bytes are those of the specification.
 #include "quantize/quantize.h"
 
+#include <algorithm>
+#include <limits>
+#include <utility>
+
 #include "quantize/codes_simd.h"
 
 namespace fastok::FASTOK_ISA {
@@ -11,24 +15,49 @@ constexpr float kMost = std::numeric_limits<float>::max();
 
 int64_t pitch_of(int64_t width) { return (width + 15) / 16 * 16; }
 
+// What codes are made with: of each group, or of each channel where groups are along channels.
+struct Steps {
+  float *step, *top;       // what a code counts, and the largest code: 0 where there are none
+  float *inverse, *limit;  // 1 / step, and how close to a half its product must come to be divided instead
+
+  void set(int64_t i, float by, float most) {
+    step[i] = by;
+    top[i] = by > 0 ? most : 0.0f;
+    inverse[i] = 1.0f / (by > 0 ? by : 1.0f);
+    // The product differs from the quotient by less than this, unless the inverse is no normal number.
+    limit[i] = by > 0 && !(by > 0x1p-100f && by < 0x1p100f) ? std::numeric_limits<float>::infinity() : most * 0x1p-20f;
+  }
+};
+
 struct Scratch {
-  float* rows;     // [page][pitch]
-  float *lo, *hi;  // [kMostChannels] per group along channels, and what comes of them
-  float *step, *top;
-  float* line;  // [2 * kMostChannels]
+  float* rows;        // [page][pitch]
+  float *lo, *hi;     // per group: first its range, then what is subtracted
+  float* step;        // the same
+  Steps of_codes[2];  // of the low class and the high
+  float* line;        // [2 * kMostChannels]
+
+  static int64_t groups(const KvFormat& fmt) {
+    int64_t most = kMostChannels;
+    for (const KvSide* side : {&fmt.key, &fmt.value})
+      if (side->per_token) most = std::max(most, fmt.page * ((side->width + side->group - 1) / side->group));
+    return (most + kLanes - 1) / kLanes * kLanes;
+  }
+  static int64_t row_floats(const KvFormat& fmt) { return fmt.page * pitch_of(fmt.key.width); }
 
   Scratch(const KvFormat& fmt, void* memory) {
+    const int64_t n = groups(fmt);
     rows = static_cast<float*>(memory);
-    lo = rows + fmt.page * pitch_of(fmt.key.width);
-    hi = lo + kMostChannels;
-    step = hi + kMostChannels;
-    top = step + kMostChannels;
-    line = top + kMostChannels;
+    float* next = rows + row_floats(fmt);
+    for (float** array : {&lo, &hi, &step}) *array = std::exchange(next, next + n);
+    for (Steps& steps : of_codes)
+      for (float** array : {&steps.step, &steps.top, &steps.inverse, &steps.limit})
+        *array = std::exchange(next, next + n);
+    line = next;
   }
 };
 
 size_t scratch_bytes(const KvFormat& fmt) {
-  return size_t(fmt.page * pitch_of(fmt.key.width) + 6 * kMostChannels) * sizeof(float);
+  return size_t(Scratch::row_floats(fmt) + 11 * Scratch::groups(fmt) + 2 * kMostChannels) * sizeof(float);
 }
 
 template <class T>
@@ -53,6 +82,8 @@ void read_rows(const KvFormat& fmt, const KvSide& side, const KvRows& source, co
   for (int64_t t = 0; t < fmt.page; ++t) {
     float* const out = rows + t * pitch;
     const T* const x = static_cast<const T*>(source.data) + t * source.stride;
+    // The next page's row: short ones, far apart, are more than the hardware's own prefetcher foresees.
+    for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + fmt.page * source.stride + d);
     widen_row(x, width, plain ? out : line);
     if (plain) continue;
     if (channels.factor)
@@ -77,8 +108,7 @@ void read_rows(const KvFormat& fmt, const KvSide& side, Dtype dtype, const KvRow
   }
 }
 
-// ---- parameters
-// ------------------------------------------------------------------------------------------------------
+// ---- parameters -----------------------------------------------------------------------------------------------------
 
 // One step towards -inf (direction < 0) or inf, on sign-and-magnitude bits.
 template <class Bits>
@@ -103,7 +133,7 @@ void write_scales(float* x, int64_t count, int direction, Bits infinity, Bits na
     float exact[kLanes];
     std::memcpy(exact, back, sizeof exact);
     store(back, load(rounded));
-    for (int l = 0; l < kLanes; ++l) {
+    for (int64_t l = 0; l < n; ++l) {
       Bits bits;
       std::memcpy(&bits, &rounded[l], sizeof bits);
       const bool beyond = direction < 0 ? back[l] > exact[l] : direction > 0 ? back[l] < exact[l] : false;
@@ -132,157 +162,219 @@ inline bool finite(float x) { return (x < 0 ? -x : x) <= kMost; }
 inline float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffff); }
 
 // The parameters of groups whose elements are x[t * pitch + i] for t in [0, tokens), i in [0, groups) (along channels),
-// as they are stored in `arrays` at row `row`. Leaves in step[i] what a code counts, in lo[i] what is subtracted first,
-// and in top[i] the largest code, 0 where there are none.
+// as they are stored in `arrays` at row `row`. Leaves in lo[i] what is subtracted first (trits: the threshold), and
+// in of_codes[class] what codes are made with.
 void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, int64_t pitch,
                     int64_t tokens, float gamma, int64_t row, int64_t rows, uint8_t* arrays, Scratch& s) {
   const int64_t n = part.channels, size = side.scale_bytes;
   uint8_t* const first = arrays + row * n * size;
+  float* const __restrict lo = s.lo, * const __restrict hi = s.hi, * const __restrict step = s.step;
   if (part.kind == KvKind::affine) {
-    float* const bad = s.line;
-    for (int64_t i = 0; i < n; ++i) s.lo[i] = s.hi[i] = x[i], bad[i] = 0;
+    float* const __restrict bad = s.line;
+    for (int64_t i = 0; i < n; ++i) lo[i] = hi[i] = x[i], bad[i] = 0;
     for (int64_t t = 0; t < tokens; ++t) {
-      const float* const at = x + t * pitch;
+      const float* const __restrict at = x + t * pitch;
       for (int64_t i = 0; i < n; ++i) {
-        s.lo[i] = at[i] < s.lo[i] ? at[i] : s.lo[i];
-        s.hi[i] = at[i] > s.hi[i] ? at[i] : s.hi[i];
+        lo[i] = at[i] < lo[i] ? at[i] : lo[i];
+        hi[i] = at[i] > hi[i] ? at[i] : hi[i];
         bad[i] += at[i] * 0.0f;  // NaN once anything is not finite
       }
     }
     const float top = top_code(side, part, true);
-    for (int64_t i = 0; i < n; ++i) s.lo[i] = bad[i] == 0 ? s.lo[i] : 0.0f;
-    write_scales(fmt.scale, s.lo, n, -1, first + rows * n * size);
+    for (int64_t i = 0; i < n; ++i) lo[i] = bad[i] == 0 ? lo[i] : 0.0f;
+    write_scales(fmt.scale, lo, n, -1, first + rows * n * size);
     for (int64_t i = 0; i < n; ++i) {
-      const float span = bad[i] == 0 ? s.hi[i] - s.lo[i] : std::numeric_limits<float>::quiet_NaN();
-      s.step[i] = side.low_bits ? span : span / top;
+      const float span = bad[i] == 0 ? hi[i] - lo[i] : std::numeric_limits<float>::quiet_NaN();
+      step[i] = side.low_bits ? span : span / top;
     }
-    write_scales(fmt.scale, s.step, n, 1, first);
+    write_scales(fmt.scale, step, n, 1, first);
+    const float low_top = side.low_bits ? top_code(side, part, false) : 1.0f;
     for (int64_t i = 0; i < n; ++i) {
-      if (s.step[i] != s.step[i]) {
-        s.lo[i] = 0;
+      if (step[i] != step[i]) {
+        lo[i] = 0;
         std::memset(first + (rows * n + i) * size, 0, size_t(size));
       }
-      s.top[i] = s.step[i] > 0 ? top : 0.0f;
+      s.of_codes[1].set(i, side.low_bits ? step[i] / top : step[i], top);
+      if (side.low_bits) s.of_codes[0].set(i, step[i] / low_top, low_top);
     }
     return;
   }
-  float* const mean = s.lo;
+  float* const __restrict mean = lo;
   for (int64_t i = 0; i < n; ++i) mean[i] = 0;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < n; ++i) mean[i] += magnitude(x[t * pitch + i]);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* const __restrict at = x + t * pitch;
+    for (int64_t i = 0; i < n; ++i) mean[i] += magnitude(at[i]);
+  }
   for (int64_t i = 0; i < n; ++i) mean[i] = finite(mean[i]) ? mean[i] / float(tokens) : kMost * 2;
-  for (int64_t i = 0; i < n; ++i) s.step[i] = mean[i];
+  for (int64_t i = 0; i < n; ++i) step[i] = mean[i];
   if (part.kind == KvKind::trit) {
-    float *const total = s.line, *const count = s.hi;
+    float* const __restrict total = s.line, * const __restrict count = hi;
     for (int64_t i = 0; i < n; ++i) mean[i] *= gamma, total[i] = count[i] = 0;
     for (int64_t t = 0; t < tokens; ++t) {
+      const float* const __restrict at = x + t * pitch;
       for (int64_t i = 0; i < n; ++i) {
-        const float size_of = magnitude(x[t * pitch + i]);
+        const float size_of = magnitude(at[i]);
         total[i] += size_of > mean[i] ? size_of : 0.0f;
         count[i] += size_of > mean[i] ? 1.0f : 0.0f;
       }
     }
     if (!side.compat)
-      for (int64_t i = 0; i < n; ++i)
-        s.step[i] = finite(s.step[i]) ? total[i] / (count[i] > 1 ? count[i] : 1) : kMost * 2;
+      for (int64_t i = 0; i < n; ++i) step[i] = finite(step[i]) ? total[i] / (count[i] > 1 ? count[i] : 1) : kMost * 2;
   }
-  write_scales(fmt.scale, s.step, n, 0, first);
-  for (int64_t i = 0; i < n; ++i) s.top[i] = s.step[i] == s.step[i] ? 1.0f : 0.0f;
+  write_scales(fmt.scale, step, n, 0, first);
+  for (int64_t i = 0; i < n; ++i) s.of_codes[1].top[i] = step[i] == step[i] ? 1.0f : 0.0f;
 }
 
-// The same for the groups of one token: s.lo, s.step and s.top of each group.
-void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, bool high, float gamma,
-                  int64_t row, int64_t rows, uint8_t* arrays, Scratch& s) {
-  const int64_t groups = side.groups_of(part), size = side.scale_bytes;
-  uint8_t* const first = arrays + row * groups * size;
-  const float top = part.kind == KvKind::affine ? top_code(side, part, high) : 1.0f;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = g * side.group, end = begin + side.group < part.channels ? begin + side.group : part.channels;
-    if (part.kind == KvKind::affine) {
-      float lo = x[begin], hi = x[begin], bad = 0;
-      int64_t d = begin;
-      if (end - begin >= kLanes) {
-        vf least = load(x + begin), most = least, poison = least * splat(0.0f);
-        for (d += kLanes; d + kLanes <= end; d += kLanes) {
-          const vf value = load(x + d);
-          least = select(greater(least, value), value, least);
-          most = maximum(most, value);
-          poison = fma(value, splat(0.0f), poison);
+// The same for the groups of channels of every token of a page: entry rank * groups + g, where `rank_of(t)` says which
+// row of the arrays token t has.
+template <class RankOf>
+void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, int64_t pitch,
+                  const KvPage& page, const RankOf& rank_of, float gamma, uint8_t* arrays, Scratch& s) {
+  const int64_t groups = side.groups_of(part), size = side.scale_bytes, count_all = fmt.page * groups;
+  for (int64_t t = 0; t < fmt.page; ++t) {
+    const float* const row = x + t * pitch;
+    for (int64_t g = 0, at = rank_of(t) * groups; g < groups; ++g, ++at) {
+      const int64_t begin = g * side.group, end = std::min(begin + side.group, part.channels);
+      if (part.kind == KvKind::affine) {
+        float lo = row[begin], hi = row[begin], bad = 0;
+        int64_t d = begin;
+        if (end - begin >= kLanes) {
+          vf least = load(row + begin), most = least, poison = least * splat(0.0f);
+          for (d += kLanes; d + kLanes <= end; d += kLanes) {
+            const vf value = load(row + d);
+            least = select(greater(least, value), value, least);
+            most = maximum(most, value);
+            poison = fma(value, splat(0.0f), poison);
+          }
+          lo = -horizontal_max(splat(0.0f) - least);
+          hi = horizontal_max(most);
+          bad = horizontal_sum(poison);
         }
-        lo = -horizontal_max(splat(0.0f) - least);
-        hi = horizontal_max(most);
-        bad = horizontal_sum(poison);
+        for (; d < end; ++d) {
+          lo = row[d] < lo ? row[d] : lo;
+          hi = row[d] > hi ? row[d] : hi;
+          bad += row[d] * 0.0f;
+        }
+        s.lo[at] = bad == 0 ? lo : 0.0f;
+        s.hi[at] = bad == 0 ? hi : kMost * 2;
+        continue;
       }
-      for (; d < end; ++d) {
-        lo = x[d] < lo ? x[d] : lo;
-        hi = x[d] > hi ? x[d] : hi;
-        bad += x[d] * 0.0f;
+      float sum = 0, total = 0, count = 0;
+      for (int64_t d = begin; d < end; ++d) sum += magnitude(row[d]);
+      const float mean = finite(sum) ? sum / float(end - begin) : kMost * 2;
+      s.lo[at] = mean * gamma;
+      for (int64_t d = begin; d < end && part.kind == KvKind::trit; ++d) {
+        total += magnitude(row[d]) > s.lo[at] ? magnitude(row[d]) : 0.0f;
+        count += magnitude(row[d]) > s.lo[at] ? 1.0f : 0.0f;
       }
-      s.lo[g] = bad == 0 ? lo : 0.0f;
-      s.hi[g] = bad == 0 ? hi : kMost * 2;
-      continue;
+      const bool means = part.kind == KvKind::sign || side.compat || !finite(mean);
+      s.step[at] = means ? mean : total / (count > 1 ? count : 1);
     }
-    float sum = 0, total = 0, count = 0;
-    for (int64_t d = begin; d < end; ++d) sum += magnitude(x[d]);
-    const float mean = finite(sum) ? sum / float(end - begin) : kMost * 2;
-    s.lo[g] = mean * gamma;
-    for (int64_t d = begin; d < end && part.kind == KvKind::trit; ++d) {
-      total += magnitude(x[d]) > s.lo[g] ? magnitude(x[d]) : 0.0f;
-      count += magnitude(x[d]) > s.lo[g] ? 1.0f : 0.0f;
-    }
-    const bool means = part.kind == KvKind::sign || side.compat || !finite(mean);
-    s.step[g] = means ? mean : total / (count > 1 ? count : 1);
   }
+  Steps& steps = s.of_codes[1];
   if (part.kind != KvKind::affine) {
-    write_scales(fmt.scale, s.step, groups, 0, first);
-    for (int64_t g = 0; g < groups; ++g) s.top[g] = s.step[g] == s.step[g] ? 1.0f : 0.0f;
+    write_scales(fmt.scale, s.step, count_all, 0, arrays);
+    for (int64_t i = 0; i < count_all; ++i) steps.top[i] = s.step[i] == s.step[i] ? 1.0f : 0.0f;
     return;
   }
-  uint8_t* const zeros = first + rows * groups * size;
-  write_scales(fmt.scale, s.lo, groups, -1, zeros);
-  for (int64_t g = 0; g < groups; ++g) s.step[g] = (s.hi[g] - s.lo[g]) / top;
-  write_scales(fmt.scale, s.step, groups, 1, first);
-  for (int64_t g = 0; g < groups; ++g) {
-    if (s.step[g] != s.step[g]) {
-      s.lo[g] = 0;
-      std::memset(zeros + g * size, 0, size_t(size));
+  uint8_t* const zeros = arrays + count_all * size;
+  const auto top_of = [&](int64_t i) { return top_code(side, part, i < page.n_high * groups); };
+  write_scales(fmt.scale, s.lo, count_all, -1, zeros);
+  for (int64_t i = 0; i < count_all; ++i) s.step[i] = (s.hi[i] - s.lo[i]) / top_of(i);
+  write_scales(fmt.scale, s.step, count_all, 1, arrays);
+  for (int64_t i = 0; i < count_all; ++i) {
+    if (s.step[i] != s.step[i]) {
+      s.lo[i] = 0;
+      std::memset(zeros + i * size, 0, size_t(size));
     }
-    s.top[g] = s.step[g] > 0 ? top : 0.0f;
+    steps.set(i, s.step[i], top_of(i));
   }
 }
 
-// ---- codes
-// -----------------------------------------------------------------------------------------------------------
+// ---- codes ----------------------------------------------------------------------------------------------------------
 
-constexpr float kRound = 0x1p23f;  // adding it rounds to an integer, half to even
+constexpr float kRound = 0x1p23f;  // adding it rounds to an integer, half to even, which the lowest bits then hold
 
-// Of `count` elements with their own parameters.
-void code_row(KvKind kind, const float* x, int64_t count, const float* lo, const float* step, const float* top,
-              uint8_t* codes) {
-  if (kind == KvKind::affine) {
-    for (int64_t i = 0; i < count; ++i) {
-      float y = (x[i] - lo[i]) / (step[i] > 0 ? step[i] : 1.0f);
-      y = y > 0 ? y : 0.0f;
-      y = y < top[i] ? y : top[i];
-      codes[i] = uint8_t(int32_t(y + kRound - kRound));
+// The lowest byte of each lane's bits.
+inline void store_low_bytes(uint8_t* out, vf x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
+#else
+  uint32_t bits[kLanes];
+  std::memcpy(bits, &x, sizeof bits);
+  for (int l = 0; l < kLanes; ++l) out[l] = uint8_t(bits[l]);
+#endif
+}
+
+// How the parameters of kLanes elements are got: each has its own, or all share them.
+struct OwnParameters {
+  const float *lo, *step, *inverse, *limit, *top;
+
+  OwnParameters(const float* low, const Steps& s)
+      : lo(low), step(s.step), inverse(s.inverse), limit(s.limit), top(s.top) {}
+  static vf vector(const float* p, int64_t i) { return load(p + i); }
+  static float scalar(const float* p, int64_t i) { return p[i]; }
+};
+struct SharedParameters {
+  float lo, step, inverse, limit, top;
+
+  SharedParameters(const float* low, const Steps& s, int64_t i)
+      : lo(low[i]), step(s.step[i]), inverse(s.inverse[i]), limit(s.limit[i]), top(s.top[i]) {}
+  static vf vector(float x, int64_t) { return splat(x); }
+  static float scalar(float x, int64_t) { return x; }
+};
+
+// Of `count` elements. The code is that of (x - lo) / step, rounded. A product with the inverse is nearly that: where
+// it is so close to a half that it might round otherwise, the division is done.
+template <class Parameters>
+void code_affine(const float* x, int64_t count, const Parameters& p, uint8_t* codes) {
+  const vf zero = splat(0.0f), one = splat(1.0f), half = splat(0.5f), round = splat(kRound);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const vf above = load(x + i) - p.vector(p.lo, i), top = p.vector(p.top, i);
+    const auto clamped = [&](vf y) {
+      y = select(greater(y, zero), y, zero);
+      return select(greater(top, y), y, top);
+    };
+    vf y = clamped(above * p.vector(p.inverse, i)), rounded = y + round;
+    const vf from_half = absolute(absolute(y - (rounded - round)) - half);
+    if (any(greater(p.vector(p.limit, i), from_half))) {
+      const vf step = p.vector(p.step, i);
+      rounded = clamped(above / select(greater(step, zero), step, one)) + round;
     }
-  } else if (kind == KvKind::sign) {
-    for (int64_t i = 0; i < count; ++i) codes[i] = x[i] >= 0 && top[i] > 0;
-  } else {  // trits: lo is the threshold
-    for (int64_t i = 0; i < count; ++i) {
-      const int trit = magnitude(x[i]) > lo[i] ? (x[i] > 0 ? 2 : 0) : 1;
-      codes[i] = uint8_t(top[i] > 0 ? trit : 0);
-    }
+    store_low_bytes(codes + i, rounded);
+  }
+  for (; i < count; ++i) {
+    const float step = p.scalar(p.step, i), top = p.scalar(p.top, i);
+    float y = (x[i] - p.scalar(p.lo, i)) / (step > 0 ? step : 1.0f);
+    y = y > 0 ? y : 0.0f;
+    y = y < top ? y : top;
+    codes[i] = uint8_t(int32_t(y + kRound - kRound));
   }
 }
 
-// Of `count` elements that share parameters.
-void code_group(KvKind kind, const float* x, int64_t count, float lo, float step, float top, uint8_t* codes) {
-  constexpr int64_t kBlock = 16;
-  float lows[kBlock], steps[kBlock], tops[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i) lows[i] = lo, steps[i] = step, tops[i] = top;
-  for (int64_t i = 0; i < count; i += kBlock)
-    code_row(kind, x + i, count - i < kBlock ? count - i : kBlock, lows, steps, tops, codes + i);
+// The same for signs and trits, whose threshold is lo. A group with a NaN has no codes: its top is 0.
+template <class Parameters>
+void code_signs(KvKind kind, const float* x, int64_t count, const Parameters& p, uint8_t* codes) {
+  const vf zero = splat(0.0f), one = splat(1.0f), two = splat(2.0f), round = splat(kRound);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const vf value = load(x + i);
+    const vf code = kind == KvKind::sign ? select(greater(zero, value), zero, one)
+                                         : select(greater(absolute(value), p.vector(p.lo, i)),
+                                                  select(greater(value, zero), two, zero), one);
+    store_low_bytes(codes + i, select(greater(p.vector(p.top, i), zero), code, zero) + round);
+  }
+  for (; i < count; ++i) {
+    const int trit = magnitude(x[i]) > p.scalar(p.lo, i) ? (x[i] > 0 ? 2 : 0) : 1;
+    codes[i] = uint8_t(p.scalar(p.top, i) > 0 ? (kind == KvKind::sign ? !(x[i] < 0) : trit) : 0);
+  }
+}
+
+template <class Parameters>
+void code(KvKind kind, const float* x, int64_t count, const Parameters& p, uint8_t* codes) {
+  if (kind == KvKind::affine) return code_affine(x, count, p, codes);
+  code_signs(kind, x, count, p, codes);
 }
 
 struct RowCodes {
@@ -293,40 +385,39 @@ void seal_side(const KvFormat& fmt, const KvSide& side, const KvPage& page, KvHa
   const int64_t pitch = pitch_of(side.width);
   uint8_t* const codes = const_cast<uint8_t*>(half.codes);
   const int64_t high_bytes = side.row_bytes(true), low_bytes = side.low_bits ? side.row_bytes(false) : 0;
+  int16_t rank_of[kMostPage];
+  for (int64_t t = 0, n_high = 0, n_low = 0; t < fmt.page; ++t)
+    rank_of[t] = int16_t(page.is_high(t) ? n_high++ : page.n_high + n_low++);
   uint8_t* arrays = const_cast<uint8_t*>(half.params);
   int64_t at = 0;  // of the part's bytes in a row
   for (int i = 0; i < side.n_parts; ++i) {
     const KvPart& part = side.part[i];
     const float* const x = s.rows + part.first;
-    int64_t high_rank = 0, low_rank = 0;
+    const int64_t groups = side.groups_of(part);
+    if (side.per_token)
+      token_groups(fmt, side, part, x, pitch, page, [&](int64_t t) { return int64_t(rank_of[t]); }, gamma, arrays, s);
+    RowCodes row;
+    std::memset(row.byte + part.channels, 0, 64);
     for (int64_t t = 0; t < fmt.page; ++t) {
       const bool high = page.is_high(t);
       if (!side.per_token && t % fmt.group == 0)
         channel_groups(fmt, side, part, x + t * pitch, pitch, fmt.group, gamma, t / fmt.group, half.param_rows, arrays,
                        s);
-      const int64_t rank = high ? high_rank++ : page.n_high + low_rank++;
-      RowCodes row;
-      std::memset(row.byte + part.channels, 0, 64);
+      const int64_t rank = rank_of[t];
       const float* const xs = x + t * pitch;
       if (side.per_token) {
-        token_groups(fmt, side, part, xs, high, gamma, rank, half.param_rows, arrays, s);
         for (int64_t g = 0, d = 0; d < part.channels; ++g, d += side.group)
-          code_group(part.kind, xs + d, part.channels - d < side.group ? part.channels - d : side.group, s.lo[g],
-                     s.step[g], s.top[g], row.byte + d);
-      } else if (side.low_bits) {
-        const float top = top_code(side, part, high);
-        float *const step = s.line, *const tops = s.line + kMostChannels;
-        for (int64_t d = 0; d < part.channels; ++d) step[d] = s.step[d] / top, tops[d] = step[d] > 0 ? top : 0.0f;
-        code_row(part.kind, xs, part.channels, s.lo, step, tops, row.byte);
+          code(part.kind, xs + d, std::min(part.channels - d, side.group),
+               SharedParameters(s.lo, s.of_codes[1], rank * groups + g), row.byte + d);
       } else {
-        code_row(part.kind, xs, part.channels, s.lo, s.step, s.top, row.byte);
+        code(part.kind, xs, part.channels, OwnParameters(s.lo, s.of_codes[high]), row.byte);
       }
       uint8_t* const to =
           codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes) + at;
       pack_row(row.byte, high ? part.bits : side.low_bits, part.channels, to);
     }
     at += part.bytes();
-    arrays += half.param_rows * part.arrays() * side.groups_of(part) * side.scale_bytes;
+    arrays += half.param_rows * part.arrays() * groups * side.scale_bytes;
   }
 }
 
@@ -344,8 +435,7 @@ void seal(const KvFormat& fmt, Dtype dtype, const KvRows rows[2], const KvChanne
   }
 }
 
-// ---- unpacking
-// -------------------------------------------------------------------------------------------------------
+// ---- unpacking ------------------------------------------------------------------------------------------------------
 
 // One row to fp32 in the order and the basis of the codes.
 void dequantize_row(const KvFormat& fmt, const KvSide& side, const KvHalf& half, const uint8_t* codes, bool high,
