@@ -18,6 +18,7 @@ struct KvChannels {
 struct KvRows {
   const void* data;
   int64_t stride;  // elements from one token to the next
+  int64_t next;    // elements to the rows that come after these
 };
 
 struct QuantizeKernels {

@@ -41,7 +41,7 @@ namespace {
 
 KvRows page_rows(const Tensor& x, int64_t b, int64_t token, int64_t g, int64_t element_bytes) {
   const int64_t at = b * x.stride(0) + token * x.stride(1) + g * x.stride(2);
-  return {static_cast<const char*>(x.const_data_ptr()) + at * element_bytes, x.stride(1)};
+  return {static_cast<const char*>(x.const_data_ptr()) + at * element_bytes, x.stride(1), x.stride(2)};
 }
 
 void kv_seal(Tensor data_out, Tensor offset_in, Tensor k, Tensor v, std::optional<Tensor> classes_in,
@@ -84,9 +84,10 @@ void kv_seal(Tensor data_out, Tensor offset_in, Tensor k, Tensor v, std::optiona
   const QuantizeKernels& kernels = pick_quantize_kernels();
   torch::stable::parallel_for(0, batch * groups * pages, 1, [&](int64_t begin, int64_t end) {
     const AlignedMemory scratch(kernels.scratch_bytes(fmt));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t page = i % pages, g = i / pages % groups, b = i / pages / groups;
-      const int64_t size = int64_t(element_size(dtype));
+    for (int64_t task = begin; task < end; ++task) {
+      // The heads of a page one after the other: their tokens are neighbours, on the same pages of memory.
+      const int64_t g = task % groups, page = task / groups % pages, b = task / groups / pages;
+      const int64_t i = (b * groups + g) * pages + page, size = int64_t(element_size(dtype));
       const KvRows rows[2] = {page_rows(k, b, page * fmt.page, g, size), page_rows(v, b, page * fmt.page, g, size)};
       const KvChannels channels[2] = {of_keys.of(b, g), of_values.of(b, g)};
       kernels.seal(fmt, dtype, rows, channels, gamma, classes_of(i), bytes + offsets[i], scratch.get());

@@ -82,8 +82,8 @@ void read_rows(const KvFormat& fmt, const KvSide& side, const KvRows& source, co
   for (int64_t t = 0; t < fmt.page; ++t) {
     float* const out = rows + t * pitch;
     const T* const x = static_cast<const T*>(source.data) + t * source.stride;
-    // The next page's row: short ones, far apart, are more than the hardware's own prefetcher foresees.
-    for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + fmt.page * source.stride + d);
+    // Short rows, far apart, are more than the hardware's own prefetcher foresees.
+    for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + source.next + d);
     widen_row(x, width, plain ? out : line);
     if (plain) continue;
     if (channels.factor)
