@@ -1,4 +1,4 @@
-"""Decode attention over dense and packed caches against PyTorch's best, and packing against a copy."""
+"""Decode attention over dense and packed caches against PyTorch's best."""
 
 from collections.abc import Callable
 from functools import cache
@@ -44,8 +44,6 @@ def cases(device: torch.device) -> list[Case]:
                 Case(f"{name} decode {where}", ours, dense(total, device), "our own dense", bytes_moved=moved,
                      target=OWN_DENSE if promised else None)
             )  # fmt: skip
-    for name in PROMISED:
-        found.append(packing(name, LENGTHS[0], device))
     return found
 
 
@@ -85,24 +83,3 @@ def packed(name: str, total: int, device: torch.device) -> Build:
         return lambda: fastok.attention_decode(q, held)
 
     return build
-
-
-def packing(name: str, total: int, device: torch.device) -> Case:
-    """Sealing whole pages, against a copy of as many bytes as go in and out."""
-    fmt = KVFormat.preset(name)
-    moved = total * GROUPS * WIDTH * (4 + sum(fmt.bits_per_element(WIDTH)) / 8)
-
-    def seal() -> Callable[[], Any]:
-        _, k, v = randoms(total, device)
-        held = fastok.kv_pack(k, v, KVFormat(fmt.key, fmt.value, fmt.group, fmt.page, 0, low_bits=fmt.low_bits))
-        return lambda: torch.ops.fastok.kv_seal(
-            held.data, held.offset, k, v, held.classes, held.key_channels, held.value_channels, fmt.flat,
-            fmt.key.gamma, fmt.value.gamma,
-        )  # fmt: skip
-
-    def copy() -> Callable[[], Any]:
-        source = torch.ones(int(moved / 2), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    return Case(f"packing {name} T={total}", seal, copy, "a copy", bytes_moved=moved, target=0.4)
