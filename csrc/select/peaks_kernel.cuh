@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(256) separate_kernel(const PeaksParams p, int6
 // Grid: row_tiles blocks of kListRows listed tokens per sample, of which some have none. Of each listed token, the
 // nearest denser one; without any, the farthest.
 template <class T>
-__global__ void __launch_bounds__(kListThreads, 3) peaks_kernel(const PeaksParams p) {
+__global__ void __launch_bounds__(kListThreads, 2) peaks_kernel(const PeaksParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   const int64_t b = blockIdx.x / unsigned(p.row_tiles);

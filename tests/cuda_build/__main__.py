@@ -4,7 +4,7 @@ import sys
 
 from .compiler import BuildError, build_library, find_nvcc, nvcc_version
 from .disassembly import find_cuobjdump, read_kernels
-from .table import PATH, Table
+from .table import PATH, Table, local_memory
 
 nvcc = find_nvcc()
 cuobjdump = find_cuobjdump(nvcc) if nvcc else None
@@ -15,5 +15,7 @@ try:
 except BuildError as error:
     sys.exit(str(error))
 kernels = read_kernels(cuobjdump, library)
+if spilled := list(local_memory(kernels)):
+    sys.exit("\n".join(spilled))
 Table(nvcc_version(nvcc), kernels).write(PATH)
 print(f"{PATH}: {len({name for name, _ in kernels})} kernels")
