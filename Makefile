@@ -14,8 +14,9 @@ cpp_code = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 demo: $(VENV)/.demo $(VENV)/.build
 	$(BIN)/fastok demo
 
+# Processes with a pool of threads each share the cores better when idle threads sleep than when they spin.
 test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda nvcc $(VENV)/.cutlass
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # What the CUDA kernels' machine code takes and uses, as the tests will hold it to: look at the difference.
 cuda-table: $(VENV)/.test nvcc $(VENV)/.cutlass
