@@ -21,7 +21,9 @@ from attention_cases import (
     some_masks,
 )
 from attention_cases import one_thread as one_thread
-from fastok import ScoreSpec, reference
+from fastok import ScoreSpec
+from fastok.reference.attention import attention as specification
+from fastok.reference.attention import attention_backward as gradient_specification
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from fastok.testing.examples import verify
 from fastok.testing.examples.attention import hidden_bias, odd_heads
@@ -77,7 +79,7 @@ def test_autograd_is_the_gradient_of_the_dense_formula(mask: str) -> None:
     own = (x.double() for x in (q, k, v))
     with in_fp64():
         finished = fastok.attention(q, k, v, **case.mask)
-    got = reference.attention.attention_backward(grad_out, grad_lse, *own, *finished, *rest)
+    got = gradient_specification(grad_out, grad_lse, *own, *finished, *rest)
     for part, expected in zip(got, wanted, strict=False):
         torch.testing.assert_close(part, expected)
 
@@ -89,7 +91,7 @@ def test_specification_passes_gradcheck(mask: str) -> None:
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            out, lse = reference.attention.attention(*inputs)
+            out, lse = specification(*inputs)
             ctx.save_for_backward(*inputs[:3], out, lse, inputs[7])
             ctx.rest = inputs[3:7], inputs[8:]
             return out, lse
@@ -98,7 +100,7 @@ def test_specification_passes_gradcheck(mask: str) -> None:
         def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
             *results, bias = ctx.saved_tensors
             numbers, rest = ctx.rest
-            grads = reference.attention.attention_backward(grad_out, grad_lse, *results, *numbers, bias, *rest)
+            grads = gradient_specification(grad_out, grad_lse, *results, *numbers, bias, *rest)
             return *grads[:3], *[None] * 4, None if bias is None else grads[3], *[None] * 4
 
     def seen(*inputs: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import DTYPES, MASKS, flat, parts, sized
 from fastok import ScoreSpec, _library
+from fastok.reference.attention import CHUNK
 from fastok.testing import assert_same
 from fastok.testing.examples import examples
 from fastok.testing.examples.attention import cu
@@ -127,7 +128,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("op", OPS)
 def test_specification_never_holds_the_matrix(op: str) -> None:
     """Memory of the specification, which serves devices without kernels, grows with S + T."""
-    chunk = _library.attention.CHUNK
+    chunk = CHUNK
     for n in (1024, 4096):
         q, k, v, grad = torch.randn(4, 1, n, 1, 8)
         mask = flat(fastok.attention, q[:, :1], k, v, causal=True)[3:]
@@ -191,7 +192,12 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "width of v": ({"v": torch.zeros(2, 29, 2, 12)}, ValueError, "v must .*multiple of 8.*got 12"),
     "window": ({"window": (-2, 0)}, ValueError, "window left must be >= 0, or -1.*got -2"),
     "window of floats": ({"window": (1, 0.5)}, TypeError, "window right must be an int, got float 0.5"),
-    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be >= 0, got -1.0"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and >= 0 .*got -1.0"),
+    "infinite softcap": ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
+    "softcap of text": ({"softcap": "3"}, TypeError, "softcap must be a number, got str '3'"),
+    "scale of text": ({"scale": "3"}, TypeError, "scale must be a number, got str '3'"),
+    "window of one": ({"window": 3}, TypeError, r"window must be None or \(left, right\), got 3"),
+    "no tensor": ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
     "dtype of key_bias": ({"key_bias": torch.zeros(2, 29, dtype=HALF)}, TypeError, "key_bias must have dtype float32"),
     "shape of key_bias": ({"key_bias": torch.zeros(2, 28)}, ValueError, r"key_bias must have shape .*got \[2, 28\]"),
     "heads of key_bias": ({"key_bias": torch.zeros(2, 2, 29)}, ValueError, "key_bias must have shape .*2, 4, 29"),
@@ -204,6 +210,17 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "length of cu_seqlens": (
         {**NINE, "cu_seqlens_q": cu(9), "cu_seqlens_k": cu(5, 4)}, ValueError, r"cu_seqlens_k must .*got \[3\]",
+    ),
+    "end of cu_seqlens": (
+        {**NINE, "cu_seqlens_q": cu(9), "cu_seqlens_k": cu(10)}, ValueError,
+        r"cu_seqlens_k must ascend within \[0, 9\], got \[0, 10\]",
+    ),
+    "order of cu_seqlens": (
+        {**NINE, "cu_seqlens_q": cu(9, -4, 4), "cu_seqlens_k": cu(3, 3, 3)}, ValueError, "cu_seqlens_q must ascend",
+    ),
+    "no cu_seqlens": ({**NINE, "cu_seqlens_q": cu()[:0], "cu_seqlens_k": cu()[:0]}, ValueError, "cu_seqlens_q must be"),
+    "max_seqlen of floats": (
+        {**NINE, "cu_seqlens_q": cu(9), "cu_seqlens_k": cu(9), "max_seqlen_k": 9.0}, TypeError, "max_seqlen_k must be",
     ),
 }  # fmt: skip
 
@@ -232,6 +249,7 @@ SPEC_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "three rows": ({"rows": (0, 2, 1)}, ValueError, r"rows must be \(start, stop\), got \(0, 2, 1\)"),
     "dtype of rows": ({"rows": torch.zeros(3, dtype=torch.int32)}, TypeError, r"rows must be int64 \[R\], got int32"),
     "shape of rows": ({"rows": torch.zeros(3, 1).long()}, TypeError, r"rows must be int64 \[R\], got int64 \[3, 1\]"),
+    "pool of floats": ({"pool": 3.0}, TypeError, "pool must be an int, got float 3.0"),
     "cols": ({"cols": 3}, TypeError, r"cols must be None or \(start, stop\), got int"),
     "cols of None": ({"cols": (None, 3)}, TypeError, "cols must be an int, got NoneType"),
 }
@@ -256,6 +274,12 @@ def test_errors_of_scores_name_the_argument() -> None:
     for row in (17, -1):
         with pytest.raises(ValueError, match=rf"rows must be within \[0, 17\), got {row}"):
             scores(ScoreSpec(torch.tensor([3, row])))
+    with pytest.raises(TypeError, match=r"spec must be of fastok\.ScoreSpec, got str 'last'"):
+        scores("last")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"scores must be a tuple of fastok\.ScoreSpec"):
+        fastok.attention_with_scores(*case.qkv, scores=ScoreSpec())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"scores must be of fastok\.ScoreSpec, got int 3"):
+        fastok.attention_with_scores(*case.qkv, scores=(3,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="v must be given for value_norm='l2', got None"):
         scores(ScoreSpec(value_norm="l2"))
     with pytest.raises(TypeError, match="lse must have dtype float32; got float64"):

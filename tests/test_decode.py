@@ -310,10 +310,14 @@ def test_errors_name_the_argument() -> None:
         attention_decode(q, cache, key_bias=torch.zeros(1, 200).half())
     with pytest.raises(ValueError, match="key_bias must have T = 200 places"):
         attention_decode(q, (k, k, None), key_bias=torch.zeros(1, 199))
-    with pytest.raises(RuntimeError, match="key_bias must have at least 200 places, got 199"):
+    with pytest.raises(ValueError, match="key_bias must have T >= 200 places, as many as there are tokens; got 199"):
         attention_decode(q, cache, key_bias=torch.zeros(1, 199))
-    with pytest.raises(ValueError, match="softcap must be positive"):
-        attention_decode(q, cache, softcap=0.0)
+    with pytest.raises(ValueError, match="softcap must be finite and >= 0"):
+        attention_decode(q, cache, softcap=-1.0)
+    with pytest.raises(TypeError, match="scale must be a number, got str '1'"):
+        attention_decode(q, cache, scale="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cache must be a PackedKV, a PagedKV or"):
+        attention_decode(q, k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"seq_lens must be within \[0, 201\), got 300"):
         attention_decode(q, (k, k, torch.tensor([300])))
     with pytest.raises(ValueError, match="cache must be a PackedKV, a PagedKV or"):
@@ -321,8 +325,20 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match="v must have shape"):
         attention_decode(q, (k, k[:, :3], None))
     pages = PagedKV(k, k, torch.tensor([[1]], dtype=torch.int32), torch.tensor([200]))
-    with pytest.raises(RuntimeError, match=r"block_table must be within \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"block_table must be within \[0, 1\), got 1"):
         attention_decode(q, pages)
+    pages = PagedKV(k, k, torch.tensor([[0, 9]], dtype=torch.int32), torch.tensor([200]))
+    with pytest.raises(ValueError, match="key_bias must have T >= 200 places"):
+        attention_decode(q, pages, key_bias=torch.zeros(1, 199))
+    with pytest.raises(ValueError, match="key_bias must have T = 400 places"):
+        attention_decode(q, pages, key_bias=torch.zeros(1, 401))
+
+
+def test_a_softcap_of_0_is_none_and_a_bias_may_end_with_the_longest_sequence() -> None:
+    k, q, bias = torch.randn(3, 16, 2, 64), torch.randn(1, 1, 4, 64), torch.randn(1, 40)
+    pages = PagedKV(k, k, torch.tensor([[2, 0, 1]], dtype=torch.int32), torch.tensor([37]))
+    wanted, _ = attention_decode(q, pages, key_bias=torch.nn.functional.pad(bias, (0, 8), value=9.0))
+    assert_same(attention_decode(q, pages, key_bias=bias, softcap=0.0)[0], wanted)
 
 
 @pytest.mark.parametrize("name", ["kivi-2", "vidkv-1.5/1.58", "zipcache-4/2"])

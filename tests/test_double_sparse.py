@@ -137,6 +137,8 @@ def test_heads_of_different_lengths_and_too_small_budgets_are_refused() -> None:
         double_sparse_decode(q, kv_pack(k, v, "int8").keep(kept[None]), labels, 16)
     with pytest.raises(ValueError, match="n_keep must have room"):
         double_sparse_decode(q, (k, v, None), labels, 5, sink=3, recent=3)
+    with pytest.raises(ValueError, match="labels must be of the cache's 300 tokens, got 299"):
+        double_sparse_decode(q, (k, v, None), LabelCache(channels(4)).append(k[:, :299]), 16)
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -1,5 +1,6 @@
 """The package as a whole: import cost and isolation, what serves which op, the wheel's promises about paths."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -63,5 +64,27 @@ def test_libraries_hold_no_path_of_this_machine() -> None:
 def test_public_names_have_docstrings_and_specifications() -> None:
     for name in fastok.__all__:
         assert getattr(fastok, name).__doc__, name
-    for name in ("bipartite_match", "k_center", "max_coverage", "nearest"):
-        assert callable(getattr(fastok.reference, name))
+    functions = {
+        name: getattr(module, name)
+        for module in (fastok, fastok.sparse)
+        for name in module.__all__
+        if inspect.isfunction(getattr(module, name))
+    }
+    for name in functions.keys() - {"apply", "calibrate", "register_transformers", "retrieval_heads"}:  # of models
+        assert inspect.isfunction(getattr(fastok.reference, name)), name
+
+
+def test_specifications_are_called_as_the_public_functions() -> None:
+    q, k = torch.randn(2, 5, 4, 32), torch.randn(2, 300, 2, 32)
+    reference, masking = fastok.reference, {"causal": True, "softcap": 3.0}
+    out, lse, (scores,) = reference.attention_with_scores(q, k, k, scores=(fastok.ScoreSpec(pool=3),), **masking)
+    own = fastok.attention(q, k, k, **masking)
+    torch.testing.assert_close(fastok.attention_scores(q, k, spec=fastok.ScoreSpec(pool=3), **masking), scores)
+    for wanted, got in zip((out, lse), own, strict=True):
+        torch.testing.assert_close(got, wanted)
+    cache = reference.kv_pack(k, k, "vidkv-1.5/1.58")
+    assert torch.equal(cache.data, fastok.kv_pack(k, k, "vidkv-1.5/1.58").data)
+    for wanted, got in zip(reference.attention_decode(q, cache), fastok.attention_decode(q, cache), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with pytest.raises(ValueError, match="q must have at most 16 rows"):
+        reference.attention_decode(k.repeat_interleave(2, 2), cache)

@@ -274,6 +274,9 @@ def test_bias_ranks_but_does_not_pass_the_threshold() -> None:
         ({"order": "best"}, ValueError, "'best'"),
         ({"partition": "random"}, ValueError, "'random'"),
         ({"partition": [0, 1]}, TypeError, "partition"),
+        ({"partition": (0, 1)}, TypeError, "partition src must be a tensor, got int 0"),
+        ({"threshold": "0.5"}, TypeError, "threshold must be a number, got str '0.5'"),
+        ({"metric": None}, TypeError, "metric must be a tensor, got NoneType"),
         (
             {"partition": (torch.tensor([0, 8]), torch.tensor([1]))},
             ValueError,

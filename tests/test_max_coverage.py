@@ -260,6 +260,7 @@ def test_more_similarities_than_are_kept() -> None:
         ((torch.randn(3, 8), 2), {}, ValueError, "similarity must be"),
         ((torch.ones(2, 3, 8, dtype=torch.int64), 2), {}, TypeError, "similarity must have dtype"),
         (([torch.randn(2, 3, 4)], 2), {}, TypeError, "similarity must be a tensor or a pair"),
+        (((3, torch.randn(2, 3, 4)), 2), {}, TypeError, "similarity's y must be a tensor, got int 3"),
         (((torch.randn(2, 3, 4), torch.randn(2, 8, 5)), 2), {}, ValueError, "y must have shape"),
         (((torch.randn(2, 3, 4).half(), torch.randn(2, 8, 4)), 2), {}, TypeError, "y must have dtype float32"),
         ((torch.randn(2, 3, 8), 2), {"modular": torch.randn(2, 7)}, ValueError, "modular must have shape"),

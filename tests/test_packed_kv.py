@@ -197,6 +197,10 @@ def test_errors_name_the_argument() -> None:
         Code(2, "channel", channel_scale=True)
     with pytest.raises(ValueError, match=r"format must be .* got 'kivi-3'"):
         kv_pack(k, k, "kivi-3")
+    with pytest.raises(TypeError, match=r"format must be .* got int 8"):
+        kv_pack(k, k, 8)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"gamma must be a number, got str '0\.7'"):
+        Code(1.58, "channel", gamma="0.7")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="page must be a multiple of group"):
         KVFormat(Code(2, "channel"), Code(2, "token"), group=64, page=32)
     with pytest.raises(ValueError, match="head dim must be"):
@@ -250,6 +254,19 @@ def test_opcheck(name: str) -> None:
             cache.value_channels, fmt.flat, 0.7, 0.7)  # fmt: skip
     torch.library.opcheck(torch.ops.fastok.kv_seal.default, seal)
     torch.library.opcheck(torch.ops.fastok.kv_unseal.default, (*cache.arguments, fmt.flat, k.shape[1]))
+
+
+@pytest.mark.parametrize("name", ["kivi-2", "vidkv-1.5/1.58", "zipcache-4/2"])
+def test_packing_and_decoding_compile_without_graph_breaks(name: str) -> None:
+    k, v = torch.randn(2, 2, 300, 2, 64)
+
+    def pack(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        cache = kv_pack(k, v, name)
+        return (*cache.unpack(), *fastok.attention_decode(k[:, -1:], cache))
+
+    compiled = torch.compile(pack, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(k, v), pack(k, v), strict=True):
+        assert_same(got, wanted)
 
 
 def test_public_names() -> None:

@@ -116,6 +116,10 @@ def test_to_moves_everything() -> None:
     assert {t.device.type for t in (moved.assign, moved.counts, moved.offsets, moved.members)} == {"meta"}
 
 
+def soft() -> SoftMap:
+    return SoftMap.from_dense(example().dense())
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -139,7 +143,17 @@ def test_to_moves_everything() -> None:
             "size must have dtype",
         ),
         (lambda: example().merge(torch.randn(2, 6, 4, device="meta")), ValueError, "same device"),
-        (lambda: example().unmerge(torch.randn(2, 4, 4)), ValueError, r"\[2, 3, …\]"),
+        (lambda: TokenMap.from_assign([[0, 1]], 3), TypeError, "assign must be a tensor, got list"),
+        (lambda: TokenMap.from_assign(ASSIGN, 3.0), TypeError, "n_out must be an int, got float 3.0"),
+        (lambda: TokenMap.identity(-1, 3), ValueError, "batch must be >= 0, got -1"),
+        (lambda: TokenMap.identity(1, 3.5), TypeError, "n must be an int, got float 3.5"),
+        (lambda: example().merge(None), TypeError, "x must be a tensor, got NoneType"),
+        (
+            lambda: example().unmerge(torch.randn(2, 4, 4)),
+            ValueError,
+            r"y must have shape .*\[2, 3, \*\]; got \[2, 4, 4\]",
+        ),
+        (lambda: example().then(3), TypeError, "other must be a TokenMap or a SoftMap, got int 3"),
         (
             lambda: example().unmerge(torch.randn(2, 3, 4), residual=torch.randn(2, 6, 4).half()),
             TypeError,
@@ -147,7 +161,15 @@ def test_to_moves_everything() -> None:
         ),
         (lambda: example().unmerge(torch.randn(2, 3, 4), residual=torch.randn(2, 6, 5)), ValueError, "residual"),
         (lambda: example().then(example()), ValueError, "other must take what this map gives"),
-        (lambda: example().pack(torch.randn(2, 6, 4)), ValueError, r"\[2, 3, …\]"),
+        (
+            lambda: example().pack(torch.randn(2, 6, 4)),
+            ValueError,
+            r"x must be \[B,M,…\] .*\[2, 3, …\]; got \[2, 6, 4\]",
+        ),
+        (lambda: soft().unmerge(torch.ones(2, 3, 4).long()), TypeError, "y must have dtype"),
+        (lambda: soft().unmerge(torch.ones(2, 3)), ValueError, "y must have shape"),
+        (lambda: SoftMap.from_dense([[1.0]]), TypeError, "weights must be a tensor"),
+        (lambda: SoftMap.from_rows(None, torch.ones(1, 1, 1), 4), TypeError, "index must be a tensor"),
         (lambda: SoftMap.from_dense(torch.ones(2, 3)), ValueError, "weights must be"),
         (lambda: SoftMap.from_rows(torch.tensor([[[4]]]), torch.ones(1, 1, 1), 4), ValueError, "got 4"),
     ],

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from . import reference, triton
-from .reference import attention, decode, quantize, sparse
+from .reference import decode, quantize, sparse
+from .reference.attention import attention, attention_backward, attention_scores
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -26,9 +27,9 @@ REFERENCE = {
     "merge": reference.merge,
     "merge_backward": reference.merge_backward,
     "unmerge": reference.unmerge,
-    "attention": attention.attention,
-    "attention_backward": attention.attention_backward,
-    "attention_scores": attention.attention_scores,
+    "attention": attention,
+    "attention_backward": attention_backward,
+    "attention_scores": attention_scores,
     "kv_seal": quantize.kv_seal,
     "kv_unseal": quantize.kv_unseal,
     "decode": decode.decode,
@@ -37,7 +38,7 @@ REFERENCE = {
     "select_tokens": sparse.select_tokens,
 }
 # Plain PyTorch on every device, autograd included.
-COMPOSITE = {"merge_states": attention.merge_states}
+COMPOSITE = {"merge_states": reference.merge_states}
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")
 

@@ -76,7 +76,9 @@ class TokenMap:
 
     @classmethod
     def identity(cls, batch: int, n: int, device: torch.device | str | None = None) -> "TokenMap":
-        """The map that leaves ``n`` tokens as they are."""
+        """The map that leaves ``n`` tokens as they are. TypeError or ValueError unless both numbers are ints >= 0."""
+        _checks.check_at_least("batch", batch, 0)
+        _checks.check_at_least("n", n, 0)
         assign = torch.arange(n, dtype=torch.int32, device=device).repeat(batch, 1)
         return cls._trusted(assign, n)
 
@@ -143,7 +145,6 @@ class TokenMap:
 
         Deterministic; differentiable in ``y`` and ``residual``, once. No host synchronisation.
         """
-        _checks.check_dtype("y", y, _checks.FLOATS)
         _ops.check_output_side(y, self, residual)
         return torch.ops.fastok.unmerge(y, self.assign, self.offsets, self.members, residual)
 
@@ -156,7 +157,10 @@ class TokenMap:
     @overload
     def then(self, other: "SoftMap") -> "SoftMap": ...
     def then(self, other: Union["TokenMap", "SoftMap"]) -> Union["TokenMap", "SoftMap"]:
-        """The map that applies this one first and ``other`` to its outputs."""
+        """The map that applies this one first and ``other`` to its outputs.
+
+        TypeError if ``other`` is no map, ValueError if it does not take what this map gives.
+        """
         _ops.check_composable(self, other)
         if isinstance(other, SoftMap):
             return SoftMap.from_dense(other.dense() @ self.dense())
@@ -190,7 +194,7 @@ class TokenMap:
             The first ``counts[b]`` rows of each sample, concatenated, and int32 ``cu_seqlens[B+1]`` as FlashAttention
             takes it. The total depends on the data, so on CUDA this waits for the device.
         """
-        _ops.check_output_side(x, self)
+        _ops.check_packable(x, self)
         used = torch.arange(self.n_out, device=self.device) < self.counts[:, None]
         return x[used], torch.nn.functional.pad(self.counts.cumsum(0), (1, 0)).int()
 
@@ -232,6 +236,7 @@ class SoftMap:
     @classmethod
     def from_dense(cls, weights: Tensor) -> "SoftMap":
         """``weights`` floating ``[B,M,N]``."""
+        _checks.check_tensor("weights", weights)
         if not weights.is_floating_point():
             raise TypeError(f"weights must be floating-point, got {weights.dtype}")
         if weights.dim() != 3:
@@ -247,6 +252,8 @@ class SoftMap:
             weight: floating ``[B,M,k]``.
             n_in: number of input tokens N.
         """
+        _checks.check_tensor("index", index)
+        _checks.check_tensor("weight", weight)
         if index.dim() != 3 or index.shape != weight.shape:
             raise ValueError(
                 f"index and weight must both be [B,M,k], got shapes {tuple(index.shape)} and {tuple(weight.shape)}"
@@ -313,7 +320,10 @@ class SoftMap:
         return (out if residual is None else out + residual).to(y.dtype)
 
     def then(self, other: Union["TokenMap", "SoftMap"]) -> "SoftMap":
-        """The map that applies this one first and ``other`` to its outputs."""
+        """The map that applies this one first and ``other`` to its outputs.
+
+        TypeError if ``other`` is no map, ValueError if it does not take what this map gives.
+        """
         _ops.check_composable(self, other)
         return SoftMap.from_dense(other.dense().to(self.dense().dtype) @ self.dense())
 

@@ -5,6 +5,7 @@ from typing import Literal, Union
 
 import torch
 
+from ..ops.checks import check_number
 from ..reference.kv_layout import CHANNEL_SCALE, COMPAT, SIGN_MIXES, Layout
 
 BITS = (8, 4, 2, 1.58, 1.5, 1.25, 1)
@@ -45,6 +46,7 @@ class Code:
             raise ValueError(f"axis must be 'channel' or 'token', got {self.axis!r}")
         if self.channel_scale and (self.bits not in AFFINE or self.axis != "token"):
             raise ValueError(f"channel_scale goes with bits 8, 4 or 2 and axis 'token'; got {self.bits}, {self.axis!r}")
+        check_number("gamma", self.gamma)
         if not 0 <= self.gamma < float("inf"):
             raise ValueError(f"gamma must be finite and not negative, got {self.gamma!r}")
 
@@ -118,7 +120,9 @@ class KVFormat:
     @classmethod
     def of(cls, fmt: Union["KVFormat", str]) -> "KVFormat":
         """``fmt``, or the preset of that name."""
-        return fmt if isinstance(fmt, KVFormat) else cls.preset(fmt)
+        if not isinstance(fmt, (KVFormat, str)):
+            raise TypeError(f"format must be a KVFormat or the name of a preset, got {type(fmt).__name__} {fmt!r}")
+        return cls.preset(fmt) if isinstance(fmt, str) else fmt
 
     @property
     def flat(self) -> list[int]:

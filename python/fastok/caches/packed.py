@@ -27,7 +27,8 @@ def kv_pack(k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None
 
     Bytes are the same on every backend, and the same whether tokens come at once or one by one. A group that contains
     NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected.
-    Deterministic; no host synchronisation. KIVI (Liu et al., ICML 2024), ZipCache (He et al., NeurIPS 2024), VidKV
+    Deterministic; no host synchronisation but for the total size where ``salient`` says what is high; without it,
+    ``torch.compile(fullgraph=True)`` works. KIVI (Liu et al., ICML 2024), ZipCache (He et al., NeurIPS 2024), VidKV
     (Tao et al., 2025).
     """
     fmt = KVFormat.of(fmt)
@@ -83,7 +84,7 @@ class PackedKV:
     @property
     def n_pages(self) -> int:
         """Sealed pages of the head that has most."""
-        return max((n for row in self._pages for n in row), default=0)
+        return max([0, *[n for row in self._pages for n in row]])
 
     @property
     def offset(self) -> Tensor:
@@ -239,18 +240,18 @@ class PackedKV:
             channels = [None if c is None else c[index[0], index[1]][:, None] for c in channels]
         batch, tokens, groups, _ = k.shape
         n = tokens // page
-        classes = None
+        classes, all_high = None, high is None
         if layout.two_classes:
             if high is None:
                 high = torch.ones(batch, groups, tokens, dtype=torch.bool, device=k.device)
             classes = pack_bits(high.unflatten(2, (n, page)))
-        offset = self._take(batch, groups, n, classes)
+        offset = self._take(batch, groups, n, None if all_high else classes)
         torch.ops.fastok.kv_seal(self.data, offset, k, v, classes, *channels, self.format.flat, self.format.key.gamma,
                                  self.format.value.gamma)  # fmt: skip
         self._enter(offset, classes, heads, index)
 
     def _take(self, batch: int, groups: int, n: int, classes: Tensor | None) -> Tensor:
-        """Memory for records: their offsets ``[batch,groups,n]``."""
+        """Memory for records: their offsets ``[batch,groups,n]``. ``classes`` None: of high tokens only."""
         device, layout, page = self.data.device, self.layout, self.format.page
         if classes is None:
             size = layout.full_record()

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from . import scores as statistics
-from .checks import ACTIVATIONS, check_dtype, check_int, check_range, check_same_device, check_shape
+from .checks import (
+    ACTIVATIONS,
+    check_dtype,
+    check_int,
+    check_number,
+    check_range,
+    check_same_device,
+    check_shape,
+    check_softcap,
+)
 from .scores import ScoreSpec
 
 Window = tuple[int, int] | None
@@ -119,6 +128,7 @@ def attention_scores(
     """
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip
+    _check_spec("spec", spec)
     return _scores(q, k, v, lse, spec, masking)
 
 
@@ -145,6 +155,10 @@ def attention_with_scores(
     """
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip
+    if not isinstance(scores, (tuple, list)):
+        raise TypeError(f"scores must be a tuple of fastok.ScoreSpec, got {type(scores).__name__} {scores!r}")
+    for spec in scores:
+        _check_spec("scores", spec)
     out, lse = torch.ops.fastok.attention(q, k, v, *masking)
     return out, lse, tuple(_scores(q, k, v, lse, spec, masking) for spec in scores)
 
@@ -169,6 +183,11 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         check_shape(name, lse, wanted, "[B,H,S] of out_a")
     out, lse = torch.ops.fastok.merge_states(out_a, lse_a, out_b, lse_b)
     return out, lse
+
+
+def _check_spec(name: str, spec: object) -> None:
+    if not isinstance(spec, ScoreSpec):
+        raise TypeError(f"{name} must be of fastok.ScoreSpec, got {type(spec).__name__} {spec!r}")
 
 
 def _scores(q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, spec: ScoreSpec, masking: Masking) -> Tensor:
@@ -241,14 +260,23 @@ def _masking(
             check_dtype(name, cu, (torch.int32,))
             check_same_device(name, cu, "q", q.device)
         check_shape("cu_seqlens_q", cu_seqlens_q, (None,), "[sequences + 1]")
+        if cu_seqlens_q.shape[0] == 0:
+            raise ValueError("cu_seqlens_q must be [sequences + 1], got [0]")
         check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), "that of cu_seqlens_q")
+        _check_ascending("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        _check_ascending("cu_seqlens_k", cu_seqlens_k, n_k)
+    if window is not None and (not isinstance(window, (tuple, list)) or len(window) != 2):
+        raise TypeError(f"window must be None or (left, right), got {window!r}")
     left, right = (-1, -1) if window is None else window
     for name, bound in (("window left", left), ("window right", right)):
         check_int(name, bound)
         if bound < -1:
             raise ValueError(f"{name} must be >= 0, or -1 for unbounded; got {bound}")
-    if softcap is not None and softcap < 0:
-        raise ValueError(f"softcap must be >= 0, got {softcap}")
+    for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if length is not None:
+            check_int(name, length)
+    if scale is not None:
+        check_number("scale", scale)
     if key_bias is not None:
         check_dtype("key_bias", key_bias, (torch.float32,))
         check_same_device("key_bias", key_bias, "q", q.device)
@@ -257,9 +285,18 @@ def _masking(
     width = q.shape[-1]
     return Masking(
         (width**-0.5 if width else 1.0) if scale is None else float(scale), left, 0 if causal else right,
-        float(softcap or 0), key_bias, cu_seqlens_q, cu_seqlens_k,
+        check_softcap(softcap), key_bias, cu_seqlens_q, cu_seqlens_k,
         -1 if max_seqlen_q is None else max_seqlen_q, -1 if max_seqlen_k is None else max_seqlen_k,
     )  # fmt: skip
+
+
+def _check_ascending(name: str, cu_seqlens: Tensor, total: int) -> None:
+    """ValueError unless values ascend within [0, total]. Only the CPU looks at them: elsewhere that would be a wait."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] < 0 or bounds[-1] > total or bounds != sorted(bounds):
+        raise ValueError(f"{name} must ascend within [0, {total}], got {bounds}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor | None) -> None:

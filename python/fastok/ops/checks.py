@@ -7,8 +7,15 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_tensor(name: str, x: object) -> None:
+    """TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__} {x!r}")
+
+
 def check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """TypeError unless ``x`` has one of the ``allowed`` dtypes."""
+    """TypeError unless ``x`` is a tensor of one of the ``allowed`` dtypes."""
+    check_tensor(name, x)
     if x.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{name} must have dtype {names}; got {str(x.dtype).removeprefix('torch.')}")
@@ -27,8 +34,25 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
+def check_number(name: str, value: float) -> None:
+    """TypeError unless ``value`` is an int or a float (traced ones count)."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
+def check_softcap(softcap: float | None) -> float:
+    """``softcap`` as the ops take it, 0 for none; TypeError or ValueError unless it is finite and not negative."""
+    if softcap is None:
+        return 0.0
+    check_number("softcap", softcap)
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap must be finite and >= 0 (0 or None: none), got {softcap}")
+    return float(softcap)
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
-    """ValueError unless ``x`` has ``shape``, where None stands for any length."""
+    """TypeError unless ``x`` is a tensor, ValueError unless it has ``shape``, where None stands for any length."""
+    check_tensor(name, x)
     got = x.shape
     if len(got) == len(shape):
         for length, wanted in zip(got, shape, strict=True):
@@ -48,6 +72,7 @@ def check_same_device(name: str, x: Tensor, other: str, device: torch.device) ->
 
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
     """TypeError unless ``x`` is integer, ValueError unless ``low <= x < high``. Values are trusted when tracing."""
+    check_tensor(name, x)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {str(x.dtype).removeprefix('torch.')}")
     if torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0:

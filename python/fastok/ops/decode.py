@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor
 
-from .checks import ACTIVATIONS, check_dtype, check_range, check_same_device, check_shape
+from .checks import ACTIVATIONS, check_dtype, check_number, check_range, check_same_device, check_shape, check_softcap
 
 if TYPE_CHECKING:
     from ..caches.packed import PackedKV
@@ -52,10 +52,10 @@ def attention_decode(
             (last dimension contiguous) and ``seq_lens`` int ``[B]`` or ``[B,G]``, None for T. G divides H.
         tokens: int ``[B,G,K]`` or ``[B,H,K]``: only these places of each KV head (or each query head) take part; -1
             and places at or beyond the head's end are skipped, a place listed twice counts once, order is free.
-        key_bias: fp32 ``[B,T]`` or ``[B,H,T]``, T at least the longest length, added after the softcap; -inf hides a
-            key. Not differentiable.
+        key_bias: fp32 ``[B,T]`` or ``[B,H,T]``, added after the softcap; -inf hides a key. T is that of ``k``, in pages
+            or packed at least the longest length. Not differentiable.
         scale: of the dot products, ``D ** -0.5`` by default.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None or 0: they stay.
 
     Returns:
         ``out`` like ``q`` (with the width of ``v``), ``lse`` fp32 ``[B,H,S]``, natural logarithm. A row that sees
@@ -75,26 +75,27 @@ def attention_decode(
     if rows > MOST_ROWS:
         raise ValueError(f"q must have at most {MOST_ROWS} rows, got {rows}: use fastok.attention for more")
     scale = width**-0.5 if scale is None else scale
-    cap = _checked_softcap(softcap)
+    check_number("scale", scale)
+    cap = check_softcap(softcap)
     if isinstance(cache, (PagedKV, tuple)):
         k, v, seq_lens, table, total = _dense(q, cache)
         groups = k.shape[2]
-        _check_extras(q, groups, total, tokens, key_bias)
+        _check_extras(q, groups, tokens, key_bias)
+        if key_bias is not None:
+            key_bias = _over_places(key_bias, seq_lens if table is not None else None, total)
         out, lse = torch.ops.fastok.decode(q, k, v, seq_lens, table, scale, cap, key_bias, tokens)
         return out, lse
+    if not hasattr(cache, "hot_k"):
+        raise TypeError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got {type(cache).__name__}")
     hot = cache.hot_k
     check_dtype("q", q, (hot.dtype,))
     check_shape("q", q, (hot.shape[0], None, None, hot.shape[3]), "[B,S,H,D] of the cache")
     check_same_device("q", q, "the cache", hot.device)
-    _check_extras(q, hot.shape[1], None, tokens, key_bias)
+    _check_extras(q, hot.shape[1], tokens, key_bias)
+    if key_bias is not None and q.device.type == "cpu" and hot.shape[0] and not torch.compiler.is_compiling():
+        _check_places(key_bias, int(cache.seq_lens.max()))
     out, lse = torch.ops.fastok.decode_packed(q, *cache.arguments, cache.format.flat, scale, cap, key_bias, tokens)
     return out, lse
-
-
-def _checked_softcap(softcap: float | None) -> float:
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
-    return softcap or 0.0
 
 
 def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
@@ -132,12 +133,16 @@ def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | 
         check_same_device("seq_lens", seq_lens, "q", q.device)
         if q.device.type == "cpu":
             check_range("seq_lens", seq_lens, 0, total + 1)
+            if table is not None and not torch.compiler.is_compiling():
+                pages = -(-seq_lens.reshape(batch, -1).amax(1, keepdim=True) // k.shape[1])
+                used = torch.arange(table.shape[1]) < pages
+                check_range("block_table", table[used], 0, k.shape[0])
     elif table is not None:
         raise ValueError("seq_lens must be given for a PagedKV, got None")
     return k, v, seq_lens, table, total
 
 
-def _check_extras(q: Tensor, groups: int, total: int | None, tokens: Tensor | None, key_bias: Tensor | None) -> None:
+def _check_extras(q: Tensor, groups: int, tokens: Tensor | None, key_bias: Tensor | None) -> None:
     batch, _, heads, _ = q.shape
     if groups == 0 or heads % groups:
         raise ValueError(f"q must have a number of heads that {groups} KV heads divide; got {heads}")
@@ -154,8 +159,26 @@ def _check_extras(q: Tensor, groups: int, total: int | None, tokens: Tensor | No
         of_head = (heads,) if key_bias.dim() == 3 else ()
         check_shape("key_bias", key_bias, (batch, *of_head, None), "[B,T] or [B,H,T]")
         check_same_device("key_bias", key_bias, "q", q.device)
-        if total is not None and key_bias.shape[-1] != total:
-            raise ValueError(f"key_bias must have T = {total} places, as many as the cache; got {key_bias.shape[-1]}")
+
+
+def _check_places(key_bias: Tensor, least: int) -> None:
+    """ValueError unless there are as many places as tokens."""
+    if key_bias.shape[-1] < least:
+        raise ValueError(
+            f"key_bias must have T >= {least} places, as many as there are tokens; got {key_bias.shape[-1]}"
+        )
+
+
+def _over_places(key_bias: Tensor, seq_lens: Tensor | None, total: int) -> Tensor:
+    """``key_bias`` with all ``total`` places that a cache has. In pages (with ``seq_lens``), the last ones may lack."""
+    places = key_bias.shape[-1]
+    if places > total or (places < total and seq_lens is None):
+        raise ValueError(f"key_bias must have T = {total} places, as many as the cache; got {places}")
+    if places == total or seq_lens is None:
+        return key_bias
+    if seq_lens.device.type == "cpu" and seq_lens.numel() and not torch.compiler.is_compiling():
+        _check_places(key_bias, int(seq_lens.max()))
+    return torch.nn.functional.pad(key_bias, (0, total - places))
 
 
 @torch.library.register_fake("fastok::decode")

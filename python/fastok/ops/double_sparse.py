@@ -55,6 +55,8 @@ def double_sparse_decode(
     if n_keep < sink + recent:
         raise ValueError(f"n_keep must have room for sink + recent = {sink + recent} tokens, got {n_keep}")
     lengths = _lengths(cache)
+    if isinstance(cache, tuple) and lengths is None and len(labels) != cache[0].shape[1]:
+        raise ValueError(f"labels must be of the cache's {cache[0].shape[1]} tokens, got {len(labels)}")
     scores = label_scores(q, labels, shared=shared, seq_lens=lengths)
     tokens, _ = select_tokens(scores, n_keep, sink=sink, recent=recent, seq_lens=lengths)
     out, lse = attention_decode(q, cache, tokens=tokens, scale=scale, softcap=softcap)

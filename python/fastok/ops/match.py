@@ -4,7 +4,16 @@ import torch
 from torch import Tensor
 
 from ..token_map import TokenMap
-from .checks import ACTIVATIONS, check_dtype, check_int, check_range, check_same_device, check_shape
+from .checks import (
+    ACTIVATIONS,
+    check_dtype,
+    check_int,
+    check_number,
+    check_range,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 
 Partition = str | tuple[Tensor, Tensor]
 SIMILARITIES = ("cosine", "dot", "euclidean")
@@ -61,6 +70,8 @@ def bipartite_match(
         raise ValueError(f"r must be >= 0, got {r}")
     if not 0 <= protect <= n:
         raise ValueError(f"protect must be within [0, N={n}], got {protect}")
+    if threshold is not None:
+        check_number("threshold", threshold)
     if order != "tome" and order != "sorted":
         raise ValueError(f"order must be 'tome' or 'sorted', got {order!r}")
     if bias is not None:
@@ -132,6 +143,7 @@ def _checked_pair(partition: tuple[Tensor, Tensor], metric: Tensor) -> tuple[Ten
         )
     batch, n, _ = metric.shape
     for name, index in zip(("partition src", "partition dst"), partition, strict=True):
+        check_tensor(name, index)
         if index.dim() == 1:
             check_shape(name, index, (None,), "[Ns] or [B,Ns]")
         else:

@@ -45,9 +45,10 @@ def max_coverage(
     else:
         if not isinstance(similarity, tuple) or len(similarity) != 2:
             raise TypeError(f"similarity must be a tensor or a pair (y, x), got {type(similarity).__name__}")
-        y, x = (part.detach() for part in similarity)
+        y, x = similarity
         check_dtype("similarity's x", x, ACTIVATIONS)
         check_dtype("similarity's y", y, (x.dtype,))
+        y, x = y.detach(), x.detach()
         if x.dim() != 3:
             raise ValueError(f"similarity's x must be [B,N,D], got shape {list(x.shape)}")
         check_shape("similarity's y", y, (x.shape[0], None, x.shape[2]), "[B,R,D] to go with x")

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_dtype, check_int, check_range, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    check_at_least,
+    check_dtype,
+    check_int,
+    check_range,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 
 if TYPE_CHECKING:
     from ..token_map import SoftMap, TokenMap
@@ -15,9 +24,7 @@ MODES = ("mean", "sum", "max", "first")
 
 def checked_assign(assign: Tensor, n_out: int) -> Tensor:
     """``assign`` as contiguous int32, its shape and values checked."""
-    check_int("n_out", n_out)
-    if n_out < 0:
-        raise ValueError(f"n_out must be >= 0, got {n_out}")
+    check_at_least("n_out", n_out, 0)
     check_shape("assign", assign, (None, None), "[B,N]")
     check_range("assign", assign, -1, n_out)
     return assign.to(torch.int32).contiguous()
@@ -45,7 +52,9 @@ def checked_indices(indices: Tensor, n_in: int) -> Tensor:
 
 
 def check_composable(first: Union["TokenMap", "SoftMap"], then: Union["TokenMap", "SoftMap"]) -> None:
-    """``then`` takes as many tokens, of as many samples, as ``first`` gives."""
+    """``then`` is a map that takes as many tokens, of as many samples, as ``first`` gives."""
+    if not hasattr(then, "batch_size"):
+        raise TypeError(f"other must be a TokenMap or a SoftMap, got {type(then).__name__} {then!r}")
     if then.batch_size != first.batch_size or then.n_in != first.n_out:
         raise ValueError(
             f"other must take what this map gives, batch {first.batch_size} and {first.n_out} tokens; "
@@ -65,15 +74,23 @@ def check_input_side(x: Tensor, token_map: Union["TokenMap", "SoftMap"], size: T
         check_same_device("size", size, "the token map", token_map.device)
 
 
-def check_output_side(y: Tensor, token_map: Union["TokenMap", "SoftMap"], residual: Tensor | None = None) -> None:
-    """``y`` and ``residual`` fit the map's output side."""
+def check_packable(x: Tensor, token_map: "TokenMap") -> None:
+    """``x`` is ``[B,M,…]``."""
+    check_tensor("x", x)
     batch, n_out = token_map.batch_size, token_map.n_out
-    if y.dim() < 2 or y.shape[0] != batch or y.shape[1] != n_out:
-        raise ValueError(f"expected [B,M,…] of the token map, [{batch}, {n_out}, …]; got {list(y.shape)}")
+    if x.dim() < 2 or x.shape[0] != batch or x.shape[1] != n_out:
+        raise ValueError(f"x must be [B,M,…] of the token map, here [{batch}, {n_out}, …]; got {list(x.shape)}")
+    check_same_device("x", x, "the token map", token_map.device)
+
+
+def check_output_side(y: Tensor, token_map: Union["TokenMap", "SoftMap"], residual: Tensor | None) -> None:
+    """``y`` and ``residual`` fit the map's output side."""
+    check_dtype("y", y, FLOATS)
+    check_shape("y", y, (token_map.batch_size, token_map.n_out, None), "[B,M,C] of the token map")
     check_same_device("y", y, "the token map", token_map.device)
     if residual is not None:
         check_dtype("residual", residual, (y.dtype,))
-        check_shape("residual", residual, (batch, token_map.n_in, y.shape[2]), "[B,N,C]")
+        check_shape("residual", residual, (y.shape[0], token_map.n_in, y.shape[2]), "[B,N,C]")
         check_same_device("residual", residual, "the token map", token_map.device)
 
 

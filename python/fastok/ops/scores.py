@@ -59,6 +59,8 @@ class ScoreSpec:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
         if self.logits and self.normalize == "cols":
             raise ValueError("normalize='cols' is a softmax; it cannot go with logits=True")
+        if self.pool is not None:
+            check_int("pool", self.pool)
         if self.pool is not None and (self.pool < 1 or self.pool % 2 == 0):
             raise ValueError(f"pool must be an odd number of keys, at least 1; got {self.pool}")
         if isinstance(self.rows, Tensor):

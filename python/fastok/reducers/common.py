@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_int
+from ..ops.checks import check_int, check_number
 from ..ops.select import top_tokens
 from ..token_map import TokenMap
 from .context import TokenContext
@@ -38,8 +38,7 @@ def check_keep(keep: float, name: str = "keep", least: int = 1) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Error unless ``value`` is a number in [low, high]."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    check_number(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name} must be within [{low}, {high}], got {value}")
 

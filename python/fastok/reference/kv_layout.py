@@ -4,7 +4,6 @@ A format travels through the ops as a list of ints (:func:`Layout.of`); ``fastok
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Side:
         """Rows are divided by one factor per channel first."""
         return bool(self.flags & CHANNEL_SCALE)
 
-    @cached_property
+    @property
     def hard(self) -> int:
         """Channels of a mixed code that have two bits."""
         return self.width * (self.bits - 100) // 100 if self.bits in SIGN_MIXES else 0
@@ -76,7 +75,7 @@ class Side:
         """Whether ``channels[B,G,D]`` says something about this side."""
         return self.channel_scale or self.hard > 0
 
-    @cached_property
+    @property
     def parts(self) -> tuple[Part, ...]:
         """In the order of the codes of a row."""
         if self.bits in SIGN_MIXES:
@@ -96,7 +95,7 @@ class Side:
         """Entries of one row of a parameter array."""
         return part.channels if self.axis == CHANNEL else -(-part.channels // self.group)
 
-    @cached_property
+    @property
     def array_widths(self) -> tuple[int, ...]:
         """The row widths of the parameter arrays, one after the other."""
         return tuple(self.groups_of(part) for part in self.parts for _ in range(part.arrays))

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...reference import attention as reference
+from ...reference.attention import (
+    Problem,
+    _grouped,
+    _heads_first,
+    _heads_last,
+    _probabilities,
+    _weighted,
+    problem_of,
+)
+from ...reference.attention import attention as specification
+from ...reference.attention import attention_scores as score_specification
 from .registry import Arguments, example
 
 EPS = torch.finfo(torch.float32).eps  # scores, log-sum-exp and all sums are in fp32
@@ -47,13 +57,13 @@ def cu(*lengths: int) -> Tensor:
 # ---- what rounding may change ----------------------------------------------------------------------------------------
 
 
-def _dense(q: Tensor, k: Tensor, *mask: Any) -> tuple[reference.Problem, Tensor, Tensor]:
+def _dense(q: Tensor, k: Tensor, *mask: Any) -> tuple[Problem, Tensor, Tensor]:
     """In fp64 all of a problem's logits, and by what order of magnitude a rounding moves a logit."""
-    problem = reference.problem_of(q.double(), k.double(), *mask[:-2])
+    problem = problem_of(q.double(), k.double(), *mask[:-2])
     rows = torch.arange(problem.q.shape[2])
     scale, left, right, _, *rest = mask[:-2]
     magnitudes = abs(scale), left, right, 0.0, *rest
-    size = reference.problem_of(q.double().abs(), k.double().abs(), *magnitudes)
+    size = problem_of(q.double().abs(), k.double().abs(), *magnitudes)
     terms = size.raw_logits(rows)
     if problem.key_bias is not None:
         terms = terms + problem.key_bias.abs().nan_to_num(posinf=0)
@@ -63,19 +73,19 @@ def _dense(q: Tensor, k: Tensor, *mask: Any) -> tuple[reference.Problem, Tensor,
 
 def _quadratic(weights: Tensor, values: Tensor) -> Tensor:
     """How much ``weights @ values`` moves when each product moves by its own random rounding."""
-    return reference._weighted(weights.square(), values.square()).sqrt()
+    return _weighted(weights.square(), values.square()).sqrt()
 
 
 def rounding_of_attention(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, ...]:
     """Of ``out`` one rounding of each probability to the dtype and of each logit to fp32; of ``lse`` the latter."""
     _, logits, moves = _dense(q, k, *mask)
     most = moves.amax(-1) if k.shape[-3] else moves.sum(-1)
-    p = reference._probabilities(logits, logits.logsumexp(-1))
-    values = reference._heads_first(v.double())
+    p = _probabilities(logits, logits.logsumexp(-1))
+    values = _heads_first(v.double())
     out = _quadratic(p * (torch.finfo(q.dtype).eps + moves), values)
-    out += most[..., None] * reference._weighted(p, values).abs()
+    out += most[..., None] * _weighted(p, values).abs()
     lse = EPS + most
-    return reference._heads_last(out, q.dim()), lse if q.dim() == 4 else lse[0]
+    return _heads_last(out, q.dim()), lse if q.dim() == 4 else lse[0]
 
 
 def rounding_of_backward(
@@ -83,11 +93,11 @@ def rounding_of_backward(
 ) -> tuple[Tensor, ...]:
     """One rounding to the dtype of each probability and of its gradient, and of what these are made of to fp32."""
     problem, logits, moves = _dense(q, k, *mask)
-    values, d_out, o = (reference._heads_first(x.double()) for x in (v, grad_out, out))
+    values, d_out, o = (_heads_first(x.double()) for x in (v, grad_out, out))
     groups, eps = problem.k.shape[1], torch.finfo(q.dtype).eps
-    p = reference._probabilities(logits, (lse if lse.dim() == 3 else lse[None]).double())
-    product = (reference._grouped(d_out, groups) @ values.mT).reshape(p.shape)
-    product_terms = (reference._grouped(d_out.abs(), groups) @ values.mT.abs()).reshape(p.shape)
+    p = _probabilities(logits, (lse if lse.dim() == 3 else lse[None]).double())
+    product = (_grouped(d_out, groups) @ values.mT).reshape(p.shape)
+    product_terms = (_grouped(d_out.abs(), groups) @ values.mT.abs()).reshape(p.shape)
     delta, delta_terms = (d_out * o).sum(-1), (d_out * o).abs().sum(-1)
     if grad_lse is not None:
         d_lse = (grad_lse if grad_lse.dim() == 3 else grad_lse[None]).double()
@@ -96,14 +106,14 @@ def rounding_of_backward(
     d_moves = (eps + EPS + moves) * d_logits.abs() + EPS * p * (product_terms + delta_terms[..., None])
     p_moves = p * (eps + EPS + moves)
     d_q = abs(mask[0]) * _quadratic(d_moves, problem.k)
-    squares = reference._grouped(d_moves.square(), groups).mT @ reference._grouped(problem.q.square(), groups)
-    d_v = (reference._grouped(p_moves.square(), groups).mT @ reference._grouped(d_out.square(), groups)).sqrt()
+    squares = _grouped(d_moves.square(), groups).mT @ _grouped(problem.q.square(), groups)
+    d_v = (_grouped(p_moves.square(), groups).mT @ _grouped(d_out.square(), groups)).sqrt()
     none = torch.zeros(0)
     bias = mask[4]
     if bias is not None and problem.key_bias is not None:
         shape = problem.key_bias.shape
         none = d_moves.square().sum(2, keepdim=True).sum_to_size(shape).sqrt().reshape(bias.shape)
-    d_q, d_k, d_v = (reference._heads_last(x, q.dim()) for x in (d_q, abs(mask[0]) * squares.sqrt(), d_v))
+    d_q, d_k, d_v = (_heads_last(x, q.dim()) for x in (d_q, abs(mask[0]) * squares.sqrt(), d_v))
     return d_q, d_k, d_v, none
 
 
@@ -116,7 +126,7 @@ def rounding_of_scores(
     most = float(moves.max()) if moves.numel() else 0.0
     if not logits:
         finished = None if lse is None else lse.double()
-        return ((EPS + most) * reference.attention_scores(q.double(), k.double(), finished, key_weight, *rest).abs(),)
+        return ((EPS + most) * score_specification(q.double(), k.double(), finished, key_weight, *rest).abs(),)
     if key_weight is not None and key_weight.numel():
         most *= float(key_weight.abs().max())
     if not head_max:
@@ -194,7 +204,7 @@ for _title, _build in LARGE.items():
 def _of_attention(build: Any, with_lse: bool) -> Any:
     def backward(dtype: torch.dtype) -> Arguments:
         q, k, v, *mask = build(dtype)
-        out, lse = reference.attention(q, k, v, *mask)
+        out, lse = specification(q, k, v, *mask)
         return torch.randn(out.shape).to(dtype), torch.randn(lse.shape) if with_lse else None, q, k, v, out, lse, *mask
 
     return backward
@@ -216,7 +226,7 @@ LAST = 2**31 - 1
 def _scores(build: Any, *which: Any, weigh: bool = False, own_lse: bool = False) -> Any:
     def scores(dtype: torch.dtype) -> Arguments:
         q, k, v, *mask = build(dtype)
-        lse = None if own_lse else reference.attention(q, k, v, *mask)[1]
+        lse = None if own_lse else specification(q, k, v, *mask)[1]
         weight = torch.rand(*k.shape[:-3], k.shape[-2], k.shape[-3]) if weigh else None
         return q, k, lse, weight, *mask, *which
 
