@@ -5,13 +5,17 @@ from torch import Tensor
 
 from ..ops import quantize as ops
 from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
-from ..reference.quantize import gather_bytes, scatter_bytes
 from .formats import KVFormat
+from .records import by_page, channels_of, memory, move
 
 CHUNK = 64  # pages that `keep` moves at a time
+SPARE = 64  # memory for records grows by this share of what there is, and by FEWEST pages of every head at least
+FEWEST = 4
 
 
-def kv_pack(k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None = None) -> "PackedKV":
+def kv_pack(
+    k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None = None, seq_lens: Tensor | None = None
+) -> "PackedKV":
     """A packed cache of given keys and values.
 
     Args:
@@ -27,9 +31,9 @@ def kv_pack(k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None
 
     Bytes are the same on every backend, and the same whether tokens come at once or one by one. A group that contains
     NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected.
-    Deterministic; no host synchronisation but for the total size where ``salient`` says what is high; without it,
-    ``torch.compile(fullgraph=True)`` works. KIVI (Liu et al., ICML 2024), ZipCache (He et al., NeurIPS 2024), VidKV
-    (Tao et al., 2025).
+    Deterministic; no host synchronisation but to read ``seq_lens``, and for the total size where ``salient`` says what
+    is high; without these, ``torch.compile(fullgraph=True)`` works. KIVI (Liu et al., ICML 2024), ZipCache (He et al.,
+    NeurIPS 2024), VidKV (Tao et al., 2025).
     """
     fmt = KVFormat.of(fmt)
     ops.check_keys_values(k, v)
@@ -37,7 +41,14 @@ def kv_pack(k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None
     if salient is not None:
         ops.check_salient(salient, fmt.low_bits is not None, (batch, groups, total))
     cache = PackedKV(fmt, batch, groups, width, dtype=k.dtype, device=k.device)
-    return cache._append(k, v, salient)
+    if seq_lens is None:
+        return cache._append(k, v, salient)
+    ops.check_lengths(seq_lens, batch, total)
+    lengths = seq_lens.tolist()
+    for length in sorted(set(lengths)):
+        rows = [b for b, n in enumerate(lengths) if n == length]
+        cache._fill(rows, k[rows, :length], v[rows, :length], None if salient is None else salient[rows, :, :length])
+    return cache
 
 
 class PackedKV:
@@ -72,6 +83,7 @@ class PackedKV:
         if self.layout.two_classes:
             of_page = (self.format.page + 7) // 8
             self._classes = torch.zeros(batch, groups, 0, of_page, dtype=torch.uint8, device=device)
+        self._chosen = [[False] * groups for _ in range(batch)]
         self.key_channels: Tensor | None = None
         self.value_channels: Tensor | None = None
         self.hot_k = torch.zeros(batch, groups, window, width, dtype=dtype, device=device)
@@ -151,7 +163,8 @@ class PackedKV:
         """Add the tokens ``k, v [B,S,G,D]`` at the end of every head; in place, returns self.
 
         Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed (in the high class,
-        where there are two). Allocates only when capacity runs out, which then grows by half.
+        where there are two). Allocates only when capacity runs out, which then grows by a 64th: reading the cache once
+        costs more than copying it so seldom, and no more than that lies idle.
 
         Raises:
             TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit.
@@ -182,6 +195,24 @@ class PackedKV:
             self._seal_full_windows()
         return self
 
+    def _fill(self, rows: list[int], k: Tensor, v: Tensor, salient: Tensor | None) -> None:
+        """All tokens ``[rows,T,G,D]`` of sequences that have none yet."""
+        total, page, groups = k.shape[1], self.format.page, k.shape[2]
+        sealed = max(0, total - self.format.hot) // page * page
+        if sealed:
+            heads = [(b, g) for b in rows for g in range(groups)]
+            old = [x[:, :sealed].transpose(1, 2).flatten(0, 1)[:, :, None] for x in (k, v)]
+            high = None if salient is None else salient[:, :, :sealed].flatten(0, 1)[:, None]
+            self._seal(old[0], old[1], heads, high)
+        count = total - sealed
+        self.hot_k[rows, :, :count] = k[:, sealed:].transpose(1, 2)
+        self.hot_v[rows, :, :count] = v[:, sealed:].transpose(1, 2)
+        self.hot_len[rows] = count
+        for b in rows:
+            self._hot[b] = [count] * groups
+        if salient is not None:
+            self._classes_of_hot()[rows, :, :count] = salient[:, :, sealed:]
+
     def _write_hot(self, k: Tensor, v: Tensor) -> None:
         count, first = k.shape[2], self._hot[0][0]
         if all(n == first for row in self._hot for n in row):
@@ -197,10 +228,13 @@ class PackedKV:
 
     def _note_salient(self, salient: Tensor) -> None:
         """Remember the classes of hot tokens that were given; others are high. Only ``kv_pack`` gives any."""
-        if self._hot_high is None:
-            self._hot_high = torch.ones(self.hot_k.shape[:3], dtype=torch.bool, device=salient.device)
         last = self._hot[0][0]
-        self._hot_high[:, :, last - salient.shape[2] : last] = salient
+        self._classes_of_hot()[:, :, last - salient.shape[2] : last] = salient
+
+    def _classes_of_hot(self) -> Tensor:
+        if self._hot_high is None:
+            self._hot_high = torch.ones(self.hot_k.shape[:3], dtype=torch.bool, device=self.hot_k.device)
+        return self._hot_high
 
     def _seal_full_windows(self) -> None:
         page, window = self.format.page, self.hot_k.shape[2]
@@ -208,15 +242,17 @@ class PackedKV:
         if not full:
             return
         every = len(full) == self.hot_len.numel()
+        b, g = torch.tensor(full, device=self.hot_len.device).T
         hot = (self.hot_k, self.hot_v, *(() if self._hot_high is None else (self._hot_high,)))
         if every:
             oldest = [x[:, :, :page] for x in hot]
             self._seal(oldest[0].transpose(1, 2), oldest[1].transpose(1, 2), None, oldest[2] if len(hot) > 2 else None)
             for x in hot:
-                x[:, :, : window - page] = x[:, :, page:].clone()
+                for start in range(page, window, page):  # page by page, so that nothing overlaps and no copy is made
+                    later = x[:, :, start : start + page]
+                    x[:, :, start - page : start - page + later.shape[2]] = later
             self.hot_len -= page
         else:
-            b, g = torch.tensor(full, device=self.hot_len.device).T
             oldest = [x[b, g, :page] for x in hot]
             high = oldest[2][:, None] if len(hot) > 2 else None
             self._seal(oldest[0][:, :, None], oldest[1][:, :, None], full, high)
@@ -224,15 +260,14 @@ class PackedKV:
                 x[b, g, : window - page] = x[b, g, page:]
             self.hot_len[b, g] -= page
         if self._hot_high is not None:
-            self._hot_high[:, :, window - page :] = True
+            self._hot_high[b, g, window - page :] = True
         for b_, g_ in full:
             self._hot[b_][g_] -= page
 
     def _seal(self, k: Tensor, v: Tensor, heads: list[tuple[int, int]] | None, high: Tensor | None) -> None:
         """Seal whole pages ``k, v [B,n*page,G,D]`` of all heads, or ``[heads,n*page,1,D]`` of some."""
         layout, page = self.layout, self.format.page
-        if self.key_channels is None and self.value_channels is None:
-            self._choose_channels(k[:, :page], v[:, :page])
+        self._choose_channels(k[:, :page], v[:, :page], heads)
         channels = [self.key_channels, self.value_channels]
         index = None
         if heads is not None:
@@ -297,8 +332,11 @@ class PackedKV:
     def _grow_data(self, needed: int) -> None:
         if needed <= self.data.numel():
             return
-        capacity = needed if self._used == 0 else max(needed, self.data.numel() * 3 // 2)
-        grown = torch.empty(capacity, dtype=torch.uint8, device=self.data.device)
+        capacity = needed
+        if self._used:
+            few = FEWEST * self.hot_len.numel() * self.layout.full_record()
+            capacity = max(needed, self.data.numel() + max(self.data.numel() // SPARE, few))
+        grown = memory(capacity, self.data.device)
         grown[: self._used] = self.data[: self._used]
         self.data = grown
 
@@ -312,20 +350,41 @@ class PackedKV:
         if self._classes is not None:
             self._classes = torch.nn.functional.pad(self._classes, (0, 0, 0, more))
 
-    def _choose_channels(self, k: Tensor, v: Tensor) -> None:
-        """What is frozen at the first seal, from the first page of all heads."""
+    def _choose_channels(self, k: Tensor, v: Tensor, heads: list[tuple[int, int]] | None = None) -> None:
+        """What is frozen at a head's first seal, from its first page; hard channels at the first of a sequence's heads.
+
+        ``k, v [B,page,G,D]`` of all heads, or ``[heads,page,1,D]`` of some.
+        """
+        if heads is None and not any(map(any, self._chosen)):
+            self.key_channels, self.value_channels = (
+                channels_of(x, side) for x, side in ((k, self.layout.key), (v, self.layout.value))
+            )
+            self._chosen = [[True] * len(row) for row in self._chosen]
+            return
+        pairs = heads or [(b, g) for b, row in enumerate(self._chosen) for g in range(len(row))]
+        new = [i for i, (b, g) in enumerate(pairs) if not self._chosen[b][g]]
+        if not new:
+            return
         for name, x, side in (("key_channels", k, self.layout.key), ("value_channels", v, self.layout.value)):
-            if side.channel_scale:
-                factor = x.float().abs().nan_to_num(0, 0, 0).amax(1).sqrt().half()
-                setattr(self, name, torch.where((factor > 0) & factor.isfinite(), factor, 1))
-            elif side.hard:
-                over = (0, 1, 2) if side.compat else (1, 2)
-                x = x.float()
-                span = (x.amax(over, keepdim=True) - x.amin(over, keepdim=True)).nan_to_num(-1, torch.inf)
-                rank = span.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-                hard = (rank < side.hard).half().squeeze(1)
-                batch, _, groups, width = x.shape
-                setattr(self, name, hard.expand(batch, groups, width).contiguous())
+            if not (side.channel_scale or side.hard):
+                continue
+            if heads is None:
+                x = x.transpose(1, 2).flatten(0, 1)[:, :, None]
+            if getattr(self, name) is None:  # of heads that have no page it only has to be well-formed
+                first = torch.arange(self.width, device=x.device) < side.hard
+                blank = torch.ones_like(first) if side.channel_scale else first
+                setattr(self, name, blank.half().expand(*self.hot_len.shape, -1).clone())
+            channels: Tensor = getattr(self, name)
+            for b in sorted({pairs[i][0] for i in new}):
+                of_row = [i for i in new if pairs[i][0] == b]
+                decided = channels_of(x[of_row] if side.channel_scale else x[of_row].transpose(0, 2), side)
+                assert decided is not None
+                if side.channel_scale:
+                    channels[b, [pairs[i][1] for i in of_row]] = decided[:, 0]
+                elif not any(self._chosen[b]):
+                    channels[b] = decided[0, 0]
+        for i in new:
+            self._chosen[pairs[i][0]][pairs[i][1]] = True
 
     # ---- batches and newest tokens -----------------------------------------------------------------------------------
 
@@ -338,21 +397,24 @@ class PackedKV:
                 setattr(self, name, part.index_select(0, index.to(part.device)))
         places = index.tolist()
         self._pages = [list(self._pages[i]) for i in places]
+        self._chosen = [list(self._chosen[i]) for i in places]
         self._hot = [list(self._hot[i]) for i in places]
         return self
 
-    def crop(self, length: int) -> "PackedKV":
-        """Forget all but the ``length`` oldest tokens of each head; in place, returns self.
+    def crop(self, length: int | Tensor) -> "PackedKV":
+        """Forget all but the ``length`` (a number, or integer ``[B]``) oldest tokens of each head; in place.
 
-        Cheap while those forgotten are hot; sealed ones are taken out as by :meth:`keep`.
+        Returns self. Cheap while those forgotten are hot; sealed ones are taken out as by :meth:`keep`.
         """
         sealed = self.counts.sum((2, 3), dtype=torch.int32)
-        if length >= int(sealed.max() if sealed.numel() else 0):
-            self.hot_len.copy_(torch.minimum(self.hot_len, (length - sealed).clamp(min=0)))
+        most = torch.as_tensor(length, device=sealed.device, dtype=torch.int32).view(-1, 1).expand_as(sealed)
+        if bool((most >= sealed).all()):
+            self.hot_len.copy_(torch.minimum(self.hot_len, most - sealed))
             self._hot = self.hot_len.tolist()
             return self
-        places = torch.arange(length, device=sealed.device).expand(*sealed.shape, -1)
-        return self.keep(torch.where(places < self.seq_lens[..., None], places, -1))
+        most = torch.minimum(most, self.seq_lens)
+        places = torch.arange(int(most.max()), device=sealed.device).expand(*sealed.shape, -1)
+        return self.keep(torch.where(places < most[..., None], places, -1))
 
     # ---- eviction ----------------------------------------------------------------------------------------------------
 
@@ -411,39 +473,20 @@ class PackedKV:
         new_at = Addresses.of(layout, torch.zeros_like(old_offset), counts, classes)
         ends = new_at.size.flatten().cumsum(0)
         offset = (ends - new_at.size.flatten()).view_as(old_offset)
-        data = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.uint8, device=device)
+        data = memory(int(ends[-1]) if len(ends) else 0, device).zero_()
         for begin in range(0, old_offset.shape[2], CHUNK):
             part = slice(begin, begin + CHUNK)
             old, new = (
                 Addresses.of(layout, o[:, :, part], c[:, :, part], None if bits is None else bits[:, :, part])
                 for o, c, bits in ((old_offset, old_counts, old_classes), (offset, counts, classes))
             )
-            _move(self.data, old, data, new, stays[:, :, part], place[:, :, part].clamp(min=0))
+            move(self.data, old, data, new, stays[:, :, part], place[:, :, part].clamp(min=0))
         # Pages that are still there come first, in order.
         order = (counts.sum(-1) == 0).to(torch.int8).argsort(dim=-1, stable=True)
         self._pages = (counts.sum(-1) > 0).sum(-1).tolist()
         most = self.n_pages
         self._offset = offset.gather(2, order)[:, :, :most].contiguous()
-        self._counts = _by_page(counts, order)[:, :, :most].to(torch.int16).contiguous()
+        self._counts = by_page(counts, order)[:, :, :most].to(torch.int16).contiguous()
         if classes is not None:
-            self._classes = _by_page(classes, order)[:, :, :most].contiguous()
+            self._classes = by_page(classes, order)[:, :, :most].contiguous()
         self.data, self._used = data, data.numel()
-
-
-def _by_page(x: Tensor, order: Tensor) -> Tensor:
-    return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
-
-
-def _move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays: Tensor, place: Tensor) -> None:
-    """Copy the rows of the entries that stay, and the parameters that they use, to where they are now."""
-    layout = old.layout
-    for which, side in enumerate((layout.key, layout.value)):
-        of_class = [(stays if old.high is None else stays & old.high, side.row_bytes())]
-        if old.high is not None:
-            of_class.append((stays & ~old.high, side.row_bytes(False)))
-        for chosen, size in of_class:
-            to = new.codes[which].gather(-1, place)[chosen]
-            scatter_bytes(target, to, gather_bytes(source, old.codes[which][chosen], size))
-        for start, end, width in zip(old.arrays[which], new.arrays[which], side.array_widths, strict=True):
-            moved = gather_bytes(source, start[stays], width * side.scale_bytes)
-            scatter_bytes(target, end.gather(-1, place)[stays], moved)

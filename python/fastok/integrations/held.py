@@ -53,8 +53,14 @@ class Handle:
     _unpacked: list[Tensor] = field(default_factory=list)
 
     def all(self) -> list[Tensor]:
-        """All keys and all values ``[B,G,T,D]``."""
+        """All keys and all values ``[B,G,T,D]``, with a warning unless they are the new ones."""
         if not self._unpacked:
+            if self.layer.length > self.keys.shape[2]:
+                warnings.warn(
+                    "a cache that attn_implementation='fastok' reads in place is unpacked in every step for another "
+                    "one",
+                    stacklevel=2,
+                )
             self._unpacked = list(self.layer.unpacked())
         return self._unpacked
 
@@ -70,10 +76,6 @@ class HeldTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         """Anything that is not fastok's attention: on all of the tokens."""
-        warnings.warn(
-            "a cache that attn_implementation='fastok' reads in place is unpacked in every step for another one",
-            stacklevel=2,
-        )
         kwargs = {} if kwargs is None else kwargs
         return func(*map(_whole, args), **{name: _whole(value) for name, value in kwargs.items()})
 

@@ -54,6 +54,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored, spare capacity included."""
+        self.settle()
         return sum(store.nbytes for store in self.stores)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -85,21 +86,23 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.settle()
         new, before = key_states.shape[2], self.length
-        self.length += new
         states = key_states.detach(), value_states.detach()
+        if before and new > self.most_rows:
+            old = self.unpacked()
+            self.length += new
+            self.append(*states)
+            return torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2)
+        self.length += new
         if before == 0:
             if self.wants_prompt:
                 self._prompt = states
                 return hold(self, key_states, value_states)
             self.append(*states)
             return key_states, value_states
-        if new <= self.most_rows:
-            self.append(*states)
-            return hold(self, key_states, value_states)
-        old = self.unpacked()
         self.append(*states)
-        return torch.cat([old[0], key_states], 2), torch.cat([old[1], value_states], 2)
+        return hold(self, key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a mask for ``query_length`` more tokens has, and the position of the first."""
@@ -122,6 +125,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0, got {tokens_to_remove}")
         if tokens_to_remove < 0 and self.is_initialized:
+            self.settle()
             length = max(self.length + tokens_to_remove, 0)
             self.crop_stores(length)
             self.length = length
@@ -138,6 +142,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Make samples ``indices[B']`` the batch."""
         if self.is_initialized:
+            self.settle()
             for store in self.stores:
                 store.select(indices)
 
@@ -162,11 +167,15 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """See `Held`."""
-        if self._prompt is None:
-            return self.stored()
-        prompt, self._prompt = self._prompt, None  # by an attention that tells nothing
-        self.append(*prompt)
-        return prompt
+        prompt = self._prompt
+        self.settle()
+        return self.stored() if prompt is None else prompt
+
+    def settle(self) -> None:
+        """Store a prompt that waits for its attention: it went to one that tells nothing, or to none."""
+        if self._prompt is not None:
+            prompt, self._prompt = self._prompt, None
+            self.append(*prompt)
 
 
 class HeldCache(Cache):  # type: ignore[misc]

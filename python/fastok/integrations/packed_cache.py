@@ -14,6 +14,7 @@ from ..ops.decode import attention_decode
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
 from .held_cache import HeldCache, HeldLayer, Store
+from .unpadded import Unpadded
 
 RECENT, RANDOM, UNIMPORTANT = 0.05, 0.05, 0.4
 """ZipCache's probes, as shares of the prompt's tokens, and the share of tokens in the low class."""
@@ -42,6 +43,9 @@ class PackedCache(HeldCache):
     conversation, chunked prefill), windows on several new tokens, recorded scores, and any other attention
     implementation get an unpacked copy of one layer at a time (the last with a warning): right, but with that much
     memory and time. Tokens are packed once and never again; heads narrower than 32 channels are padded with zeros.
+    What the mask hides of a prompt (padding, left or right) is not stored, so that a sequence's pages are, byte for
+    byte, those that it has without padding. That takes ``attn_implementation="fastok"``, and concerns the first
+    forward: later chunks and turns are stored as they are, padding included.
     Formats of two classes (``"zipcache-4/2"``) find the salient tokens of the prompt by probing its attention.
 
     Works with batches (left or right padding), beam search, ``crop``, `reset` and continued conversations. Not for
@@ -64,8 +68,9 @@ class PackedCache(HeldCache):
     @property
     def bits_per_element(self) -> float:
         """Bits stored for each element of a key or value, the hot window's included; NaN while empty."""
-        elements = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width for layer in self.filled())
-        return 8 * self.nbytes / elements if elements else math.nan
+        nbytes = self.nbytes
+        elements = sum(2 * int(layer.kv.seq_lens.sum()) * layer.width for layer in self.filled())
+        return 8 * nbytes / elements if elements else math.nan
 
     def summary(self) -> str:
         """One line: format, tokens, memory."""
@@ -86,6 +91,11 @@ def _stored_width(width: int) -> int:
     return max(32, width + -width % 8)
 
 
+def _widened(x: Tensor, width: int) -> Tensor:
+    """``x`` with zeros for channels it lacks."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
 class PackedLayer(HeldLayer):
     """One layer of a `PackedCache`.
 
@@ -100,6 +110,7 @@ class PackedLayer(HeldLayer):
         super().__init__()
         self.format = fmt
         self.width = 0
+        self._unpadded: Unpadded | None = None
 
     @property
     def stores(self) -> list[Store]:
@@ -113,8 +124,8 @@ class PackedLayer(HeldLayer):
 
     @property
     def wants_prompt(self) -> bool:
-        """For its salient tokens."""
-        return self.format.low_bits is not None
+        """For its salient tokens and its padding."""
+        return True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for tensors like these."""
@@ -124,6 +135,7 @@ class PackedLayer(HeldLayer):
                 "channels; supported, equally many"
             )
         super().lazy_initialization(key_states, value_states)
+        self._unpadded = None
         batch, groups, _, self.width = key_states.shape
         self.kv = PackedKV(self.format, batch, groups, _stored_width(self.width), dtype=self.dtype, device=self.device)
 
@@ -131,37 +143,68 @@ class PackedLayer(HeldLayer):
         """Store new tokens ``[B,G,S,D]``."""
         self.kv.append(*self._rows(keys, values))
 
+    def crop_stores(self, length: int) -> None:
+        """Forget all but the ``length`` oldest tokens, padding counted."""
+        if self._unpadded is None:
+            self.kv.crop(length)
+        else:
+            self._unpadded, stored = self._unpadded.crop(length)
+            self.kv.crop(stored)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make samples ``indices[B']`` the batch."""
+        super().batch_select_indices(indices)
+        if self.is_initialized and self._unpadded is not None:
+            self._unpadded = self._unpadded.select(indices)
+
     # ---- for the attention function ----------------------------------------------------------------------------------
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Held`."""
-        rows = F.pad(q, (0, self.kv.width - q.shape[-1])).to(self.dtype)
+        rows = _widened(q, self.kv.width).to(self.dtype)
+        if key_bias is not None and self._unpadded is not None:
+            key_bias = self._unpadded.of_stored(key_bias)
         out, lse = attention_decode(rows, self.kv, scale=scale, softcap=softcap, key_bias=key_bias)
         return out[..., : self.width].to(q.dtype), lse
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """All keys and values ``[B,G,T,D]``."""
-        k, v = self.kv.unpack()
-        return k[..., : self.width].transpose(1, 2), v[..., : self.width].transpose(1, 2)
+        """All keys and values ``[B,G,T,D]``; 0 for padding of the prompt."""
+        k, v = (x[..., : self.width].transpose(1, 2) for x in self.kv.unpack())
+        if self._unpadded is not None:
+            k, v = (self._unpadded.spread(x, self.length) for x in (k, v))
+        return k, v
 
     def observe(self, q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> None:
         """Pack the prompt, told what it attended to: ``q[B,T,H,D]``, ``k[B,T,G,D]``, ``lse[B,H,T]``."""
         assert self._prompt is not None
         prompt, self._prompt = self._prompt, None
-        total = q.shape[1]
-        recent = math.ceil(RECENT * total)
-        generator = torch.Generator().manual_seed(total)
-        earlier = torch.randint(max(total - recent, 1), (int(RANDOM * total),), generator=generator)
-        rows = torch.cat([earlier, torch.arange(total - recent, total)]).to(q.device)
-        spec = ScoreSpec(rows=rows, normalize="causal", heads="group_sum")
-        scores = attention_scores(q, k, lse=lse, spec=spec, **masking)
-        kept = total - int(UNIMPORTANT * total)
-        salient = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
-        best = top_tokens(scores.flatten(0, 1), kept).view(*scores.shape[:2], -1)
         keys, values = self._rows(*prompt)
-        self.kv = kv_pack(keys, values, self.format, salient=salient.scatter(2, best, True))
+        salient = None if self.format.low_bits is None else _salient(q, k, lse, masking)
+        bias, seq_lens = masking["key_bias"], None
+        hidden = bias == -torch.inf if bias is not None and bias.dim() == 2 else None
+        if hidden is not None and bool(hidden.any()):
+            self._unpadded = unpadded = Unpadded.of(hidden)
+            keys, values = (x.gather(1, unpadded.places[..., None, None].expand_as(x)) for x in (keys, values))
+            if salient is not None:
+                salient = salient.gather(2, unpadded.places[:, None].expand_as(salient))
+            seq_lens = unpadded.seen
+        self.kv = kv_pack(keys, values, self.format, salient=salient, seq_lens=seq_lens)
 
     def _rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """``[B,G,S,D]`` as the packed cache takes them, ``[B,S,G,width]``."""
-        more = (0, self.kv.width - self.width)
-        return F.pad(keys, more).transpose(1, 2), F.pad(values, more).transpose(1, 2)
+        width = self.kv.width
+        return _widened(keys, width).transpose(1, 2), _widened(values, width).transpose(1, 2)
+
+
+def _salient(q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> Tensor:
+    """bool ``[B,G,T]``: ZipCache's important tokens of a prompt, by the attention of probing rows."""
+    total = q.shape[1]
+    recent = math.ceil(RECENT * total)
+    generator = torch.Generator().manual_seed(total)
+    earlier = torch.randint(max(total - recent, 1), (int(RANDOM * total),), generator=generator)
+    rows = torch.cat([earlier, torch.arange(total - recent, total)]).to(q.device)
+    spec = ScoreSpec(rows=rows, normalize="causal", heads="group_sum")
+    scores = attention_scores(q, k, lse=lse, spec=spec, **masking)
+    kept = total - int(UNIMPORTANT * total)
+    best = top_tokens(scores.flatten(0, 1), kept).view(*scores.shape[:2], -1)
+    return torch.zeros(scores.shape, dtype=torch.bool, device=q.device).scatter(2, best, True)

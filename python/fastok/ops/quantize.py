@@ -26,6 +26,12 @@ def check_salient(salient: Tensor, two_classes: bool, shape: tuple[int, int, int
     check_shape("salient", salient, shape, "[B,G,T] of k")
 
 
+def check_lengths(seq_lens: Tensor, batch: int, total: int) -> None:
+    """``seq_lens`` is integer ``[B]`` within [0, T]."""
+    check_shape("seq_lens", seq_lens, (batch,), "[B] of k")
+    check_range("seq_lens", seq_lens, 0, total + 1)
+
+
 def check_appended(k: Tensor, hot: Tensor) -> None:
     """``k`` has the heads, the width and the dtype of the cache's window ``hot[B,G,W,D]``."""
     check_dtype("k", k, (hot.dtype,))
