@@ -60,6 +60,12 @@ inline vi select(vmask m, vi a, vi b) { return _mm512_mask_mov_epi32(b, m, a); }
 inline vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
 inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
+// Every other lane of a, then of b.
+inline void unzip(vf a, vf b, vf& even, vf& odd) {
+  const vi places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, places, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(places, _mm512_set1_epi32(1)), b);
+}
 
 #elif defined(__AVX2__)
 
@@ -104,6 +110,14 @@ inline vi select(vmask m, vi a, vi b) { return _mm256_blendv_epi8(b, a, _mm256_c
 inline vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline void store(int32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 inline vi load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+// Every other lane of a, then of b.
+inline void unzip(vf a, vf b, vf& even, vf& odd) {
+  const auto in_order = [](vf x) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), _MM_SHUFFLE(3, 1, 2, 0)));
+  };
+  even = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
+  odd = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+}
 
 #else  // 128-bit vectors in the compiler's own notation: SSE2, NEON, anything.
 
@@ -142,6 +156,11 @@ inline vi load(const int32_t* p) {
   vi x;
   std::memcpy(&x, p, sizeof x);
   return x;
+}
+// Every other lane of a, then of b.
+inline void unzip(vf a, vf b, vf& even, vf& odd) {
+  even = vf{a[0], a[2], b[0], b[2]};
+  odd = vf{a[1], a[3], b[1], b[3]};
 }
 
 #endif

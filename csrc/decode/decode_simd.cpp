@@ -27,7 +27,8 @@ struct Scratch {
   float *bias, *step;               // [rows]: what a group adds to all logits, what an integer stands for
   int16_t* integers;                // [rows][kPitch]: queries or weights
   float *scale, *zero;              // [channels or page entries]
-  float *table_scale, *table_zero;  // [page entry][group of channels]
+  float *table_scale, *table_zero;  // [group of channels][kMostPage]
+  float* table;                     // [page entry][group of channels], on the way to those
   uint8_t* codes;                   // [page][pitch]
   const uint8_t** code_rows;        // [page]
   int32_t *place, *rank;            // [page]
@@ -47,6 +48,7 @@ struct Scratch {
     zero = take<float>(at, kPitch);
     table_scale = take<float>(at, kTable);
     table_zero = take<float>(at, kTable);
+    table = take<float>(at, kTable);
     codes = take<uint8_t>(at, kMostPage * pitch + 64);
     code_rows = take<const uint8_t*>(at, kMostPage);
     place = take<int32_t>(at, kMostPage);
@@ -145,6 +147,7 @@ void dense_keys(const DecodeRows& rows, const DenseKeys& keys, const DecodeState
 // The entries of a page that take part, in the order of their rows: segments of them share parameters along channels.
 struct Chosen {
   int64_t n, segments;
+  bool all;                        // in the order of the page
   int64_t end[kMostTokenGroups];   // of a segment
   int64_t slot[kMostTokenGroups];  // its row in arrays along channels
   bool high[kMostTokenGroups];
@@ -154,7 +157,8 @@ Chosen choose(const PackedKeys& keys, Scratch& s) {
   const KvPage& page = keys.page;
   Chosen chosen;
   chosen.n = chosen.segments = 0;
-  if (!keys.listed && !page.classes) {
+  chosen.all = !keys.listed && !page.classes;
+  if (chosen.all) {
     for (int64_t entry = 0; entry < page.n; ++entry) {
       s.place[entry] = int32_t(keys.first + entry);
       s.rank[entry] = int32_t(entry);
@@ -274,6 +278,13 @@ float fold(const float* q, const float* scale, const float* zero, int64_t width,
   return sum;
 }
 
+float sum_of(const float* x, int64_t n) {
+  vf sum = splat(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = sum + load(x + i);
+  return horizontal_sum(i < n ? sum + load_part(x + i, n - i) : sum);
+}
+
 constexpr NextRows kNoRows = {nullptr, 0, 0};
 
 // Rows x[row * pitch ..] of n numbers as integers, what they stand for to s.step. False if that would not do.
@@ -324,27 +335,67 @@ int64_t shifted_from(const KvSide& side, const KvPart& part, int64_t first) {
   return released_spectrum(side, part) && first < imaginary ? imaginary : first;
 }
 
+// x[row * columns + c] to out[c * kMostPage + row], and zeros behind the rows up to a whole vector.
+void columns_of(const float* x, int64_t rows, int64_t columns, float* out) {
+  int64_t row = 0;
+  if (columns == 2 || columns == 4) {
+    for (; row < rows; row += kLanes) {
+      const float* const from = x + row * columns;
+      vf even[2], odd[2];
+      for (int64_t i = 0; i < columns / 2; ++i)
+        unzip(load(from + 2 * i * kLanes), load(from + (2 * i + 1) * kLanes), even[i], odd[i]);
+      if (columns == 4) {
+        const vf first = even[0], second = odd[0];
+        unzip(first, even[1], even[0], even[1]);
+        unzip(second, odd[1], odd[0], odd[1]);
+      }
+      for (int64_t i = 0; i < columns / 2; ++i) {
+        store(out + 2 * i * kMostPage + row, even[i]);
+        store(out + (2 * i + 1) * kMostPage + row, odd[i]);
+      }
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t i = row; i < rows; ++i) out[c * kMostPage + i] = x[i * columns + c];
+    for (int64_t i = rows; i % kLanes; ++i) out[c * kMostPage + i] = 0;
+  }
+}
+
 // x = code * scale + zero of every token of the page and every group of channels of one part, to the tables.
 void read_table(const KvFormat& fmt, const KvSide& side, const KvHalf& half, int part_index, Scratch& s) {
   const uint8_t* array = half.params;
   for (int i = 0; i < part_index; ++i)
     array += half.param_rows * side.part[i].arrays() * side.groups_of(side.part[i]) * side.scale_bytes;
   const KvPart& part = side.part[part_index];
-  const int64_t count = half.param_rows * side.groups_of(part);
-  read_scales(array, fmt.scale, 0, count, s.table_scale);
-  if (part.kind == KvKind::affine)
-    return read_scales(array + count * side.scale_bytes, fmt.scale, 0, count, s.table_zero);
-  finish_parameters(side, part, 0, count, s.table_scale, s.table_zero);
-  for (int64_t i = 0; i < count && released_spectrum(side, part); ++i) s.table_zero[i] = -0.5f * s.table_scale[i];
+  const int64_t groups = side.groups_of(part), count = half.param_rows * groups;
+  const auto read = [&](const uint8_t* from, float* to) {
+    read_scales(from, fmt.scale, 0, count, groups == 1 ? to : s.table);
+    columns_of(groups == 1 ? to : s.table, half.param_rows, groups, to);
+  };
+  read(array, s.table_scale);
+  if (part.kind == KvKind::affine) return read(array + count * side.scale_bytes, s.table_zero);
+  for (int64_t g = 0; g < groups; ++g) {
+    float *const scale = s.table_scale + g * kMostPage, *const zero = s.table_zero + g * kMostPage;
+    finish_parameters(side, part, 0, half.param_rows, scale, zero);
+    for (int64_t i = half.param_rows; i % kLanes; ++i) zero[i] = 0;
+    for (int64_t i = 0; i < half.param_rows && released_spectrum(side, part); ++i) zero[i] = -0.5f * scale[i];
+  }
 }
 
-// The chosen tokens' column of the tables, in whole vectors.
-void read_column(const Chosen& chosen, int64_t groups, int64_t group, Scratch& s) {
+// Of the chosen tokens and one group, in whole vectors.
+struct Column {
+  const float *scale, *zero;
+};
+
+Column read_column(const Chosen& chosen, int64_t group, Scratch& s) {
+  const float *const scale = s.table_scale + group * kMostPage, *const zero = s.table_zero + group * kMostPage;
+  if (chosen.all) return {scale, zero};
   for (int64_t i = 0; i < chosen.n; ++i) {
-    s.scale[i] = s.table_scale[s.rank[i] * groups + group];
-    s.zero[i] = s.table_zero[s.rank[i] * groups + group];
+    s.scale[i] = scale[s.rank[i]];
+    s.zero[i] = zero[s.rank[i]];
   }
   for (int64_t i = chosen.n; i % kLanes; ++i) s.scale[i] = s.zero[i] = 0;
+  return {s.scale, s.zero};
 }
 
 void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
@@ -362,7 +413,7 @@ void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
     return;
   }
   for (int64_t r = 0; r < rows.count; ++r)
-    std::memset(s.logits + r * Scratch::kPitch, 0, Scratch::kPitch * sizeof(float));
+    for (int64_t i = 0; i < chosen.n; i += kLanes) store(s.logits + r * Scratch::kPitch + i, splat(0.0f));
   for (int part = 0; part < side.n_parts; ++part) {
     const KvPart& of = side.part[part];
     const int64_t groups = side.groups_of(of);
@@ -370,14 +421,14 @@ void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = of.first + g * side.group, left = of.first + of.channels - first;
       const int64_t count = left < side.group ? left : side.group;
-      read_column(chosen, groups, g, s);
+      const Column column = read_column(chosen, g, s);
       code_dots(keys, s.code_rows, chosen.n, first, rows.q + first, rows.count, count, nullptr, s.weights, s);
       for (int64_t r = 0; r < rows.count; ++r) {
-        float whole = 0;
-        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) whole += rows.q[r * pitch + d];
+        const int64_t shifted = shifted_from(side, of, first);
+        const float whole = sum_of(rows.q + r * pitch + shifted, first + count - shifted);
         float *const x = s.logits + r * Scratch::kPitch, *const dot = s.weights + r * Scratch::kPitch;
         for (int64_t i = 0; i < chosen.n; i += kLanes)
-          store(x + i, load(x + i) + fma(load(dot + i), load(s.scale + i), splat(whole) * load(s.zero + i)));
+          store(x + i, load(x + i) + fma(load(dot + i), load(column.scale + i), splat(whole) * load(column.zero + i)));
       }
     }
   }
@@ -396,11 +447,7 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
       std::memset(s.sums, 0, size_t(rows.count * pitch) * sizeof(float));
       code_sums(keys, s.code_rows + begin, n, 0, s.logits + begin, rows.count, width, s.sums, s);
       for (int64_t r = 0; r < rows.count; ++r) {
-        vf whole = splat(0.0f);
-        int64_t i = begin;
-        for (; i + kLanes <= begin + n; i += kLanes) whole = whole + load(s.logits + r * Scratch::kPitch + i);
-        if (i < begin + n) whole = whole + load_part(s.logits + r * Scratch::kPitch + i, begin + n - i);
-        const vf total = splat(horizontal_sum(whole));
+        const vf total = splat(sum_of(s.logits + r * Scratch::kPitch + begin, n));
         float *const sum = state.sum + r * pitch, *const more = s.sums + r * pitch;
         for (int64_t d = 0; d < width; d += kLanes)
           store(sum + d, load(sum + d) + fma(load(more + d), load(s.scale + d), total * load(s.zero + d)));
@@ -415,13 +462,13 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = of.first + g * side.group, left = of.first + of.channels - first;
       const int64_t count = left < side.group ? left : side.group;
-      read_column(chosen, groups, g, s);
+      const Column column = read_column(chosen, g, s);
       for (int64_t r = 0; r < rows.count; ++r) {
         const float* const p = s.logits + r * Scratch::kPitch;
         vf whole = splat(0.0f);
         for (int64_t i = 0; i < chosen.n; i += kLanes) {
-          store(s.weights + r * Scratch::kPitch + i, load(p + i) * load(s.scale + i));
-          whole = fma(load(p + i), load(s.zero + i), whole);
+          store(s.weights + r * Scratch::kPitch + i, load(p + i) * load(column.scale + i));
+          whole = fma(load(p + i), load(column.zero + i), whole);
         }
         const float total = horizontal_sum(whole);
         for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) state.sum[r * pitch + d] += total;
