@@ -5,6 +5,7 @@
 #include "attention/exp_simd.h"
 #include "decode/expand_simd.h"
 #include "decode/integer_simd.h"
+#include "decode/packed_dots_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
@@ -26,6 +27,7 @@ struct Scratch {
   float *folded, *sums;             // [rows][pitch]: queries times scales, sums before scales
   float *bias, *step;               // [rows]: what a group adds to all logits, what an integer stands for
   int16_t* integers;                // [rows][kPitch]: queries or weights
+  int8_t* halves;                   // [rows][2][kMostChannels]: the integers' halves
   float *scale, *zero;              // [channels or page entries]
   float *table_scale, *table_zero;  // [group of channels][kMostPage]
   float* table;                     // [page entry][group of channels], on the way to those
@@ -44,6 +46,7 @@ struct Scratch {
     bias = take<float>(at, rows);
     step = take<float>(at, rows);
     integers = take<int16_t>(at, rows * kPitch);
+    halves = take<int8_t>(at, rows * 2 * kMostChannels);
     scale = take<float>(at, kPitch);
     zero = take<float>(at, kPitch);
     table_scale = take<float>(at, kTable);
@@ -398,6 +401,29 @@ Column read_column(const Chosen& chosen, int64_t group, Scratch& s) {
   return {s.scale, s.zero};
 }
 
+// Whether logits can be had from the codes of the page as they are.
+bool suits_packed_dots(const PackedKeys& keys, const Chosen& chosen) {
+  const KvSide& side = keys.fmt->key;
+  return kPackedDots && keys.integers && chosen.all && !side.per_token && has_whole_words(side);
+}
+
+// Of keys with parameters along channels. False, having done nothing, if the queries suit no integers.
+bool packed_key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
+  const KvSide& side = keys.fmt->key;
+  const int64_t width = side.width, pitch = decode_pitch(width);
+  const uint8_t* ahead = keys.page.key.codes + keys.page.size / 2;
+  for (int64_t segment = 0, begin = 0; segment < chosen.segments; begin = chosen.end[segment++]) {
+    channel_parameters(*keys.fmt, side, keys.page.key, chosen.slot[segment], true, s.scale, s.zero);
+    for (int64_t r = 0; r < rows.count; ++r)
+      s.bias[r] = fold(rows.q + r * pitch, s.scale, s.zero, width, s.folded + r * pitch);
+    if (!integer_rows(keys, s.folded, pitch, rows.count, width, s)) return false;
+    split_bytes(s.integers, Scratch::kPitch, rows.count, width, s.halves);
+    packed_dots(side, keys.page.key.codes + begin * side.row_bytes(true), chosen.end[segment] - begin, s.halves, s.step,
+                s.bias, rows.count, s.logits + begin, Scratch::kPitch, ahead);
+  }
+  return true;
+}
+
 void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
   const KvFormat& fmt = *keys.fmt;
   const KvSide& side = fmt.key;
@@ -482,8 +508,10 @@ void packed(const DecodeRows& rows, const PackedKeys& keys, const DecodeState& s
   Scratch s(rows.count, keys.fmt->key.width, memory);
   const Chosen chosen = choose(keys, s);
   if (chosen.n == 0) return;
-  expand(keys.fmt->key, keys.page, keys.page.key, chosen, keys.data_end, s);
-  key_logits(rows, keys, chosen, s);
+  if (!suits_packed_dots(keys, chosen) || !packed_key_logits(rows, keys, chosen, s)) {
+    expand(keys.fmt->key, keys.page, keys.page.key, chosen, keys.data_end, s);
+    key_logits(rows, keys, chosen, s);
+  }
   soften(rows, chosen.n, s.place, keys.first + keys.page.n - 1, keys.fmt->value.width, s.logits, Scratch::kPitch,
          state);
   expand(keys.fmt->value, keys.page, keys.page.value, chosen, keys.data_end, s);

@@ -1,6 +1,6 @@
-// The two products of decode attention with codes as they are: queries and weights become integers of 15 bits and a
-// sign, relative to the largest of a row, so a product errs by no more than 2^-16 of that times the sum of the codes.
-// Sums of integers are exact, and the same on every instruction set. See cpu/dispatch.h for the rule about linkage.
+// The two products of decode attention with codes as they are: queries and weights become integers of 16 bits, relative
+// to the largest of a row, so a product errs by no more than 1/65,278 of that times the sum of the codes. Sums of
+// integers are exact, and the same on every instruction set. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "decode/tile_simd.h"
 
@@ -77,7 +77,7 @@ inline float to_integers(const float* x, int64_t n, int16_t* out) {
   }
   const float largest = horizontal_max(most), nothing = horizontal_sum(odd);
   if (nothing != 0) return nothing;
-  constexpr float kMost = 32767.0f;
+  constexpr float kMost = 127 * 256 + 127;  // the most that two bytes with a sign make
   // Of subnormal numbers the reciprocal would overflow: they are 0 beside the zeros that they are added to.
   const bool tiny = largest < 0x1p-100f;
   const vf inverse = splat(tiny ? 0.0f : kMost / largest);
