@@ -49,7 +49,7 @@ asan: $(VENV)/.test
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=$(CURDIR)/build/asan/package $(BIN)/python -m pytest tests/test_sanitizer.py tests/test_match.py tests/test_select.py \
-	  tests/test_merge.py tests/test_attention.py tests/test_attention_backward.py tests/test_attention_scores.py -k "not triton and not host and not opcheck and not compile" --sanitized
+	  tests/test_density_peaks.py tests/test_merge.py tests/test_attention.py tests/test_attention_backward.py tests/test_attention_scores.py -k "not triton and not host and not opcheck and not compile" --sanitized
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel --no-isolation

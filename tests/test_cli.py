@@ -128,6 +128,9 @@ def cases(device):
     assert main(["bench", "idle", "--device", "cpu", "--json", str(results), "--plot", str(plot)]) == 0
     assert json.loads(results.read_text())["results"][0]["name"] == "nothing"
     assert plot.exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "idle", "--device", "cpu", "--plot"]) == 0
+    assert (tmp_path / "out" / "bench.png").exists()
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

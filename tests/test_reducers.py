@@ -397,3 +397,17 @@ def test_maps_without_weights_are_token_maps() -> None:
     for reducer in REDUCERS:
         soft = isinstance(reducer, FourierPool) or reducer == VisionZip(6, 3)
         assert isinstance(reducer(context()), SoftMap if soft else TokenMap)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"hidden": None}, TypeError, "hidden must be a tensor, got NoneType"),
+        ({"hidden": torch.zeros(5, 8)}, ValueError, r"hidden must have shape \[B,N,C\]"),
+        ({"protect": 6}, ValueError, r"protect must be within \[0, N=5\], got 6"),
+        ({"protect": -1}, ValueError, "protect must be >= 0, got -1"),
+    ],
+)
+def test_bad_contexts(fields: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        TokenContext(**{"hidden": torch.zeros(2, 5, 8)} | fields)

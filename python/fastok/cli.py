@@ -45,7 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("family", nargs="?", help="a bench/bench_FAMILY.py; all of them by default")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU if there is one")
     bench.add_argument("--json", type=Path, metavar="F", help="write the results here")
-    bench.add_argument("--plot", type=_picture, metavar="F", help="draw the ratios as bars here")
+    bench.add_argument(
+        "--plot",
+        type=_picture,
+        nargs="?",
+        const=Path("out/bench.png"),
+        metavar="F",
+        help="draw the ratios as bars here (without a name: %(const)s)",
+    )
 
     demo = add("demo", run_demo, "Accuracy and speed with and without token merging, and a picture of the tokens.")
     demo.add_argument("--image", type=Path, metavar="F", help="a photo of yours for the picture")

@@ -62,6 +62,8 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
     themselves, the graph ends once or twice between vision tower and language model: how long the prompt becomes
     depends on what is in it. Compiled forwards of one graph record nothing in the handle.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r}")
     needs = getattr(reducer, "needs", None)
     if needs is None or not callable(reducer) or isinstance(reducer, type):
         raise TypeError(f"reducer must be a reducer such as fastok.reducers.ToMe(r=16), got {reducer!r}")

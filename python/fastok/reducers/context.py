@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..ops.checks import check_at_least, check_shape
 from ..token_map import SoftMap, TokenMap
 
 
@@ -44,6 +45,12 @@ class TokenContext:
     n_layers: int = 1
     extra: dict[str, Tensor] = field(default_factory=dict)
     n_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_shape("hidden", self.hidden, (None, None, None), "[B,N,C]")
+        check_at_least("protect", self.protect, 0)
+        if self.protect > self.hidden.shape[1]:
+            raise ValueError(f"protect must be within [0, N={self.hidden.shape[1]}], got {self.protect}")
 
 
 class Reducer(Protocol):
