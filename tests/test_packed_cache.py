@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "Mistral, sliding window": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 20}),
+    "Qwen2, biases": ("Qwen2Config", "Qwen2ForCausalLM", {}),
     "Qwen3, normed queries and keys": ("Qwen3Config", "Qwen3ForCausalLM", {}),
     "Gemma 2, softcap, alternating windows": ("Gemma2Config", "Gemma2ForCausalLM", {"sliding_window": 24}),
     "Phi-3, heads of 24 channels": ("Phi3Config", "Phi3ForCausalLM", {"hidden_size": 96, "head_dim": 24}),
@@ -151,6 +152,41 @@ def test_beams_and_sampling() -> None:
     torch.manual_seed(0)
     sampled = model.generate(prompt, past_key_values=PackedCache(fmt, model), max_new_tokens=8, do_sample=True)
     assert sampled.shape == (2, 38)
+
+
+@torch.no_grad()
+def test_prompts_in_chunks() -> None:
+    """``generate(prefill_chunk_size=…)``: exact while hot; later chunks attend to packed ones, and all are stored."""
+    model, prompt = build("Llama"), ids(2, 61)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    chunks = options | {"prefill_chunk_size": 20}
+    wanted = model.generate(prompt, **options)
+    assert_same(model.generate(prompt, past_key_values=PackedCache(EXACT, model), **chunks), wanted)
+    cache = PackedCache(SMALL_PAGES, model)
+    model.generate(prompt, past_key_values=cache, **chunks)
+    assert cache.get_seq_length() == 66
+    assert cache.layers[0].kv.seq_lens.unique().tolist() == [66]
+
+
+@torch.no_grad()
+def test_the_language_model_of_a_vision_language_model() -> None:
+    """LLaVA with an image in the prompt: exact while nothing is sealed, and read in place behind it."""
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**SIZES)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
+        projection_dim=32,
+    )  # fmt: skip
+    config = transformers.LlavaConfig(vision, text, image_token_id=63, attn_implementation="fastok")
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    prompt = ids(1, 40).clamp(max=62)
+    prompt[0, 5:21] = 63
+    options: dict[str, Any] = {"pixel_values": torch.randn(1, 3, 32, 32), "max_new_tokens": 8, "do_sample": False}
+    wanted = model.generate(prompt, **options)
+    assert_same(model.generate(prompt, past_key_values=PackedCache(EXACT, model), **options), wanted)
+    cache = PackedCache(SMALL_PAGES, model)
+    assert model.generate(prompt, past_key_values=cache, **options).shape == (1, 48)
+    assert cache.layers[0].kv.n_pages == (47 - 8) // 8
 
 
 @torch.no_grad()

@@ -246,6 +246,59 @@ def test_corrupt_caches_are_refused() -> None:
     assert torch.ops.fastok.kv_unseal(noise, *good[1:], cache.format.flat, 400)[0].shape == (1, 400, 2, 64)
 
 
+@settings(max_examples=60)
+@given(
+    name=st.sampled_from(["kivi-2", "vidkv-1.5/1.58", "zipcache-4/2"]), seed=st.integers(0, 10_000),
+    cut=st.integers(0, 100), which=st.integers(0, 4),
+    value=st.sampled_from([-(2**63), -(2**31), -32768, -16, -1, 0, 1, 16, 63, 64, 255, 32767, 2**31 - 16, 2**62]),
+)  # fmt: skip
+def test_any_directory_is_read_or_refused(name: str, seed: int, cut: int, which: int, value: int) -> None:
+    """One number of it is anything, and data may end anywhere: an error that says so, or a result; never a crash."""
+    torch.manual_seed(seed)
+    cache, _, _ = packed(name, 1, 400, 2, 64)
+    arguments = [None if x is None else x.clone() for x in cache.arguments]
+    arguments[0] = cache.data[: cache.data.numel() * cut // 100]
+    spoilt = (arguments[1], arguments[2], arguments[8], arguments[3], arguments[5])[which]
+    if spoilt is not None:
+        place = torch.randint(spoilt.numel(), ())
+        spoilt.view(-1)[place] = value if spoilt.dtype == torch.int64 else torch.tensor(value).to(spoilt.dtype)
+    q = torch.randn(1, 1, 4, 64)
+    for read in (
+        lambda: torch.ops.fastok.kv_unseal(*arguments, cache.format.flat, 400),
+        lambda: torch.ops.fastok.decode_packed(q, *arguments, cache.format.flat, 0.125, 0.0, None, None),
+    ):
+        try:
+            first = read()[0]
+        except RuntimeError as error:
+            assert "must" in str(error) or "data is too short" in str(error) or "is at" in str(error)  # noqa: PT017
+        else:
+            assert first.shape[-1] == 64
+
+
+@over_formats
+def test_selected_sequences_share_bytes_and_go_on_apart(name: str) -> None:
+    """As beams do: what was sealed is the same bytes for all, what comes then is each one's own."""
+    fmt, index = FORMATS[name], [1, 1, 0, 1]
+    total = 2 * fmt.page + fmt.hot + fmt.page // 2
+    k, v = keys_values(2, total, 2, 64)
+    more_k, more_v = keys_values(4, 2 * fmt.page, 2, 64)
+    cache = kv_pack(k, v, fmt)
+    used = cache._used
+    assert cache.select(torch.tensor(index)) is cache
+    assert cache._used == used
+    cache.append(more_k, more_v)
+    for row, b in enumerate(index):
+        both = kv_pack(k[[0, 1]], v[[0, 1]], fmt)
+        both.append(more_k[[row, row]], more_v[[row, row]])
+        for g in range(2):
+            for page in range(cache.n_pages):
+                assert torch.equal(cache.record(row, g, page), both.record(b, g, page))
+    kept = torch.arange(0, total, 2).expand(4, 2, -1)
+    before = cache.unpack()
+    for got, was in zip(cache.keep(kept).unpack(), before, strict=True):
+        assert_same(got, was[:, 0:total:2])
+
+
 @pytest.mark.parametrize("name", ["kivi-2", "vidkv-1.5/1.58", "zipcache-4/2"])
 def test_opcheck(name: str) -> None:
     fmt = FORMATS[name]

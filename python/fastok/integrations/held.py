@@ -21,6 +21,8 @@ class Held(Protocol):
     """New tokens that it can be attended to with in place."""
     whole: bool
     """Whether a prompt too is attended to by `attend` only."""
+    compiles: bool
+    """Whether `attend` can be traced by ``torch.compile``, and is sure to be what follows."""
 
     @property
     def length(self) -> int:
@@ -86,8 +88,20 @@ def _whole(x: Any) -> Any:
     return type(x)(map(_whole, x)) if type(x) in (tuple, list) else x
 
 
+_traced: list[Handle] = []
+"""While ``torch.compile`` traces, which cannot follow a `HeldTensor`: what the layer that was updated last holds."""
+
+
 def hold(layer: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """New keys and values that stand for all that ``layer`` holds, them included."""
+    if torch.compiler.is_compiling():
+        if not layer.compiles:
+            raise NotImplementedError(
+                f"{type(layer).__name__}: required, a cache that is read in place inside torch.compile; supported, "
+                "PackedCache; missing, the other caches, outside of it"
+            )
+        _traced.append(Handle(layer, keys, values))
+        return keys, values
     handle, held = Handle(layer, keys, values), []
     for place, x in enumerate((keys, values)):
         tensor = x.detach().as_subclass(HeldTensor)
@@ -98,4 +112,6 @@ def hold(layer: Held, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def handle_of(keys: Tensor) -> Handle | None:
     """What these keys stand for, if they are held."""
+    if torch.compiler.is_compiling():
+        return _traced.pop() if _traced else None
     return keys.handle if isinstance(keys, HeldTensor) else None

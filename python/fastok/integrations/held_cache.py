@@ -38,6 +38,8 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     """New tokens that can be attended with in place."""
     whole = False
     """See `Held`."""
+    compiles = False
+    """See `Held`."""
 
     def __init__(self) -> None:
         super().__init__()

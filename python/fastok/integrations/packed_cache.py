@@ -13,6 +13,7 @@ from ..ops.attention import attention_scores
 from ..ops.decode import attention_decode
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
+from .compiled_step import cache_step, register
 from .held_cache import HeldCache, HeldLayer, Store
 from .unpadded import Unpadded
 
@@ -49,14 +50,30 @@ class PackedCache(HeldCache):
     Formats of two classes (``"zipcache-4/2"``) find the salient tokens of the prompt by probing its attention.
 
     Works with batches (left or right padding), beam search, ``crop``, `reset` and continued conversations. Not for
-    training. Not inside ``torch.compile``: its lengths are Python numbers, and every step would compile anew.
+    training. ``torch.compile(fullgraph=True)`` of decode steps works where the prompt was not compiled, with the model
+    given here and ``attn_implementation="fastok"``: a layer's step, sealing included, is one op of the graph, compiled
+    once for the first length and once for all others.
     """
 
     def __init__(self, fmt: KVFormat | str, model_or_config: Any = None) -> None:
         self.format = KVFormat.of(fmt)
+        self._config: Any = None
         if model_or_config is not None:
             self._check_heads(getattr(model_or_config, "config", model_or_config))
+            self._config = getattr(model_or_config, "config", model_or_config)
         super().__init__(layer_class_to_replicate=lambda: PackedLayer(self.format))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[B,G,S,D]`` of a layer; what the attention function is to be given."""
+        if torch.compiler.is_compiling() and getattr(self._config, "_attn_implementation", None) != "fastok":
+            raise NotImplementedError(
+                "PackedCache in torch.compile: required, the model among its arguments, with "
+                "attn_implementation='fastok'; others unpack the cache, which only works uncompiled"
+            )
+        result: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return result
 
     def _check_heads(self, config: Any) -> None:
         if not hasattr(config, "get_text_config"):
@@ -105,12 +122,19 @@ class PackedLayer(HeldLayer):
     """
 
     kv: PackedKV
+    compiles = True
 
     def __init__(self, fmt: KVFormat) -> None:
         super().__init__()
         self.format = fmt
         self.width = 0
+        self._which = register(self)
+        self._new: tuple[Tensor, Tensor] | None = None
         self._unpadded: Unpadded | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._which = register(self)
 
     @property
     def stores(self) -> list[Store]:
@@ -139,9 +163,21 @@ class PackedLayer(HeldLayer):
         batch, groups, _, self.width = key_states.shape
         self.kv = PackedKV(self.format, batch, groups, _stored_width(self.width), dtype=self.dtype, device=self.device)
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
+        if torch.compiler.is_compiling() and (self.length == 0 or key_states.shape[2] > self.most_rows):
+            raise NotImplementedError(
+                f"PackedCache in torch.compile: required, {key_states.shape[2]} tokens behind {self.length}; "
+                f"supported, steps of up to {self.most_rows} tokens behind a prompt that was not compiled"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
-        self.kv.append(*self._rows(keys, values))
+        if torch.compiler.is_compiling():
+            self._new = keys, values  # which `attend` stores
+        else:
+            self.kv.append(*self._rows(keys, values))
 
     def crop_stores(self, length: int) -> None:
         """Forget all but the ``length`` oldest tokens, padding counted."""
@@ -161,11 +197,22 @@ class PackedLayer(HeldLayer):
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `Held`."""
+        if self._new is not None:
+            (keys, values), self._new = self._new, None
+            out, lse = cache_step(self._which, q, keys, values, scale, softcap or 0.0, key_bias)
+            return out, lse
         rows = _widened(q, self.kv.width).to(self.dtype)
         if key_bias is not None and self._unpadded is not None:
             key_bias = self._unpadded.of_stored(key_bias)
         out, lse = attention_decode(rows, self.kv, scale=scale, softcap=softcap, key_bias=key_bias)
         return out[..., : self.width].to(q.dtype), lse
+
+    def step(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `compiled_step.Stepping`."""
+        self.append(keys, values)
+        return self.attend(q, scale, softcap, key_bias)
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B,G,T,D]``; 0 for padding of the prompt."""
