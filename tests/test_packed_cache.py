@@ -177,7 +177,9 @@ def test_the_language_model_of_a_vision_language_model() -> None:
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8,
         projection_dim=32,
     )  # fmt: skip
-    config = transformers.LlavaConfig(vision, text, image_token_id=63, attn_implementation="fastok")
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=63, attn_implementation="fastok"
+    )
     model = transformers.LlavaForConditionalGeneration(config).eval()
     prompt = ids(1, 40).clamp(max=62)
     prompt[0, 5:21] = 63
