@@ -286,6 +286,8 @@ def test_errors_of_scores_name_the_argument() -> None:
         scores(ScoreSpec(), lse=torch.zeros(2, 4, 17).double())
     with pytest.raises(ValueError, match=r"lse must have shape .*2, 4, 17.*got \[2, 17, 4\]"):
         scores(ScoreSpec(), lse=torch.zeros(2, 17, 4))
+    with pytest.raises(ValueError, match="lse must be on the same device as q"):
+        scores(ScoreSpec(), lse=torch.zeros(2, 4, 17, device="meta"))
     with pytest.raises(ValueError, match="rows must be a known number for reduce='none' and packed"):
         fastok.attention_scores(pack.q, pack.k, spec=ScoreSpec(reduce="none"), **pack.mask)
     with pytest.raises(
@@ -302,6 +304,8 @@ def test_errors_of_merge_states_name_the_argument() -> None:
         ((out, lse, out[:, 1:], lse), ValueError, r"out_b must have shape .*got \[2, 16, 4, 32\]"),
         ((out, lse.half(), out, lse), TypeError, "lse_a must have dtype float32; got float16"),
         ((out, lse, out, lse.mT), ValueError, r"lse_b must have shape .*got \[2, 17, 4\]"),
+        ((out, lse, out.to("meta"), lse), ValueError, "out_b must be on the same device as out_a"),
+        ((out, lse.to("meta"), out, lse), ValueError, "lse_a must be on the same device as out_a"),
     ):
         with pytest.raises(error, match=message):
             fastok.merge_states(*arguments)

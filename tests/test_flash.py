@@ -290,11 +290,17 @@ def test_bad_arguments() -> None:
         ("rotary_cos and rotary_sin must be", {"k": q, "v": q, "cache_seqlens": 1, "rotary_cos": table}),
         ("rotary_cos must be", {"k": q, "v": q, "cache_seqlens": 1, "rotary_cos": wide, "rotary_sin": wide}),
         ("cache_seqlens must have shape", {"cache_seqlens": torch.ones(3, dtype=torch.int32)}),
+        (r"cache_seqlens must be within \[0, 9\), got 9", {"cache_seqlens": torch.tensor([9, 2])}),
+        (r"cache_seqlens must be within \[0, 8\), got 8", {"k": q, "v": q, "cache_seqlens": torch.tensor([8, 2])}),
+        (r"cache_batch_idx must be within \[0, 2\), got 2", {"cache_batch_idx": torch.tensor([0, 2])}),
+        (r"cache_leftpad must be within \[0, 9\), got -1", {"cache_leftpad": torch.tensor([0, -1])}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             flash_attn_with_kvcache(q, cache, cache.clone(), **options)
     with pytest.raises(ValueError, match="k_cache must have an entry for each of 2"):
         flash_attn_with_kvcache(q, cache[:1], cache[:1])
+    with pytest.raises(TypeError, match="q must be a tensor, got NoneType"):
+        flash_attn_func(None, q, q)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="k_cache"):
         flash_attn_with_kvcache(q, cache.half(), cache.half())
     with pytest.raises(NotImplementedError, match="cache_leftpad"):

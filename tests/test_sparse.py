@@ -121,6 +121,7 @@ def test_mass_is_reached_by_the_fewest_tokens() -> None:
         (ValueError, "neither", {}),
         (ValueError, "mass", {"mass": 0.0}),
         (ValueError, "mass", {"mass": 1.5}),
+        (TypeError, "mass must be a number", {"mass": "all"}),
         (ValueError, "k must be >= 0", {"k": -1}),
         (TypeError, "k must be an int", {"k": 2.0}),
         (ValueError, "room for sink", {"k": 3, "sink": 2, "recent": 2}),

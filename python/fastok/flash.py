@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.attention import attention
-from .ops.checks import check_dtype, check_int, check_shape
+from .ops.checks import ACTIVATIONS, check_dtype, check_int, check_range, check_shape
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -210,6 +210,7 @@ def _refuse(dropout_p: float = 0.0, alibi_slopes: Tensor | None = None, block_ta
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float | None:
     """Of the unpadded head dim."""
+    check_dtype("q", q, ACTIVATIONS)
     return q.shape[-1] ** -0.5 if softmax_scale is None and q.shape[-1] else softmax_scale
 
 
@@ -245,6 +246,9 @@ def _check_cache(
         if isinstance(index, Tensor):
             check_dtype(name, index, INT32_OR_64)
             check_shape(name, index, (batch,), "[B] of q")
+            if index.device.type == "cpu":  # elsewhere, looking at values would be a wait
+                room = k_cache.shape[1] - (0 if k is None or name == "cache_leftpad" else k.shape[1])
+                check_range(name, index, 0, k_cache.shape[0] if name == "cache_batch_idx" else room + 1)
     if (k is None) != (v is None):
         raise ValueError("k and v must be given together")
     if k is None and (rotary_cos is not None or rotary_sin is not None):

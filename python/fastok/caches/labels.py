@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops.checks import ACTIVATIONS, check_dtype, check_int, check_same_device, check_shape
+from ..ops.checks import ACTIVATIONS, check_dtype, check_int, check_same_device, check_shape, check_tensor
 
 BITS = (16, 8, 4)
 ROW = 16  # the capacity is a multiple, so that rows of channels begin at multiples of 16 bytes, whatever the bits
@@ -25,6 +25,7 @@ class LabelCache:
     """
 
     def __init__(self, channels: Tensor, bits: int = 16) -> None:
+        check_tensor("channels", channels)
         if channels.dim() != 2 or channels.dtype != torch.int64:
             raise TypeError(
                 f"channels must be int64 [G,r] or [H,r], got {str(channels.dtype).removeprefix('torch.')} "

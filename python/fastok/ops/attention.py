@@ -176,11 +176,13 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     check_dtype("out_a", out_a, ACTIVATIONS)
     check_dtype("out_b", out_b, (out_a.dtype,))
     check_shape("out_b", out_b, tuple(out_a.shape), "that of out_a")
+    check_same_device("out_b", out_b, "out_a", out_a.device)
     rows = out_a.shape[:-1]
     wanted = (rows[0], rows[2], rows[1]) if len(rows) == 3 else (rows[1], rows[0])
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         check_dtype(name, lse, (torch.float32,))
         check_shape(name, lse, wanted, "[B,H,S] of out_a")
+        check_same_device(name, lse, "out_a", out_a.device)
     out, lse = torch.ops.fastok.merge_states(out_a, lse_a, out_b, lse_b)
     return out, lse
 
@@ -197,6 +199,7 @@ def _scores(q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, spec: Sc
     if lse is not None:
         check_dtype("lse", lse, (torch.float32,))
         check_shape("lse", lse, (heads, n_q) if packed else (q.shape[0], heads, n_q), "[B,H,S] of q")
+        check_same_device("lse", lse, "q", q.device)
         lse = lse.detach()
     weight = None
     if spec.value_norm is not None:

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from ..reference import sparse as reference
-from .checks import ACTIVATIONS, FLOATS, check_dtype, check_int, check_range, check_same_device, check_shape
+from .checks import (
+    ACTIVATIONS,
+    FLOATS,
+    check_dtype,
+    check_int,
+    check_number,
+    check_range,
+    check_same_device,
+    check_shape,
+)
 
 if TYPE_CHECKING:
     from ..caches.labels import LabelCache
@@ -145,8 +154,10 @@ def select_tokens(
             raise ValueError(f"{name} must be >= 0, got {value}")
     if k is None and mass is None:
         raise ValueError("give k, how many tokens, or mass, which share of the scores, or both; got neither")
-    if mass is not None and not 0 < mass <= 1:
-        raise ValueError(f"mass must be within (0, 1], got {mass}")
+    if mass is not None:
+        check_number("mass", mass)
+        if not 0 < mass <= 1:
+            raise ValueError(f"mass must be within (0, 1], got {mass}")
     if k is not None and sink + recent > k:
         raise ValueError(f"k must have room for sink + recent = {sink + recent} tokens, got {k}")
     if seq_lens is not None:
