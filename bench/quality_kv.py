@@ -15,8 +15,10 @@ labels and all, over the elements of all keys and values.
 
 Sparse methods read or keep a share of the text's tokens. The first layer always reads everything, and `TidalCache`'s
 second too, since it chooses. `SnapKVCache` and `PyramidKVCache` evict from all layers, by what the prompt's end attends
-to: before any key is asked for. They keep all tokens after the prompt; `H2OCache` goes on evicting. "most recent" and
-"random channels" are `DoubleSparseCache` made to read the newest tokens, and given label channels at random.
+to: before any key is asked for. They keep all tokens after the prompt; `H2OCache` goes on evicting. "double sparse" is
+`DoubleSparseCache` with the channels that `calibrate` finds by that statistic in 2,048 tokens of the training texts;
+"half recent" always reads as many of the newest tokens as of those its labels choose (the others 16 of them); "random
+channels" has channels drawn at random, the mean of several draws; "most recent" reads the newest tokens only.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import argparse
 import json
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,10 +42,12 @@ from fastok.models.recall import BYTES, MODEL_DIR, RecallTexts, Sequences
 from torch import Generator, nn
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 
-LENGTHS = (1024, 2048, 4096)
+LENGTHS = {"formats": (1024, 2048, 4096), "sparse": (2048, 4096)}
 SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 CHANNELS = 8
 """Label channels of 64."""
+DRAWS = 8
+"""Of random channels: one draw recalls up to a third more values than another."""
 FULL = "bf16"
 
 
@@ -60,17 +65,17 @@ TABLES = {"formats": Table(1 / 4, 32, 16), "sparse": Table(1 / 8, 64, 1)}
 
 @dataclass(frozen=True)
 class Method:
-    """A way to keep keys and values, and what it is counted by."""
+    """A way to keep keys and values, once or in several draws, and what it is counted by."""
 
     name: str
-    make: Callable[[], Cache]
+    makes: Sequence[Callable[[], Cache]]
     bits: float = 16.0
     share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What one method made of the texts of one length."""
+    """What one method made of the texts of one length: means over its draws, and their standard deviations."""
 
     table: str
     method: str
@@ -80,39 +85,45 @@ class Quality:
     share: float
     perplexity: float
     recall: float
+    draws: int
+    perplexity_sd: float
+    recall_sd: float
 
 
 def formats(model: LlamaForCausalLM) -> list[Method]:
     width = model.config.head_dim
-    methods = [Method(FULL, DynamicCache)]
+    methods = [Method(FULL, [DynamicCache])]
     for name in fastok.KVFormat.presets():
         bits = sum(fastok.KVFormat.preset(name).bits_per_element(width)) / 2
-        methods.append(Method(name, lambda name=name: fastok.PackedCache(name, model), bits))
+        methods.append(Method(name, [lambda name=name: fastok.PackedCache(name, model)], bits))
     return methods
 
 
 def sparse_methods(model: LlamaForCausalLM, length: int, prompt: int, shares: Sequence[float]) -> list[Method]:
-    train = RecallTexts("train")
-    calibration = sparse.calibrate(model, [train.batch(4, 512, Generator().manual_seed(0)).tokens], CHANNELS)
-    shape, width = calibration.channels.shape, model.config.head_dim
-    random = torch.rand(*shape[:2], width, generator=Generator().manual_seed(0)).argsort(-1)[..., :CHANNELS]
-    other = sparse.Calibration(random, calibration.statistic, calibration.model, calibration.checksum)
-    methods = [Method(FULL, DynamicCache)]
+    batches = [RecallTexts("train").batch(4, 512, Generator().manual_seed(0)).tokens]
+    calibrations = {s: sparse.calibrate(model, batches, CHANNELS, statistic=s) for s in ("qk", "q", "k", "fisher")}
+    some, width = calibrations["qk"], model.config.head_dim
+    random = []
+    for draw in range(DRAWS):
+        order = torch.rand(*some.channels.shape[:2], width, generator=Generator().manual_seed(draw)).argsort(-1)
+        random.append(sparse.Calibration(order[..., :CHANNELS], "random", some.model, some.checksum))
+    methods = [Method(FULL, [DynamicCache])]
     for share in shares:
         n = int(share * length)
         kept = int(share * prompt)
 
-        def double(channels: sparse.Calibration, recent: int = 16, n: int = n) -> Cache:
-            return sparse.DoubleSparseCache(channels, n, dense_layers=(0,), recent=recent)
+        def double(channels: sparse.Calibration, recent: int = 16, n: int = n) -> Callable[[], Cache]:
+            return lambda: sparse.DoubleSparseCache(channels, n, dense_layers=(0,), recent=recent)
 
-        makes = {
-            "Double Sparsity": lambda double=double: double(calibration),
-            "random channels": lambda double=double: double(other),
-            "most recent": lambda double=double, n=n: double(calibration, n),
-            "TidalDecode": lambda n=n: sparse.TidalCache(n, select_layers=(1,)),
-            "SnapKV": lambda kept=kept: sparse.SnapKVCache(kept),
-            "H2O": lambda n=n: sparse.H2OCache(n // 2, n // 2),
-            "PyramidKV": lambda kept=kept: sparse.PyramidKVCache(kept, model.config.num_hidden_layers),
+        makes: dict[str, list[Callable[[], Cache]]] = {
+            **{f"double sparse, {name}": [double(found)] for name, found in calibrations.items()},
+            "fisher, half recent": [double(calibrations["fisher"], n // 2)],
+            "random channels": [double(channels) for channels in random],
+            "most recent": [double(some, n)],
+            "TidalDecode": [lambda n=n: sparse.TidalCache(n, select_layers=(1,))],
+            "SnapKV": [lambda kept=kept: sparse.SnapKVCache(kept)],
+            "H2O": [lambda n=n: sparse.H2OCache(n // 2, n // 2)],
+            "PyramidKV": [lambda kept=kept: sparse.PyramidKVCache(kept, model.config.num_hidden_layers)],
         }
         methods += [Method(name, make, share=share) for name, make in makes.items()]
     return methods
@@ -149,45 +160,50 @@ def measure(model: LlamaForCausalLM, table: str, length: int, n: int, shares: Se
     prompt = length - int(how.tail * length)
     elements = 2 * n * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     for method in formats(model) if table == "formats" else sparse_methods(model, length, prompt, shares):
-        cache = method.make()
-        perplexity, recall = answer(model, cache, texts, prompt, how.step)
-        whole = bits_of(cache, elements)
-        yield Quality(table, method.name, length, method.bits, whole, method.share, perplexity, recall)
+        answers = []
+        for make in method.makes:
+            cache = make()
+            answers.append(answer(model, cache, texts, prompt, how.step))
+        whole, draws = bits_of(cache, elements), len(answers)
+        means = [statistics.fmean(x) for x in zip(*answers, strict=True)]
+        spreads = [statistics.stdev(x) if draws > 1 else 0.0 for x in zip(*answers, strict=True)]
+        yield Quality(table, method.name, length, method.bits, whole, method.share, *means, draws, *spreads)
 
 
 def line(quality: Quality) -> str:
     kept = f"{quality.bits:5.2f} bits" if quality.table == "formats" else f"1/{round(1 / quality.share):<2} tokens"
+    spread = f"  ({quality.draws} draws, ± {quality.perplexity_sd:.3f}, ± {quality.recall_sd:.1%})"
     return (
-        f"{quality.table:8} {quality.length:5}  {quality.method:16} {kept:11} {quality.whole_bits:6.2f} whole  "
-        f"perplexity {quality.perplexity:6.3f}  recall {quality.recall:6.1%}"
+        f"{quality.table:8} {quality.length:5}  {quality.method:21} {kept:11} {quality.whole_bits:6.2f} whole  "
+        f"perplexity {quality.perplexity:6.3f}  recall {quality.recall:6.1%}{spread if quality.draws > 1 else ''}"
     )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Recall and perplexity over bits, and over the share of tokens; what ``rows`` have of it."""
+    """Recall and perplexity over bits, and for each length over the share of tokens; what ``rows`` have of it."""
+    formats = [row for row in rows if row["table"] == "formats"]
+    lengths = sorted({row["length"] for row in rows if row["table"] == "sparse"})
+    panels = [(formats, "formats", "bits", "bits per element")] if formats else []
+    for length in lengths:
+        of_length = [row for row in rows if row["table"] == "sparse" and row["length"] == length]
+        panels.append((of_length, f"sparse, {length} tokens", "share", "share of tokens"))
     pictures, captions = [], []
-    for table, axis in (("formats", "bits"), ("sparse", "share")):
-        of_table = [row for row in rows if row["table"] == table]
+    for of_panel, caption, axis, x_label in panels:
+        longest = max(row["length"] for row in of_panel)
         for measured, scale in (("recall", 100), ("perplexity", 1)):
             curves: dict[str, list[tuple[float, float]]] = {}
-            for row in of_table:
-                name = f"{row['length']} tokens" if table == "formats" else row["method"]
+            for row in of_panel:
+                name = f"{row['length']} tokens" if axis == "bits" else row["method"]
                 curves.setdefault(name, []).append((row[axis], scale * row[measured]))
-            longest = max((row["length"] for row in of_table), default=0)
             notes = [
                 (row[axis], scale * row[measured], row["method"])
-                for row in of_table
-                if table == "formats" and row["length"] == longest and row["method"] != FULL
+                for row in of_panel
+                if axis == "bits" and row["length"] == longest and row["method"] != FULL
             ]
             title = "values recalled, %" if measured == "recall" else "perplexity per byte"
-            if not curves:
-                continue
-            if table == "formats":
-                drawn = viz.draw_curves(curves, title, "bits per element", notes=notes, x_text="{:.1f}".format)
-            else:
-                drawn = viz.draw_curves(curves, title, f"share of {longest} tokens", x_text=lambda x: f"1/{1 / x:.0f}")
-            pictures.append(drawn)
-            captions.append(f"{table}: {measured}")
+            x_text = "{:.1f}".format if axis == "bits" else lambda x: f"1/{1 / x:.0f}"
+            pictures.append(viz.draw_curves(curves, title, x_label, notes=notes, x_text=x_text))
+            captions.append(f"{caption}: {measured}")
     viz.save(viz.picture_grid(pictures, captions, columns=2), path)
 
 
@@ -195,25 +211,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model folder (default: fastok's)")
     parser.add_argument("--tokens", type=int, default=16384, help="of text, for each length (default: %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sparse methods: the last of them")
+    parser.add_argument("--lengths", type=int, nargs="+", help=f"of texts (default: {LENGTHS})")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of tokens, for sparse methods")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--json", type=Path, help="write the figures there, in place of those of the same tables")
+    parser.add_argument("--json", type=Path, help="write the figures there, in place of the same tables' and lengths'")
     parser.add_argument("--plot", type=Path, help="draw the figures of --json there")
     options = parser.parse_args(arguments)
     start, rows = time.perf_counter(), []
     fastok.register_transformers()
     model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, attn_implementation="fastok").eval()
     for table in options.tables:
-        for length in options.lengths if table == "formats" else options.lengths[-1:]:
+        for length in options.lengths or LENGTHS[table]:
             for quality in measure(model, table, length, max(1, options.tokens // length), options.shares):
                 rows.append(asdict(quality))
                 print(line(quality), flush=True)
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
         if options.json.exists():
-            rows += [row for row in json.loads(options.json.read_text())["rows"] if row["table"] not in options.tables]
-        rows.sort(key=lambda row: row["table"])
+            measured = {(row["table"], row["length"]) for row in rows}
+            old = json.loads(options.json.read_text())["rows"]
+            rows += [row for row in old if (row["table"], row["length"]) not in measured]
+        rows.sort(key=lambda row: (row["table"], row["length"]))
         about = {"torch": torch.__version__, "python": platform.python_version(), "tokens": options.tokens}
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if options.plot:

@@ -38,6 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2300, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak, of Muon (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--far",
+        type=float,
+        default=0.0,
+        help="in two of three steps of the longest stage, keys come again only in this last share of a sequence, so "
+        "that they are far from where they came first; 0: anywhere, as for the shipped weights (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="model folder (default: %(default)s)")
     parser.add_argument(
         "--checkpoint",
@@ -124,7 +131,7 @@ def train(arguments: argparse.Namespace) -> LlamaForCausalLM:
     peaks = {"muon": arguments.learning_rate, "adamw": arguments.learning_rate / 2}
     parts = {"model": model, **optimisers}
     first = 0
-    run = (arguments.steps, arguments.learning_rate, arguments.seed)
+    run = (arguments.steps, arguments.learning_rate, arguments.seed, arguments.far)
     if arguments.checkpoint.exists():
         saved = torch.load(arguments.checkpoint)
         if saved["run"] != run:
@@ -151,7 +158,9 @@ def train(arguments: argparse.Namespace) -> LlamaForCausalLM:
             # One random stream per step, so that a continued run sees the texts it would have seen.
             stream = np.random.SeedSequence([arguments.seed, step]).generate_state(1)
             generator = Generator().manual_seed(int(stream[0]))
-            batch = texts.batch(TOKENS // length, length, generator, spacing=spacing)
+            # At random places a key seldom is most of the sequence away from where it came first.
+            last = arguments.far if length == STAGES[-1][1] and step % 4 < 2 else 0.0
+            batch = texts.batch(TOKENS // length, length, generator, spacing=spacing, recall_last=last)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(batch.tokens, use_cache=False).logits[:, :-1]
             target, recalled = batch.tokens[:, 1:], batch.recalled[:, 1:]

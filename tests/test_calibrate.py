@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastok.integrations.calibrate import Calibration, calibrate
+from fastok.reference.sparse import fisher_sums, most_discriminating
 from fastok.testing import assert_same
 from torch import Tensor, nn
 
@@ -23,6 +24,12 @@ def build(seed: int = 0) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x[B,S,H,D]`` after rotary embedding."""
+    half = torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1)
+    return x * cos[:, :, None] + half * sin[:, :, None]
+
+
 def by_hand(model: nn.Module, batches: list[Tensor], statistic: str) -> list[Tensor]:
     """Sums over all tokens, from the hidden states that enter each layer."""
     totals = []
@@ -33,13 +40,8 @@ def by_hand(model: nn.Module, batches: list[Tensor], statistic: str) -> list[Ten
             q = layer.self_attn.q_proj(hidden).unflatten(-1, (-1, HEAD_DIM))
             k = layer.self_attn.k_proj(hidden).unflatten(-1, (-1, HEAD_DIM))
             if statistic == "qk":
-                cos, sin = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
-
-                def turned(x: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
-                    half = torch.cat([-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]], -1)
-                    return x * cos[:, :, None] + half * sin[:, :, None]
-
-                product = turned(q) * turned(k).repeat_interleave(HEADS // KV_HEADS, 2)
+                angles = model.model.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
+                product = turned(q, *angles) * turned(k, *angles).repeat_interleave(HEADS // KV_HEADS, 2)
             else:
                 product = q if statistic == "q" else k
             total = total + product.double().abs().sum((0, 1))
@@ -68,7 +70,24 @@ def test_the_release_forgets_all_batches_but_the_last() -> None:
     )
 
 
-@pytest.mark.parametrize("statistic", ["qk", "k"])
+@torch.no_grad()
+def test_fisher_adds_up_over_batches_and_uses_the_models_scale() -> None:
+    model, ids = build(), torch.randint(32, (3, 40))
+    first = model.model.layers[0]
+    hidden = first.input_layernorm(model.model.embed_tokens(ids))
+    angles = model.model.rotary_emb(hidden, torch.arange(40)[None])
+    q, k = (
+        turned(project(hidden).unflatten(-1, (-1, HEAD_DIM)), *angles)
+        for project in (first.self_attn.q_proj, first.self_attn.k_proj)
+    )
+    for factor in (1, 6):
+        for layer in model.model.layers:
+            layer.self_attn.scaling = factor * HEAD_DIM**-0.5
+        found = calibrate(model, [ids[:2], ids[2:]], 5, statistic="fisher")
+        assert_same(found.channels[0], most_discriminating(fisher_sums(q, k, factor * HEAD_DIM**-0.5), 5))
+
+
+@pytest.mark.parametrize("statistic", ["qk", "k", "fisher"])
 def test_padding_does_not_count(statistic: str) -> None:
     model, ids = build(), torch.randint(32, (1, 9))
     padded = torch.cat([ids, torch.randint(32, (1, 6))], 1)

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import fastok
 import pytest
 import torch
+from fastok import sparse
 from fastok.models import recall
 from fastok.models.recall import BYTES, KEYS, MODEL_DIR, RecallTexts
 from torch import Generator
@@ -88,6 +90,29 @@ def test_the_model_recalls(quality_kv: ModuleType) -> None:
     assert quality_kv.answer(model, transformers.DynamicCache(), texts, 768, 256)[1] < 0.1
 
 
+def test_double_sparsity_finds_what_a_window_and_random_channels_miss(quality_kv: ModuleType) -> None:
+    fastok.register_transformers()
+    options = {"dtype": torch.bfloat16, "attn_implementation": "fastok"}
+    model = transformers.LlamaForCausalLM.from_pretrained(MODEL_DIR, **options).eval()
+    training = RecallTexts("train").batch(4, 512, Generator().manual_seed(0)).tokens
+    texts = batch(n=4, length=1024, spacing=32, recall_last=0.125)
+
+    def recalled(calibration: sparse.Calibration, recent: int = 16) -> float:
+        cache = sparse.DoubleSparseCache(calibration, 64, dense_layers=(0,), recent=recent)
+        return quality_kv.answer(model, cache, texts, 896, 1)[1]
+
+    found = sparse.calibrate(model, [training], 8, statistic="fisher")
+    random = [
+        torch.rand(4, 4, 64, generator=Generator().manual_seed(draw)).argsort(-1)[..., :8].contiguous()
+        for draw in range(4)
+    ]
+    at_random = [recalled(sparse.Calibration(channels, "random", found.model, found.checksum)) for channels in random]
+    best = recalled(found)
+    assert best > 0.95
+    assert best > sum(at_random) / len(at_random) + 0.02
+    assert recalled(found, recent=64) < 0.2
+
+
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
 
@@ -106,5 +131,9 @@ def test_the_bench_tells_formats_and_methods_apart(quality_kv: ModuleType, tmp_p
     assert coarse["perplexity"] != full["perplexity"]  # packed bytes were read
     newest, all_tokens = rows["sparse", "most recent"], rows["sparse", "bf16"]
     assert newest["recall"] < all_tokens["recall"]
-    assert rows["sparse", "SnapKV"]["whole_bits"] < rows["sparse", "Double Sparsity"]["whole_bits"]
+    assert rows["sparse", "SnapKV"]["whole_bits"] < rows["sparse", "double sparse, qk"]["whole_bits"]
+    random = rows["sparse", "random channels"]
+    assert random["draws"] == quality_kv.DRAWS > 1
+    assert random["perplexity_sd"] > 0
+    assert newest["draws"] == 1
     assert picture.stat().st_size > 0

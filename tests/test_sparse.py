@@ -8,8 +8,10 @@ import pytest
 import torch
 from fastok.caches.labels import LabelCache
 from fastok.ops.sparse import calibrate_channels, label_scores, select_tokens
+from fastok.reference.sparse import fisher_sums, most_discriminating
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from hypothesis import given
+from torch import Tensor
 
 INF = math.inf
 
@@ -256,6 +258,62 @@ def test_calibration_finds_the_planted_channels(statistic: str) -> None:
 def test_calibration_takes_the_lowest_of_equal_channels() -> None:
     ones = torch.ones(1, 3, 2, 8)
     assert calibrate_channels(ones, ones, 3).tolist() == [[0, 1, 2]] * 2
+
+
+def fisher_ratio(q: Tensor, k: Tensor, head: int, channels: list[int]) -> float:
+    """Of one head's labels in these channels, query by query."""
+    gap, variance, tokens = 0.0, 0.0, q.shape[1]
+    eighth = max(1, math.ceil(tokens / 8))
+    for row in range(q.shape[0]):
+        own, kept = q[row, :, head].double(), k[row, :, head * k.shape[2] // q.shape[2]].double()
+        for t in range(tokens):
+            distant = t // eighth * eighth
+            if distant == 0:
+                continue
+            attention = (kept[: t + 1] @ own[t] * own.shape[1] ** -0.5).softmax(0)[:distant]
+            label = kept[:distant, channels] @ own[t, channels]
+            gap += float((attention * (label - label.mean())).sum())
+            variance += float(label.var(correction=0))
+    return gap * abs(gap) / variance
+
+
+@pytest.mark.parametrize(("tokens", "kv_heads"), [(3, 4), (17, 2), (40, 1)])
+def test_fisher_takes_the_channels_that_make_the_ratio_largest(tokens: int, kv_heads: int) -> None:
+    q, k = 2 * keys(2, tokens, 4, 6), keys(2, tokens, kv_heads, 6)
+    channels = calibrate_channels(q, k, 4, statistic="fisher")
+    assert channels.shape == (4, 4)
+    for head, found in enumerate(channels.tolist()):
+        for place, channel in enumerate(found):
+            ratios = {c: fisher_ratio(q, k, head, [*found[:place], c]) for c in range(6) if c not in found[:place]}
+            assert ratios[channel] >= max(ratios.values()) * (1 - 1e-9)
+
+
+def test_fisher_passes_over_large_channels_that_tell_no_key_from_another() -> None:
+    tokens, generator = 96, torch.Generator().manual_seed(0)
+    k = torch.zeros(2, tokens, 1, 16)
+    k[..., :4] = 10  # every key alike
+    k[..., 4:8] = 6 * torch.randn(2, tokens, 1, 4, generator=generator)  # keys differ, but no query asks for it
+    k[..., 8:12] = torch.randn(2, tokens, 1, 4, generator=generator)
+    q = torch.zeros(2, tokens, 1, 16)
+    q[..., :4] = 10
+    q[..., 4:8] = torch.randn(2, tokens, 1, 4, generator=generator) / 4
+    earlier = (torch.rand(2, tokens, generator=generator) * torch.arange(tokens)).long()
+    q[..., 8:12] = 8 * k[..., 8:12].gather(1, earlier[:, :, None, None].expand(-1, -1, 1, 4))
+    assert set(calibrate_channels(q, k, 4, statistic="fisher")[0].tolist()) == {8, 9, 10, 11}
+    assert set(calibrate_channels(q, k, 4, statistic="qk")[0].tolist()) == {0, 1, 2, 3}
+
+
+def test_fisher_puts_nan_last_and_takes_the_lowest_of_equal_channels() -> None:
+    q, k = keys(1, 24, 2, 5), keys(1, 24, 2, 5)
+    same = torch.ones(1, 24, 2, 5)
+    assert calibrate_channels(same, same, 3, statistic="fisher").tolist() == [[0, 1, 2]] * 2
+    assert calibrate_channels(q[:, :1], k[:, :1], 3, statistic="fisher").tolist() == [[0, 1, 2]] * 2
+    assert calibrate_channels(q[:0], k[:0], 3, statistic="fisher").tolist() == [[0, 1, 2]] * 2
+    sums = fisher_sums(q, k)
+    sums[:, :, 1] = sums[:, 2, :] = math.nan
+    channels = most_discriminating(sums, 5)
+    assert channels.sort().values.tolist() == [list(range(5))] * 2
+    assert channels[:, 4].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -20,27 +20,35 @@ from .checks import (
 if TYPE_CHECKING:
     from ..caches.labels import LabelCache
 
-STATISTICS = ("qk", "q", "k")
+STATISTICS = ("qk", "q", "k", "fisher")
 
 
 def calibrate_channels(q: Tensor, k: Tensor, r: int, *, statistic: str = "qk") -> Tensor:
-    """The ``r`` channels of each head in which queries and keys are largest: Double Sparsity's label channels.
+    """The ``r`` channels of each head that tell best which keys a query attends to: Double Sparsity's label channels.
 
     Args:
         q: queries ``[B,S,H,D]``, any float dtype.
         k: keys ``[B,S,G,D]`` of the same tokens, H a multiple of G.
         r: how many channels, within [1, D].
-        statistic: the mean over tokens of ``"qk"`` |q * k| (both after rotary embedding, each token with itself),
-            ``"q"`` |q| or ``"k"`` |k| (published before rotary embedding).
+        statistic: published, the mean over tokens of ``"qk"`` |q * k| (both after rotary embedding, each token with
+            itself), ``"q"`` |q| or ``"k"`` |k| (before rotary embedding). Not published: ``"fisher"``, after rotary
+            embedding, see below.
 
     Returns:
-        int64 ``[H,r]`` (``[G,r]`` for ``"k"``), heaviest first; ties go to the lowest channel, NaN sorts last.
+        int64 ``[H,r]`` (``[G,r]`` for ``"k"``), best first; ties go to the lowest channel, NaN sorts last.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or range.
 
-    Sums are taken in fp64, so the order of a batch's tokens hardly matters; deterministic. Yang et al., "Post-Training
-    Sparse Attention with Double Sparsity", arXiv 2408.07092.
+    The published statistics choose the channels where queries and keys are large, which need not be those where one
+    key differs from the next. ``"fisher"`` greedily maximises Fisher's discriminant ratio of the label score between
+    what is attended to and what is not: its mean over the distant keys weighted with the query's attention, less its
+    plain mean over them, squared over its variance over them, each summed over the queries first. Each row of q and k
+    is taken for a sequence under causal attention with scale D^-1/2, distant are keys of an earlier eighth of it than
+    the query's, and a row of one token says nothing. Costs about what attention does.
+
+    Sums are taken in fp64; deterministic. Yang et al., "Post-Training Sparse Attention with Double Sparsity", arXiv
+    2408.07092; Fisher, "The Use of Multiple Measurements in Taxonomic Problems", 1936.
     """
     check_heads(q, k)
     check_int("r", r)

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+EIGHTHS = 8
+"""Parts of a sequence for `fisher_sums`."""
+
 
 def channel_statistic(q: Tensor, k: Tensor, statistic: str) -> Tensor:
     """fp64 sums over batch and tokens, ``[H,D]`` (``[G,D]`` for ``"k"``): |q|, |k|, or |q * k| of each token."""
@@ -17,8 +20,62 @@ def channel_statistic(q: Tensor, k: Tensor, statistic: str) -> Tensor:
     return product.abs().flatten(0, 1).sum(0)
 
 
+def fisher_sums(q: Tensor, k: Tensor, scale: float | None = None, there: Tensor | None = None) -> Tensor:
+    """What Fisher's discriminant ratio of any set of channels follows from, fp64 ``[H,1+D,D]``, summed over queries.
+
+    Row 0: by how much each channel's part of q·k is above its mean over the distant keys, in the mean weighted with the
+    query's attention. Rows 1 to D: the covariances of the channels' parts over the distant keys. Distant are keys of
+    an earlier eighth of the sequence than the query's: nearer ones would be found by their position alone, and are
+    most of what is attended to. ``there``: bool ``[B,S]``, tokens that count; None: all.
+    """
+    heads, head_dim = q.shape[2:]
+    scale = head_dim**-0.5 if scale is None else scale
+    sums = torch.zeros(heads, 1 + head_dim, head_dim, dtype=torch.float64, device=q.device)
+    for row in range(q.shape[0]):
+        rows = slice(None) if there is None else there[row]
+        queries, keys = (x[row][rows].double().transpose(0, 1) for x in (q, k))
+        of_group = queries.unflatten(0, (keys.shape[0], -1))
+        tokens = keys.shape[1]
+        block = max(1, -(-tokens // EIGHTHS))
+        # One KV head at a time: its attention is the largest tensor there is.
+        for own, known, total in zip(of_group, keys, sums.unflatten(0, of_group.shape[:2]), strict=True):
+            for start in range(block, tokens, block):
+                end = min(start + block, tokens)
+                asking = own[:, start:end]
+                future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+                attention = (scale * asking @ known[:end].T).masked_fill(future, -math.inf).softmax(-1)[..., :start]
+                centred = known[:start] - known[:start].mean(0)
+                total[:, 0] += (asking * (attention @ centred)).sum(1)
+                total[:, 1:] += (asking.transpose(1, 2) @ asking) * (centred.T @ centred / start)
+    return sums
+
+
+def most_discriminating(sums: Tensor, r: int) -> Tensor:
+    """int64 ``[H,r]``: of `fisher_sums`, greedily the channels that together make the ratio largest.
+
+    The ratio is (sum of gaps)² over the variance of the sum, negative if the sum of gaps is. Ties go to the lowest
+    channel, NaN last.
+    """
+    gap, covariance = sums[:, 0], sums[:, 1:]
+    lowest = torch.finfo(sums.dtype).min
+    chosen = torch.zeros(gap.shape, dtype=torch.bool, device=sums.device)
+    channels = []
+    for _ in range(r):
+        together = gap.where(chosen, 0).sum(1, keepdim=True) + gap
+        crossed = covariance.where(chosen[:, :, None], 0)
+        within = crossed.where(chosen[:, None], 0).sum((1, 2))[:, None]
+        variance = within + 2 * crossed.sum(1) + covariance.diagonal(dim1=1, dim2=2)
+        ratio = together * together.abs() / variance.clamp(min=torch.finfo(sums.dtype).tiny)
+        ratio = torch.where(ratio.isnan(), lowest, ratio.clamp(min=lowest)).masked_fill(chosen, -math.inf)
+        channels.append(heaviest(ratio, 1))
+        chosen = chosen.scatter(1, channels[-1], True)
+    return torch.cat(channels, 1)
+
+
 def calibrate_channels(q: Tensor, k: Tensor, r: int, *, statistic: str = "qk") -> Tensor:
     """Specification of :func:`fastok.sparse.calibrate_channels`, same arguments and result."""
+    if statistic == "fisher":
+        return most_discriminating(fisher_sums(q, k), r)
     return heaviest(channel_statistic(q, k, statistic), r)
 
 
