@@ -34,6 +34,8 @@ struct Bf16 {
   static constexpr int kWeightPitch = 2 * kKeys;
 
   static int64_t padded(int64_t width) { return round_up(width, 32); }
+  // That pass over the keys: wide ones by halves, for the first-level cache.
+  static int64_t rows_together(int64_t width) { return width > 64 ? kRows / 2 : kRows; }
   static size_t row_bytes(int64_t width) { return size_t(kRows * padded(width)) * sizeof(bf16); }
   static size_t key_bytes(int64_t n, int64_t width) {
     return size_t(round_up(n, kStep) * padded(width)) * sizeof(bf16);
@@ -47,10 +49,12 @@ struct Bf16 {
     for (int64_t i = 0; i < round_up(rows.count, kTileRows); ++i) {
       bf16* const row = out + i * pitch;
       if (i + kAhead < rows.count) prefetch_row(head.q, rows.at(i + kAhead));
-      std::memset(row, 0, size_t(pitch) * sizeof(bf16));
-      if (i < rows.count)
-        std::memcpy(row, static_cast<const bf16*>(head.q.data) + rows.at(i) * head.q.stride,
-                    size_t(width) * sizeof(bf16));
+      const bf16* const from =
+          static_cast<const bf16*>(head.q.data) + (i < rows.count ? rows.at(i) : 0) * head.q.stride;
+      for (int64_t d = 0; d < pitch; d += kDepth) {
+        const __mmask32 wanted = i < rows.count ? first_lanes(width - d) : 0;
+        _mm512_storeu_si512(row + d, _mm512_maskz_loadu_epi16(wanted, from + d));
+      }
     }
   }
   // [16 keys][depth block][pair of depths][key][2]

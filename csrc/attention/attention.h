@@ -70,10 +70,10 @@ struct AttentionEngine {
   // next multiple of key_step.
   void (*scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
                  const float* lse, float* out, int64_t pitch, void* scratch);
-  // total[key - key_begin] += the sum of these probabilities over the rows, in ascending order. `block` is as `out` of
-  // `scores`, to work in.
+  // total[key - key_begin] += the sum of these probabilities over the rows, in ascending order; up to the next multiple
+  // of key_step.
   void (*sum_scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
-                     const float* lse, float* block, int64_t pitch, float* total, void* scratch);
+                     const float* lse, float* total, void* scratch);
 };
 
 struct AttentionKernels {

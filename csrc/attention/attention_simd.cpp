@@ -40,8 +40,11 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
   const float factor = factor_left<E>(head);
   const bool touched = touches<E>(head);
   const int64_t width = head.q.width, v_width = E::padded(head.v.width);
-  for (int64_t done = 0; done < all_rows.count; done += E::kRows) {
-    const RowList rows = all_rows.part(done, E::kRows);
+  const int64_t out_element = wide ? int64_t(sizeof(float)) : head.q.element_bytes;
+  const int64_t out_pitch = out_stride * out_element, out_bytes = head.v.width * out_element;
+  const int64_t together = E::rows_together(v_width);
+  for (int64_t done = 0; done < all_rows.count; done += together) {
+    const RowList rows = all_rows.part(done, together);
     const int64_t n_rows = round_up(rows.count, E::kTileRows);
     E::pack_rows(head, rows, scratch.rows);
     const Seen seen(head, rows, key_begin, key_end, E::kStep);
@@ -54,20 +57,37 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
     Running<E::kRows> running;
     for (int64_t begin = first; begin < last; begin += size) {
       const int64_t end = begin + size < last ? begin + size : last, n = round_up(end - begin, E::kStep);
-      E::multiply(scratch.rows, n_rows, keys, begin - key_begin, n, width, scratch.scores, E::kKeys);
-      if (touched || !seen.by_all(begin, end) || n > end - begin)
-        for (int64_t i = 0; i < rows.count; ++i)
-          finish_logits<E>(head, rows.at(i), begin, end, n, scratch.scores + i * E::kKeys);
-      peaks_of(scratch.scores, E::kKeys, rows.count, n, running.here);
-      const bool shrinks = running.advance(rows.count, factor);
-      for (int64_t i = 0; i < rows.count; ++i) {
-        const vf sum =
-            exponentials(scratch.scores + i * E::kKeys, n, factor, running.shift[i], weights + i * E::kWeightPitch);
-        store(running.total[i], fma(load(running.total[i]), splat(running.shrink[i]), sum));
+      const auto make_logits = [&] {
+        E::multiply(scratch.rows, n_rows, keys, begin - key_begin, n, width, scratch.scores, E::kKeys);
+        if (touched || !seen.by_all(begin, end) || n > end - begin)
+          for (int64_t i = 0; i < rows.count; ++i)
+            finish_logits<E>(head, rows.at(i), begin, end, n, scratch.scores + i * E::kKeys);
+      };
+      const auto weigh = [&] {
+        [[maybe_unused]] const typename Weights<typename E::Weight>::Mode mode;
+        for (int64_t i = 0; i < rows.count; ++i) {
+          store(running.sum[i], exponentials(scratch.scores + i * E::kKeys, n, factor, running.shift[i],
+                                             weights + i * E::kWeightPitch));
+          for (int64_t byte = 0; byte < out_bytes && begin == first; byte += 64)
+            __builtin_prefetch(static_cast<char*>(out) + (done + i) * out_pitch + byte, 1);
+        }
+      };
+      make_logits();
+      bool weighed = false;
+      if (Weights<typename E::Weight>::kLazyPeaks && running.settled) {
+        weigh();
+        weighed = running.add_sums(rows.count);
+        if (!weighed) make_logits();
       }
-      for (int64_t i = 0; i < rows.count && shrinks && begin > first; ++i) {
-        float* const o = scratch.out + i * v_width;
-        for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(running.shrink[i]));
+      if (!weighed) {
+        peaks_of(scratch.scores, E::kKeys, rows.count, n, running.here);
+        const bool shrinks = running.advance(rows.count, factor);
+        weigh();
+        running.shrink_and_add_sums(rows.count);
+        for (int64_t i = 0; i < rows.count && shrinks && begin > first; ++i) {
+          float* const o = scratch.out + i * v_width;
+          for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(running.shrink[i]));
+        }
       }
       if (v_width > 0) E::add_values(weights, n_rows, values, begin - key_begin, n, v_width, scratch.out);
     }
@@ -110,20 +130,31 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
 
 template <class E>
 void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, int64_t key_end, const RowList& rows,
-                const float* lse, float* block, int64_t pitch, float* total, void* memory) {
+                const float* lse, float* total, void* memory) {
   [[maybe_unused]] const Tiles tiles;
   const Scratch<E> scratch(memory, head.q.width);
   const Seen seen(head, rows, key_begin, key_end, E::kStep);
   if (seen.first >= seen.last) return;
-  const int64_t skipped = seen.first - key_begin, n = round_up(seen.last - seen.first, E::kStep);
   E::pack_rows(head, rows, scratch.rows);
-  E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, skipped, n, head.q.width, block, pitch);
-  const bool as_it_is = !touches<E>(head) && seen.by_all(seen.first, seen.last) && n == seen.last - seen.first;
+  // Rows that see anything.
+  float shift[E::kRows];
+  int64_t row[E::kRows], n_rows = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
-    if (lse[i] == -kInfinity) continue;
-    float* const x = block + i * pitch;
-    if (!as_it_is) finish_logits<E>(head, rows.at(i), seen.first, seen.last, n, x);
-    add_exponentials(x, n, factor_left<E>(head), lse[i], total + skipped);
+    row[n_rows] = i;
+    shift[n_rows] = lse[i];
+    n_rows += lse[i] != -kInfinity;
+  }
+  constexpr int64_t kPart = 128;  // keys at a time, for the first-level cache
+  static_assert(kPart <= E::kKeys && kPart % E::kStep == 0);
+  for (int64_t begin = seen.first; begin < seen.last; begin += kPart) {
+    const int64_t end = begin + kPart < seen.last ? begin + kPart : seen.last, n = round_up(end - begin, E::kStep);
+    E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, begin - key_begin, n, head.q.width,
+                scratch.scores, kPart);
+    if (touches<E>(head) || !seen.by_all(begin, end) || n > end - begin)
+      for (int64_t i = 0; i < n_rows; ++i)
+        finish_logits<E>(head, rows.at(row[i]), begin, end, n, scratch.scores + row[i] * kPart);
+    add_exponentials<typename E::Weight>(scratch.scores, kPart, row, n_rows, n, factor_left<E>(head), shift,
+                                         total + (begin - key_begin));
   }
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Keys of a task: as many as leave each thread several.
-constexpr int64_t kManyKeys = 512, kFewKeys = 128, kTasksPerThread = 4;
+constexpr int64_t kManyKeys = 1024, kFewKeys = 128, kTasksPerThread = 2;
 // Up to so many rows, packing the keys costs more than it saves.
 constexpr int64_t kFewRows = 4;
 
@@ -129,7 +129,7 @@ class Block {
         if (!any_sees(head, rows, begin_, end_)) continue;
         if (job_.reduce == Reduce::sum && !job_.logits && all.count > kFewRows) {
           job_.engine.sum_scores(head, keys_of(h, head, true), begin_, end_, rows,
-                                 job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_, total, scratch_.get());
+                                 job_.lse_of(b_, h, rows, done, lse.data()), total, scratch_.get());
           continue;
         }
         make_scores(head, h, rows, done, lse.data(), true);

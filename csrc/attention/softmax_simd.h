@@ -19,6 +19,9 @@ inline __attribute__((always_inline)) float factor_left(const AttentionHead& hea
   return E::kScaledRows || touches<E>(head) ? 1.0f : head.scale;
 }
 
+constexpr float kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static_assert(kLanes <= 16);
+
 // Logits of one row in place: scale (unless it is in the rows already, or left), softcap, bias, and -inf for the keys
 // that the row does not see. x[0] is key `begin` of `n`, in whole vectors.
 template <class E>
@@ -36,8 +39,11 @@ inline __attribute__((always_inline)) void finish_logits(const AttentionHead& he
   }
   const int64_t first = head.first_key(row) - begin,
                 last = (head.last_key(row) < end ? head.last_key(row) : end) - begin;
-  for (int64_t j = 0; j < first && j < n; ++j) x[j] = -kInfinity;
-  for (int64_t j = last > 0 ? last : 0; j < n; ++j) x[j] = -kInfinity;
+  const vf lane = load(kLaneNumbers);
+  for (int64_t j = 0; j < first && j < n; j += kLanes)
+    store(x + j, select(greater(splat(float(first - j)), lane), splat(-kInfinity), load(x + j)));
+  for (int64_t j = last > 0 ? last / kLanes * kLanes : 0; j < n; j += kLanes)
+    store(x + j, select(greater(splat(float(last - j)), lane), load(x + j), splat(-kInfinity)));
 }
 
 // The largest of an even number of vectors, by lane.
@@ -64,37 +70,69 @@ inline void peaks_of(const float* x, int64_t pitch, int64_t rows, int64_t n, flo
   for (; i < rows; ++i) out[i] = horizontal_max(peak_of(x + i * pitch, n));
 }
 
-inline void store_weights(float* p, vf x, vf y) {
-  store(p, x);
-  store(p + kLanes, y);
-}
+// How the weights of values are made, while a Mode lives, and kept. Dot products of bf16 flush subnormal numbers
+// anyway.
+template <class Weight>
+struct Weights {
+  struct Mode {};
+  // A row's peak need not be the highest, as weights keep their precision at any size; but above 1 they lose some of
+  // fp32's last digits.
+  static constexpr bool kLazyPeaks = false;
+  static inline __attribute__((always_inline)) vf exp2(vf x) { return exp2_of(x); }
+  static inline __attribute__((always_inline)) void keep(float* p, vf x, vf y) {
+    store(p, x);
+    store(p + kLanes, y);
+  }
+};
 #if defined(__AVX512BF16__)
 // The machine's own rounding makes subnormal numbers 0, which weights may be.
-inline void store_weights(bf16* p, vf x, vf y) {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
-  std::memcpy(p, &rounded, sizeof rounded);
-}
+template <>
+struct Weights<bf16> {
+  using Mode = Flushing;
+  static constexpr bool kLazyPeaks = true;
+  static inline __attribute__((always_inline)) vf exp2(vf x) { return flushed_exp2_of(x); }
+  static inline __attribute__((always_inline)) void keep(bf16* p, vf x, vf y) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
+    std::memcpy(p, &rounded, sizeof rounded);
+  }
+};
 #endif
 
-// exp(x * factor - shift) of an even number of vectors, stored as weights. Returns the sums by lane.
+// exp(x * factor - shift) of an even number of vectors, stored as weights, in their mode. Returns the sums by lane.
 template <class Weight>
 inline __attribute__((always_inline)) vf exponentials(const float* x, int64_t n, float factor, float shift,
                                                       Weight* weights) {
   const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
   vf sum[2] = {splat(0.0f), splat(0.0f)};
   for (int64_t j = 0; j < n; j += 2 * kLanes) {
-    const vf a = exp2_of(fma(load(x + j), f, s)), b = exp2_of(fma(load(x + j + kLanes), f, s));
-    store_weights(weights + j, a, b);
+    const vf a = Weights<Weight>::exp2(fma(load(x + j), f, s));
+    const vf b = Weights<Weight>::exp2(fma(load(x + j + kLanes), f, s));
+    Weights<Weight>::keep(weights + j, a, b);
     sum[0] = sum[0] + a;
     sum[1] = sum[1] + b;
   }
   return sum[0] + sum[1];
 }
 
-// total += exp(x * factor - shift) of an even number of vectors.
-inline void add_exponentials(const float* x, int64_t n, float factor, float shift, float* total) {
-  const vf f = splat(factor * kLog2E), s = splat(-shift * kLog2E);
-  for (int64_t j = 0; j < n; j += kLanes) store(total + j, load(total + j) + exp2_of(fma(load(x + j), f, s)));
+// total += exp(x * factor - shift) of an even number of vectors, over rows in ascending order: x of the i-th is
+// `row[i]` times `pitch` behind.
+template <class Weight>
+inline __attribute__((always_inline)) void add_exponentials(const float* x, int64_t pitch, const int64_t* row,
+                                                            int64_t n_rows, int64_t n, float factor, const float* shift,
+                                                            float* total) {
+  [[maybe_unused]] const typename Weights<Weight>::Mode mode;
+  const vf f = splat(factor * kLog2E);
+  for (int64_t j = 0; j < n; j += 2 * kLanes) {
+    vf sum[2] = {load(total + j), load(total + j + kLanes)};
+    for (int64_t i = 0; i < n_rows; ++i) {
+      const float* const at = x + row[i] * pitch + j;
+      const vf s = splat(-shift[i] * kLog2E);
+      sum[0] = sum[0] + Weights<Weight>::exp2(fma(load(at), f, s));
+      sum[1] = sum[1] + Weights<Weight>::exp2(fma(load(at + kLanes), f, s));
+    }
+    store(total + j, sum[0]);
+    store(total + j + kLanes, sum[1]);
+  }
 }
 
 // The keys of [key_begin, key_end) that some of the rows sees, and those that all see.
@@ -117,12 +155,15 @@ struct Seen {
   bool by_all(int64_t begin, int64_t end) const { return begin >= all_first && end <= all_last; }
 };
 
-// The running softmax of a block's rows: all peaks first, so that no row waits for another one's.
+// The running softmax of a block's rows: all peaks first, so that no row waits for another one's. Where peaks are lazy
+// (Weights), the next keys are weighed by the peak that each row has, unless some weight becomes large.
 template <int kRows>
 struct Running {
   static constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
+  static constexpr float kLargeSum = 1024;
   float peak[kPadded], here[kPadded], shift[kPadded], shrink[kPadded];
-  float total[kRows][kLanes];
+  float total[kRows][kLanes], sum[kRows][kLanes];  // sum: of the weights of a block of keys
+  bool settled = false;                            // whether each row has a peak
 
   Running() {
     for (int i = 0; i < kPadded; ++i) peak[i] = here[i] = -kInfinity;
@@ -132,6 +173,7 @@ struct Running {
   // shrink.
   bool advance(int64_t rows, float scale) {
     bool shrinks = false;
+    settled = true;
     for (int64_t i = 0; i < rows; i += kLanes) {
       const vf before = load(peak + i), after = maximum(load(here + i) * splat(scale), before);
       // A row that has seen nothing yet: its NaN, if any, must show.
@@ -142,7 +184,20 @@ struct Running {
       store(shrink + i, factor);
       store(peak + i, after);
     }
+    for (int64_t i = 0; i < rows; ++i) settled &= peak[i] > -kInfinity;
     return shrinks;
+  }
+  void shrink_and_add_sums(int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) store(total[i], fma(load(total[i]), splat(shrink[i]), load(sum[i])));
+  }
+  // Returns false, changing nothing, if one is large or NaN.
+  bool add_sums(int64_t rows) {
+    vmask large = greater(splat(0.0f), splat(0.0f));
+    for (int64_t i = 0; i < rows; ++i)
+      large = either(large, either(greater(load(sum[i]), splat(kLargeSum)), unordered(load(sum[i]))));
+    if (any(large)) return false;
+    for (int64_t i = 0; i < rows; ++i) store(total[i], load(total[i]) + load(sum[i]));
+    return true;
   }
 };
 
