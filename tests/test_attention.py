@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import fastok
 import pytest
@@ -245,6 +246,19 @@ def test_logits_of_plus_and_minus_200(backend: Backend, dtype: torch.dtype) -> N
     case.k.copy_(case.q[:, :1, :1] * torch.linspace(-200 / 64, 200 / 64, 29)[None, :, None, None])
     with through(backend):
         attend(case.to(dtype))
+
+
+@pytest.mark.parametrize("late", [-30.0, 3.0, 30.0, 150.0])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (300, 0)}], ids=["all", "causal", "window"])
+@over_backends("attention", without=("reference", *SLOW))
+def test_peaks_among_the_last_keys(backend: Backend, mask: dict[str, Any], late: float) -> None:
+    """Far more keys than are worked on at a time, whose logits step up or down where half of them have been seen."""
+    case = sized(s=70, t=1000, scale=1.0, **mask)
+    case.q[..., 0] = 1.0
+    case.k[:, :500, :, 0] = 0.0
+    case.k[:, 500:, :, 0] = late
+    with through(backend):
+        attend(case.to(torch.bfloat16))
 
 
 @over_dtypes
