@@ -237,6 +237,20 @@ def test_any_dense_cache(backend: Backend, batch, groups, ratio, rows, total, wi
         check(q, (k, v, None), k, v, uniform(batch, groups, total))
 
 
+@over_dense
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_lists_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
+    """More places than are taken together: unordered, twice, beyond the end, none at all."""
+    q, k, v = torch.randn(2, 2, 4, 32).to(dtype), *torch.randn(2, 2, 2600, 2, 32).to(dtype)
+    lengths, bias = torch.tensor([[2600, 2600], [1500, 1300]]), torch.randn(2, 2600)
+    for lists in (2, 4):
+        tokens = torch.randint(-1, 2600, (2, lists, 2300))
+        tokens[0, 1] = -1
+        with through(backend):
+            check(q, (k, v, lengths), k, v, lengths, tokens=tokens, key_bias=bias)
+            check(q, (k, v, lengths), k, v, lengths, tokens=tokens.sort().values.int(), key_bias=bias)
+
+
 # ---- promises --------------------------------------------------------------------------------------------------------
 
 

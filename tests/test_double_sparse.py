@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fastok import PagedKV, kv_pack
+from fastok import PagedKV, attention_decode, kv_pack
 from fastok.sparse import LabelCache, double_sparse_decode, label_scores
 from fastok.testing import assert_accurate, assert_same
 from torch import Tensor
@@ -75,6 +75,35 @@ def test_as_many_as_there_are_is_dense_attention(shared: bool) -> None:
     assert_accurate(out[1:], truth[1:], peer[1:])
 
 
+@pytest.mark.parametrize("shared", [True, "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_as_there_are_is_dense_decode_bit_for_bit(dtype: torch.dtype, shared: bool | str) -> None:
+    q, k, v = made(2, 5000, 2, dtype)
+    lengths = torch.tensor([5000, 2100])
+    labels = LabelCache(channels(2), 8).append(k)
+    out, lse, tokens = double_sparse_decode(q, (k, v, lengths), labels, 6000, shared=shared)
+    for got, wanted in zip((out, lse), attention_decode(q, (k, v, lengths)), strict=True):
+        assert_same(got, wanted)
+    assert tokens.shape == (2, G, 5000)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_values_of_another_width_than_keys(width: int) -> None:
+    q, k, _ = made(2, 90)
+    v = torch.randn(2, 90, G, width)
+    labels = LabelCache(channels(4)).append(k)
+    lengths = torch.tensor([90, 7])
+    out, _, tokens = double_sparse_decode(q, (k, v, lengths), labels, 12)
+    assert out.shape == (2, 1, H, width)
+    results = []
+    for dtype in (F64, F32):
+        wide = torch.zeros(2, 90, G, 64, dtype=dtype)
+        wide[..., :width] = v
+        parts = (by_hand(q.to(dtype), k.to(dtype), part, tokens, lengths.tolist()) for part in wide.split(D, 3))
+        results.append(torch.cat(list(parts), 3)[..., :width])
+    assert_accurate(out, *results)
+
+
 def test_all_channels_choose_the_tokens_with_the_largest_logits() -> None:
     q, k, v = made(1, 60)
     labels = LabelCache(channels(D)).append(k)
@@ -97,10 +126,11 @@ def test_negative_scores_lose_to_nothing_that_is_not_there() -> None:
     assert int(tokens.min()) >= 0
 
 
-def test_packed_and_paged_caches_give_what_their_rows_give() -> None:
+@pytest.mark.parametrize(("bits", "rows"), [(8, "kivi-4"), (4, "kivi-2")])
+def test_packed_and_paged_caches_give_what_their_rows_give(bits: int, rows: str) -> None:
     q, k, v = made(2, 300)
-    labels = LabelCache(channels(4), 8).append(k)
-    packed = kv_pack(k, v, "kivi-4")
+    labels = LabelCache(channels(4), bits).append(k)
+    packed = kv_pack(k, v, rows)
     unpacked = packed.unpack()
     got = double_sparse_decode(q, packed, labels, 32, sink=1, recent=8)
     lengths = [300, 300]
@@ -126,6 +156,19 @@ def test_the_batch_changes_nothing() -> None:
         alone = double_sparse_decode(q[one], (k[one], v[one], lengths[one]), LabelCache(picked).append(k[one]), 16)
         for x, y in zip(alone, together, strict=True):
             assert_same(x, y[one])
+
+
+def test_labels_of_four_bits_and_rows_of_two_are_a_fortieth_of_what_dense_attention_reads() -> None:
+    """spec_kv §17: 11 bytes a token and KV head for 512; here with scales of labels, and what a page holds besides."""
+    total, wide, r = 8192, 128, 8
+    k, v = torch.randn(2, 1, total, 1, wide).bfloat16()
+    labels = LabelCache(torch.arange(r)[None], 4)
+    labels.append(k)
+    packed = kv_pack(k, v, "kivi-2")
+    label_bytes = (labels.nbytes - labels.channels.numel() * 8) / total
+    row_bytes = 2 * 128 * packed.format.bits_per_element(wide)[0] / 8
+    assert label_bytes == r / 2 + 2
+    assert 512 / (label_bytes + row_bytes / 16) > 40
 
 
 def test_heads_of_different_lengths_and_too_small_budgets_are_refused() -> None:

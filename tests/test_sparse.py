@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from fastok.caches.labels import LabelCache
-from fastok.ops.sparse import calibrate_channels, label_scores, select_tokens
+from fastok.ops.sparse import calibrate_channels, label_scores, rotary_channels, select_tokens
 from fastok.reference.sparse import fisher_sums, most_discriminating
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from hypothesis import given
@@ -206,6 +206,34 @@ def test_several_rows_count_by_their_largest_and_lengths_hide_the_rest() -> None
     assert bool((got[1, :, 4:] == -INF).all())
 
 
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_sum_of_a_group(bits: int) -> None:
+    q, k = keys(2, 1, 6, 8), keys(2, 10, 2, 8)
+    labels = LabelCache(torch.stack([torch.randperm(8)[:3] for _ in range(6)]), bits).append(k)
+    lengths = torch.tensor([10, 4])
+    single = label_scores(q, labels, shared=False, seq_lens=lengths)
+    assert_same(label_scores(q, labels, shared="sum", seq_lens=lengths), single.unflatten(1, (2, 3)).sum(2))
+    with pytest.raises(ValueError, match="shared must be True"):
+        label_scores(q, labels, shared="mean")
+
+
+@over_backends("label_scores")
+@pytest.mark.parametrize("heads", [1, 3, 5, 8])
+def test_nan_and_infinite_products_of_any_head_are_seen(backend: Backend, heads: int) -> None:
+    """One list per KV head: a NaN of any query head of the group wins, as in amax; infinities are numbers."""
+    n = 100
+    q, k = torch.rand(1, 1, heads, 8) + 0.5, torch.rand(1, n, 1, 8) + 0.5
+    for t in range(0, n, 7):
+        k[0, t, 0, 0] = (math.inf, -math.inf, math.nan)[t % 3]
+    q[0, 0, heads // 2, 0] *= -1
+    labels = LabelCache(torch.arange(8)[None]).append(k)
+    got = backend.label_scores(q, labels.data, None, labels.channels, 1, True, None)
+    single = backend.label_scores(q, labels.data, None, labels.channels, 1, False, None)
+    assert_same(got, single.amax(1, keepdim=True))
+    assert bool(got.isnan().any())
+    assert bool(got.isinf().any())
+
+
 def test_a_nan_key_stays_with_its_token() -> None:
     k = keys(1, 6, 1, 8)
     k[0, 2, 0, 3] = math.nan
@@ -253,6 +281,43 @@ def test_calibration_finds_the_planted_channels(statistic: str) -> None:
         assert channels[:, 0].tolist() == [7, 6]
     else:
         assert [set(row) for row in channels.tolist()] == [{0, 7}, {1, 7}, {2, 6}, {3, 6}]
+
+
+def test_channels_of_the_other_rotary_layout() -> None:
+    """Pairs that turn together stay pairs, there and back; of keys laid out anew they make the same scores."""
+    halves = torch.arange(8)
+    other = rotary_channels(halves, 8)
+    assert other.tolist() == [(2 * c) % 8 + 2 * c // 8 for c in range(8)]  # as published
+    assert [set(pair) for pair in zip(other[:4].tolist(), other[4:].tolist(), strict=True)] == [
+        {2 * i, 2 * i + 1} for i in range(4)
+    ]
+    channels = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    moved = rotary_channels(channels, 16)
+    assert_same(rotary_channels(moved, 16, to="halves"), channels)
+    q, k = keys(1, 1, 4, 16), keys(1, 9, 2, 16)
+    place = rotary_channels(torch.arange(16), 16)
+    laid_out = [torch.empty_like(x).index_copy_(3, place, x) for x in (q, k)]
+    assert_same(
+        label_scores(laid_out[0], LabelCache(moved).append(laid_out[1])),
+        label_scores(q, LabelCache(channels).append(k)),
+    )
+
+
+def test_statistics_before_and_after_rotary_embedding_choose_otherwise() -> None:
+    """Products of turned queries and keys see how they lie to each other, the published |q| and |k| do not."""
+    q, k = torch.zeros(2, 1, 16, 1, 4)
+    q[..., 0], k[..., 2] = 3.0, 3.0  # one pair that turns together: apart before, a product after
+    q[..., 1], k[..., 1] = 1.0, 1.0
+    angle = torch.arange(16.0)[None, :, None, None] * torch.tensor([1.0, 0.01])
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    assert calibrate_channels(q, k, 1, statistic="q").tolist() == [[0]]
+    assert calibrate_channels(q, k, 1, statistic="k").tolist() == [[2]]
+    assert calibrate_channels(q, k, 1).tolist() == [[1]]
+    assert set(calibrate_channels(turned(q), turned(k), 2)[0].tolist()) == {0, 2}
 
 
 def test_calibration_takes_the_lowest_of_equal_channels() -> None:
@@ -323,6 +388,10 @@ def test_fisher_puts_nan_last_and_takes_the_lowest_of_equal_channels() -> None:
         (ValueError, "statistic", lambda q, k: calibrate_channels(q, k, 2, statistic="v")),
         (ValueError, "multiple", lambda q, k: calibrate_channels(q[:, :, :3], k, 2)),
         (ValueError, "k must have shape", lambda q, k: calibrate_channels(q, k[:, :2], 2)),
+        (ValueError, "head_dim must be", lambda q, k: rotary_channels(listed(1), 7)),
+        (ValueError, "to must be", lambda q, k: rotary_channels(listed(1), 8, to="back")),
+        (ValueError, "channels must be within", lambda q, k: rotary_channels(listed(1) + 8, 8)),
+        (TypeError, "channels must have dtype", lambda q, k: rotary_channels(listed(1).int(), 8)),
         (ValueError, "bits", lambda q, k: LabelCache(listed(1), 3)),
         (TypeError, "channels", lambda q, k: LabelCache(torch.zeros(1, 1))),
         (ValueError, "channels must be within", lambda q, k: LabelCache(torch.full((2, 1), 8)).append(k)),

@@ -6,6 +6,7 @@ from typing import Any
 import fastok
 import pytest
 import torch
+from cache_cases import assert_close, check_batches, run
 from fastok.sparse import Calibration, DoubleSparseCache, PyramidKVCache, SnapKVCache, TidalCache, calibrate
 from fastok.testing import assert_accurate, assert_same
 from torch import Tensor
@@ -148,6 +149,75 @@ def test_tidal_layers_reuse_the_last_choice() -> None:
     best = logits.unflatten(1, (G, 2)).amax(2)[..., :-1].topk(11).indices.sort().values
     assert_same(seen[2][1][..., :-1], best)
     assert bool((seen[2][1][..., -1] == 60).all())
+
+
+@torch.no_grad()
+def test_tidal_lists_of_query_heads_are_their_own_and_made_anew_in_every_step() -> None:
+    model = build()
+    cache = TidalCache(12, select_layers=(1,), shared=False)
+    model(ids(2, 60), past_key_values=cache)
+    before = None
+    for step in range(2):
+        seen = attended(model, cache, ids(2, 1, seed=step))
+        logits = (seen[1][0][:, 0, :, None] * cache.layers[1].kv.k.transpose(1, 2).repeat_interleave(2, 1)).sum(-1)
+        best = logits[..., :-1].topk(11).indices.sort().values
+        assert seen[2][1].shape == (2, H, 12)
+        assert_same(seen[2][1][..., :-1], best)
+        assert_same(seen[3][1], seen[2][1])
+        assert bool((seen[2][1][..., -1] == 60 + step).all())
+        assert before is None or not torch.equal(best, before)
+        before = best
+    assert bool((best[:, 0] != best[:, 1]).any())
+
+
+@torch.no_grad()
+def test_tidal_samples_with_padding_are_what_they_are_alone() -> None:
+    model, prompt, steps = build(), ids(2, 60), ids(2, 3, seed=4)
+    mask = torch.ones(2, 63, dtype=torch.long)
+    mask[1, :25] = 0
+    cache, alone = TidalCache(12, select_layers=(1, 3)), TidalCache(12, select_layers=(1, 3))
+    got = run(model, cache, torch.cat([prompt, steps], 1), (60, 61, 62), mask)[1, 60:]
+    wanted = run(model, alone, torch.cat([prompt, steps], 1)[1:, 25:], (35, 36, 37))[0, 35:]
+    assert_close(got, wanted)
+
+
+@over_caches
+@torch.no_grad()
+def test_batches_selected_and_reordered(name: str) -> None:
+    check_batches(CACHES[name])
+
+
+@pytest.mark.parametrize("kind", ["Double Sparsity", "TidalDecode"])
+def test_layers_whose_values_are_of_another_width(kind: str) -> None:
+    """As multi-head latent attention has them: keys of 20 channels, values of 12."""
+    k, v, q = torch.randn(2, G, 50, 20), torch.randn(2, G, 50, 12), torch.randn(2, 1, H, 20)
+    if kind == "Double Sparsity":
+        channels = torch.arange(20).expand(1, G, 20).clone()
+        cache: Any = DoubleSparseCache(Calibration(channels, "k", "", ""), 8, dense_layers=(), recent=1)
+    else:
+        cache = TidalCache(8, select_layers=(0,))
+    cache.update(k, v, 0)
+    cache.update(k, v, 1 if kind == "TidalDecode" else 0)
+    layers = cache.layers
+    out, lse = [layer.attend(q, 20**-0.5, None, None) for layer in layers][-1]
+    keys, values = (torch.cat([x, x], 2) if kind == "Double Sparsity" else x for x in (k, v))
+    logits = (q[:, 0].unflatten(1, (G, 2)) @ keys.mT) * 20**-0.5
+    best = logits.amax(2)[..., :-1].topk(7).indices
+    tokens = torch.cat([best, torch.full((2, G, 1), keys.shape[2] - 1)], 2)[:, :, None].expand(-1, -1, 2, -1)
+    wanted = logits.gather(3, tokens)
+    rows = values[:, :, None].expand(-1, -1, 2, -1, -1).gather(3, tokens[..., None].expand(*tokens.shape, 12))
+    assert_close(out[:, 0], (wanted.softmax(-1)[..., None] * rows).sum(3).flatten(1, 2))
+    assert_close(lse[:, :, 0], wanted.logsumexp(-1).flatten(1))
+
+
+@torch.no_grad()
+def test_memory_includes_the_labels() -> None:
+    model = build()
+    for bits, of_label in ((16, 4 * 4), (4, 2 + 2)):
+        cache = DoubleSparseCache(calibration(model), 20, dense_layers=(0,), bits=bits)
+        model(ids(2, 96), past_key_values=cache)
+        rows = LAYERS * 2 * G * 96 * 2 * D * 4
+        assert cache.nbytes == rows + (LAYERS - 1) * G * (2 * 96 * of_label + 4 * 8)
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """``Window`` against lists, and ``HostKV`` against `DenseKV`: any sequence of operations."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastok.caches import memory
 from fastok.caches.dense import DenseKV
 from fastok.caches.host import HostKV
 from fastok.caches.window import Window
@@ -124,3 +126,37 @@ def test_host_memory_holds_the_same(steps: list[int], seed: int) -> None:
         for got, part in zip(host.rows(tokens, torch.device("cpu")), (device.k, device.v), strict=True):
             of_head = part.transpose(1, 2).repeat_interleave(2, 1)
             assert_same(got, of_head.gather(2, index.expand(-1, -1, -1, part.shape[3])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_memory_is_in_huge_pages_and_small_is_not(dtype: torch.dtype) -> None:
+    like = torch.zeros(1, dtype=dtype)
+    small, large = memory.empty(like, (3, 5)), memory.empty(like, (3, memory.LEAST))
+    assert small.shape == (3, 5)
+    assert large.shape == (3, memory.LEAST)
+    assert small.dtype == large.dtype == dtype
+    large.fill_(1)
+    assert int(large[::2, ::9999].sum(dtype=torch.float64)) == large[::2, ::9999].numel()
+    advised = flags_of(large.data_ptr())
+    if advised is None:
+        pytest.skip("the system does not tell")
+    assert "hg" in advised
+    address = large.data_ptr()
+    del large
+    assert "hg" not in (flags_of(address) or "")  # given back
+
+
+def flags_of(address: int) -> str | None:
+    """What Linux knows about the memory at ``address``."""
+    try:
+        regions = Path("/proc/self/smaps").read_text()
+    except OSError:
+        return None
+    found = None
+    for line in regions.splitlines():
+        bounds = line.split(" ")[0].split("-")
+        if len(bounds) == 2:
+            inside = int(bounds[0], 16) <= address < int(bounds[1], 16)
+        elif line.startswith("VmFlags") and inside:
+            found = line
+    return found

@@ -33,6 +33,7 @@ struct DenseKeys {
   const void *const *k, *const *v;
   const int32_t* place;
   int64_t count, width, v_width;
+  bool scattered;  // rows do not follow each other in memory
 };
 
 // One page, and which of its entries take part: those whose place is in the ascending `listed` (nullptr: all).

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "decode/token_lists.h"
 #include "quantize/cache_cpu.h"
 
 namespace fastok {
@@ -16,10 +17,9 @@ constexpr int64_t kSplitKeys = 2048;
 // What all caches have in common: queries, what they may see, results.
 struct DecodeCall {
   Tensor q, bias;
-  std::vector<int32_t> listed;        // ascending places of each list, one after the other
-  std::vector<int64_t> listed_begin;  // [lists + 1]
+  TokenLists lists;
   Dtype dtype;
-  int64_t batch, rows, heads, width, groups, v_width, units, lists = 0, bias_places = 0;
+  int64_t batch, rows, heads, width, groups, v_width, units, bias_places = 0;
   bool per_head_bias = false, has_bias;
   float scale, softcap;
 
@@ -45,7 +45,12 @@ struct DecodeCall {
           "key_bias must be [B,T] or [B,H,T]");
       bias_places = bias.size(bias.dim() - 1);
     }
-    if (tokens) list(*tokens);
+    if (!tokens) return;
+    STD_TORCH_CHECK(
+        tokens->dim() == 3 && tokens->size(0) == batch && (tokens->size(1) == groups || tokens->size(1) == heads),
+        "tokens must be [B,G,K] or [B,H,K]");
+    units = tokens->size(1);  // places listed for each query head make units of single heads
+    lists = TokenLists(*tokens);
   }
 
   int64_t ratio() const { return heads / units; }
@@ -59,37 +64,9 @@ struct DecodeCall {
     return has_bias ? const_data<float>(bias) + (per_head_bias ? b * heads + h : b) * bias_places : nullptr;
   }
   // The list of a unit, nullptr: all places.
-  const int32_t* list_of(int64_t b, int64_t unit, int64_t& count) const {
+  const int32_t* list_of(int64_t b, int64_t unit, int64_t length, int64_t& count) const {
     count = 0;
-    if (lists == 0) return nullptr;
-    const size_t at = size_t(b * lists + unit);
-    count = listed_begin[at + 1] - listed_begin[at];
-    static const int32_t nothing = 0;
-    return listed.empty() ? &nothing : listed.data() + listed_begin[at];
-  }
-
- private:
-  // Places listed for each query head make units of single heads.
-  void list(const Tensor& tokens) {
-    STD_TORCH_CHECK(
-        tokens.dim() == 3 && tokens.size(0) == batch && (tokens.size(1) == groups || tokens.size(1) == heads),
-        "tokens must be [B,G,K] or [B,H,K]");
-    lists = units = tokens.size(1);
-    const bool wide = tokens.scalar_type() == ScalarType::Long;
-    const Tensor dense = checked_contiguous(tokens, wide ? ScalarType::Long : ScalarType::Int, "tokens");
-    const int64_t n = tokens.size(2);
-    listed_begin.push_back(0);
-    for (int64_t i = 0; i < batch * lists; ++i) {
-      const size_t begin = listed.size();
-      for (int64_t j = i * n; j < (i + 1) * n; ++j) {
-        const int64_t place = wide ? const_data<int64_t>(dense)[j] : const_data<int32_t>(dense)[j];
-        if (place >= 0 && place <= std::numeric_limits<int32_t>::max()) listed.push_back(int32_t(place));
-      }
-      const auto first = listed.begin() + int64_t(begin);
-      if (!std::is_sorted(first, listed.end())) std::sort(first, listed.end());
-      listed.erase(std::unique(first, listed.end()), listed.end());
-      listed_begin.push_back(int64_t(listed.size()));
-    }
+    return lists.empty() ? nullptr : lists.of(b, unit, length, count);
   }
 };
 
@@ -107,7 +84,7 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
   for (int64_t b = 0; b < call.batch; ++b) {
     for (int64_t unit = 0; unit < call.units; ++unit) {
       call.check_bias(length_of(b, call.group_of(unit)));
-      const int64_t n = splits_of(b, call.group_of(unit));
+      const int64_t n = splits_of(b, unit);
       for (int64_t split = 0; split < n; ++split) tasks.push_back({b, unit, split, n});
     }
   }
@@ -177,24 +154,32 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
 
 int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 
-// The places of [begin, end) that take part, as rows in memory.
+// Places that take part, as rows in memory: all of [begin, end), or those listed, which have to outlive this.
 struct RowPointers {
   std::vector<const void*> k, v;
-  std::vector<int32_t> place;
+  std::vector<int32_t> range;
+  const int32_t* place;
+  bool listed;
 
   template <class At>
-  RowPointers(int64_t begin, int64_t end, const int32_t* listed, int64_t n_listed, const At& at) {
-    const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(begin)) : nullptr;
-    const int64_t n =
-        listed ? std::lower_bound(from, listed + n_listed, int32_t(end)) - from : std::max<int64_t>(end - begin, 0);
-    k.resize(size_t(n)), v.resize(size_t(n)), place.resize(size_t(n));
-    for (size_t i = 0; i < size_t(n); ++i) {
-      place[i] = listed ? from[i] : int32_t(begin + int64_t(i));
-      at(place[i], k[i], v[i]);
-    }
+  RowPointers(int64_t begin, int64_t end, const At& at) : range(size_t(std::max<int64_t>(end - begin, 0))) {
+    std::iota(range.begin(), range.end(), int32_t(begin));
+    place = range.data(), listed = false;
+    point(int64_t(range.size()), at);
+  }
+  template <class At>
+  RowPointers(const int32_t* list, int64_t count, const At& at) : place(list), listed(true) {
+    point(count, at);
   }
   DenseKeys keys(Dtype dtype, int64_t width, int64_t v_width) const {
-    return {dtype, k.data(), v.data(), place.data(), int64_t(place.size()), width, v_width};
+    return {dtype, k.data(), v.data(), place, int64_t(k.size()), width, v_width, listed};
+  }
+
+ private:
+  template <class At>
+  void point(int64_t count, const At& at) {
+    k.resize(size_t(count)), v.resize(size_t(count));
+    for (size_t i = 0; i < size_t(count); ++i) at(place[i], k[i], v[i]);
   }
 };
 
@@ -259,21 +244,28 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   const DecodeKernels& kernels = pick_decode_kernels();
   const auto run = [&](int64_t b, int64_t unit, int64_t split, const DecodeRows& rows, const DecodeState& state,
                        void* scratch) {
-    const int64_t g = call.group_of(unit), begin = split * kSplitKeys;
+    const int64_t g = call.group_of(unit), length = length_of(b, g), begin = split * kSplitKeys;
     int64_t n_listed;
-    const int32_t* const listed = call.list_of(b, unit, n_listed);
-    const RowPointers pointers(begin, std::min(length_of(b, g), begin + kSplitKeys), listed, n_listed,
-                               [&](int64_t i, const void*& key, const void*& value) {
-                                 const int64_t block = blocks_of ? blocks_of[b * table.size(1) + i / page] : b;
-                                 const int64_t token = blocks_of ? i % page : i;
-                                 key = k_rows.at(block, token, g);
-                                 value = v_rows.at(block, token, g);
-                               });
+    const int32_t* const listed = call.list_of(b, unit, length, n_listed);
+    const auto row_of = [&](int64_t i, const void*& key, const void*& value) {
+      const int64_t block = blocks_of ? blocks_of[b * table.size(1) + i / page] : b;
+      const int64_t token = blocks_of ? i % page : i;
+      key = k_rows.at(block, token, g);
+      value = v_rows.at(block, token, g);
+    };
+    const int64_t count = std::min((listed ? n_listed : length) - begin, kSplitKeys);
+    const RowPointers pointers =
+        listed ? RowPointers(listed + begin, count, row_of) : RowPointers(begin, begin + count, row_of);
     kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
   };
-  return decode_over(
-      call, [&](int64_t b, int64_t g) { return parts_of(length_of(b, g)); }, length_of, run,
-      [](int64_t, int64_t, int64_t, const KvSide*&, KvChannels&, const KvSide*&, KvChannels&) {});
+  // As many keys to a split whether they are listed or not: a list of all gives the same bits as none.
+  const auto splits_of = [&](int64_t b, int64_t unit) {
+    int64_t n_listed;
+    const int64_t length = length_of(b, call.group_of(unit));
+    return parts_of(call.list_of(b, unit, length, n_listed) ? n_listed : length);
+  };
+  return decode_over(call, splits_of, length_of, run,
+                     [](int64_t, int64_t, int64_t, const KvSide*&, KvChannels&, const KvSide*&, KvChannels&) {});
 }
 
 std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset, Tensor counts,
@@ -293,7 +285,7 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
                        void* scratch) {
     const int64_t g = call.group_of(unit);
     int64_t n_listed;
-    const int32_t* const listed = call.list_of(b, unit, n_listed);
+    const int32_t* const listed = call.list_of(b, unit, length_of(b, g), n_listed);
     if (split < page_splits) {
       for (int64_t i = split * pages_each; i < std::min(cache.pages, (split + 1) * pages_each); ++i) {
         const KvPage page = cache.page(b, g, i);
@@ -312,15 +304,20 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
     const auto row_of = [&](const HeadRows& x, int64_t i) -> const void* {
       return static_cast<const char*>(x.data) + i * x.stride * x.element_bytes;
     };
-    const RowPointers pointers(sealed + begin, sealed + std::min(ks.count, begin + kSplitKeys), listed, n_listed,
-                               [&](int64_t i, const void*& key, const void*& value) {
-                                 key = row_of(ks, i - sealed);
-                                 value = row_of(vs, i - sealed);
-                               });
+    const auto rows_of = [&](int64_t i, const void*& key, const void*& value) {
+      key = row_of(ks, i - sealed);
+      value = row_of(vs, i - sealed);
+    };
+    const int64_t first = sealed + begin, last = sealed + std::min(ks.count, begin + kSplitKeys);
+    const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
+    const RowPointers pointers =
+        listed ? RowPointers(from, std::lower_bound(from, listed + n_listed, int32_t(last)) - from, rows_of)
+               : RowPointers(first, last, rows_of);
     kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
   };
   return decode_over(
-      call, [&](int64_t b, int64_t g) { return page_splits + parts_of(cache.hot_len(b, g)); }, length_of, run,
+      call, [&](int64_t b, int64_t unit) { return page_splits + parts_of(cache.hot_len(b, call.group_of(unit))); },
+      length_of, run,
       [&](int64_t b, int64_t g, int64_t split, const KvSide*& key_side, KvChannels& of_keys, const KvSide*& value_side,
           KvChannels& of_values) {
         if (split >= page_splits) return;

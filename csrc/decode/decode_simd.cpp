@@ -120,7 +120,8 @@ void dense(const DecodeRows& rows, const DenseKeys& keys, const DecodeState& sta
   const T* const* const v = reinterpret_cast<const T* const*>(keys.v);
   const auto next = [&](const void* const* rows_of, int64_t begin, int64_t width) {
     const int64_t left = keys.count - begin;
-    return NextRows{rows_of + begin, left < kDecodeBlock ? left : kDecodeBlock, width * int64_t(sizeof(T))};
+    return NextRows{rows_of + begin, left < kDecodeBlock ? left : kDecodeBlock, width * int64_t(sizeof(T)),
+                    keys.scattered};
   };
   for (int64_t i = 0; i < kDecodeBlock; ++i) next(keys.k, 0, keys.width).fetch(i);
   for (int64_t begin = 0; begin < keys.count; begin += kDecodeBlock) {

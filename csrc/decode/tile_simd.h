@@ -11,10 +11,13 @@ namespace {
 struct NextRows {
   const void* const* row;
   int64_t count, bytes;
+  bool scattered = false;  // into the second-level cache only: such rows crowd each other out of the first
 
   void fetch(int64_t i) const {
     if (i >= count) return;
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(row[i]) + byte);
+    const char* const from = static_cast<const char*>(row[i]);
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+      scattered ? __builtin_prefetch(from + byte, 0, 2) : __builtin_prefetch(from + byte);
   }
 };
 

@@ -40,13 +40,20 @@ inline vf widened(const int4* p, bool high) {
 }
 #endif
 
-// The larger one; NaN wins, as in torch's amax.
-inline vf larger(vf a, vf b) { return select(either(greater(a, b), unordered(a)), a, b); }
+// The largest of `best` and four others; NaN wins, as in torch's amax. Of a NaN and a number `maximum` is the second.
+inline vf largest(const vf (&x)[4], vf best) {
+  const vmask nan = either(either(unordered(x[0]), unordered(x[1])), either(unordered(x[2]), unordered(x[3])));
+  best = maximum(maximum(maximum(x[0], x[1]), maximum(x[2], x[3])), best);
+  return select(nan, splat(std::numeric_limits<float>::quiet_NaN()), best);
+}
 
 template <class Code>
 inline constexpr bool kPaired = false;
 template <>
 inline constexpr bool kPaired<int4> = true;
+
+// Bytes of a channel that are fetched before they are read: there are more channels than the hardware foresees well.
+constexpr int64_t kAhead = 2048;
 
 // The best score of kVectors vectors of tokens among `queries` rows of `picked`.
 template <class Code, int kVectors>
@@ -59,6 +66,7 @@ inline __attribute__((always_inline)) void best_of(const LabelScoresCall& call, 
     for (int64_t c = 0; c < call.r; ++c) {
       const bool high = kPaired<Code> && c >= pairs;
       const Code* row = codes + (high ? c - pairs : c) * call.channel_stride;
+      if (first == 0 && !high) __builtin_prefetch(row + kAhead / sizeof(Code));
       vf label[kVectors];
       for (int v = 0; v < kVectors; ++v) label[v] = widened(row + v * kLanes, high);
 #pragma GCC unroll 4
@@ -68,12 +76,10 @@ inline __attribute__((always_inline)) void best_of(const LabelScoresCall& call, 
         for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(label[v], x, acc[i][v]);
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kQueries; ++i)
-      for (int v = 0; v < kVectors; ++v) {
-        const vf score = scale ? acc[i][v] * load(scale + v * kLanes) : acc[i][v];
-        best[v] = larger(score, best[v]);
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      const vf factor = scale ? load(scale + v * kLanes) : splat(1.0f);
+      best[v] = largest({acc[0][v] * factor, acc[1][v] * factor, acc[2][v] * factor, acc[3][v] * factor}, best[v]);
+    }
   }
 }
 

@@ -6,7 +6,7 @@ from .caches.labels import LabelCache
 from .integrations.calibrate import Calibration, calibrate
 from .integrations.retrieval_heads import retrieval_heads
 from .ops.double_sparse import double_sparse_decode
-from .ops.sparse import calibrate_channels, label_scores, select_tokens
+from .ops.sparse import calibrate_channels, label_scores, rotary_channels, select_tokens
 
 
 def __getattr__(name: str) -> object:
@@ -35,5 +35,6 @@ __all__ = [
     "double_sparse_decode",
     "label_scores",
     "retrieval_heads",
+    "rotary_channels",
     "select_tokens",
 ]

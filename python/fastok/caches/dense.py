@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from .memory import empty
+
 
 class DenseKV:
     """One layer's keys ``[B,T,G,D]`` and values ``[B,T,G,D_v]``, newest last.
@@ -48,7 +50,7 @@ class DenseKV:
             kept = part.gather(2, index[..., None].expand(*index.shape, part.shape[3]))
             if spare:
                 if part.shape[2] != count + spare:
-                    part = part.new_empty(*part.shape[:2], count + spare, part.shape[3])
+                    part = self._empty(part, (*part.shape[:2], count + spare, part.shape[3]))
                 part[:, :, :count] = kept
             self._parts[i] = part if spare else kept
         self.length = count
@@ -80,4 +82,4 @@ class DenseKV:
             self._parts[i] = new
 
     def _empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return like.new_empty(shape)
+        return empty(like, shape)

@@ -82,7 +82,9 @@ class HostKV(DenseKV):
         return self
 
     def _empty(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=like.dtype, pin_memory=torch.cuda.is_available())
+        if not torch.cuda.is_available():
+            return super()._empty(like, shape)
+        return torch.empty(shape, dtype=like.dtype, pin_memory=True)
 
     def _pinned(self, x: Tensor) -> Tensor:
         return x.pin_memory() if torch.cuda.is_available() else x

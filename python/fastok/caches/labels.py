@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import ACTIVATIONS, check_dtype, check_int, check_same_device, check_shape, check_tensor
+from .memory import empty
 
 BITS = (16, 8, 4)
 ROW = 16  # the capacity is a multiple, so that rows of channels begin at multiples of 16 bytes, whatever the bits
@@ -125,7 +126,7 @@ class LabelCache:
         for name in ("_data", "_scale"):
             old: Tensor | None = getattr(self, name)
             if old is not None:
-                new = old.new_zeros((*old.shape[:-1], capacity))
+                new = empty(old, (*old.shape[:-1], capacity)).zero_()
                 new[..., : self._length] = old[..., : self._length]
                 setattr(self, name, new)
 

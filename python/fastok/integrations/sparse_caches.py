@@ -67,11 +67,11 @@ class TidalLayer(DenseLayer):
             return super().attend(q, scale, softcap, key_bias)
         if not self.chooses:
             return self.to_tokens(self.chosen.tokens, q, scale, softcap, key_bias)
-        rows = padded(q).to(self.dtype)
-        spec = ScoreSpec(rows="last", heads="none", logits=True)
-        scores = hidden(attention_scores(rows, self.kv.k, spec=spec, scale=scale), key_bias)
-        if self.shared:
-            scores = scores.unflatten(1, (self.kv.k.shape[2], -1)).amax(2)
+        # The query heads of a KV head as rows of one, so that keys are read once for all of them.
+        rows = padded(q).to(self.dtype)[:, 0].unflatten(1, (self.kv.k.shape[2], -1)).transpose(1, 2)
+        spec = ScoreSpec(reduce="max" if self.shared else "none", heads="none", logits=True)
+        scores = attention_scores(rows, self.kv.k, spec=spec, scale=scale)
+        scores = hidden(scores if self.shared else scores.flatten(1, 2), key_bias)
         self.chosen.tokens, _ = select_tokens(scores, self.n_keep, recent=1)
         return super().attend(q, scale, softcap, key_bias)
 

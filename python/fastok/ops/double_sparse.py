@@ -22,7 +22,7 @@ def double_sparse_decode(
     *,
     sink: int = 0,
     recent: int = 0,
-    shared: bool = True,
+    shared: bool | str = True,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +34,7 @@ def double_sparse_decode(
         labels: a `LabelCache` of the same tokens.
         n_keep: tokens attended to, per KV head (``shared``) or per query head.
         sink, recent: first and last tokens always among them. The S newest always are.
-        shared: one list per KV head, by the largest score of its group.
+        shared: one list per KV head, by the largest score of its group (``"sum"``: by their sum).
         scale, softcap: as for `attention_decode`.
 
     Returns:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..caches.labels import LabelCache
 
 STATISTICS = ("qk", "q", "k", "fisher")
+LAYOUTS = ("interleaved", "halves")
 
 
 def calibrate_channels(q: Tensor, k: Tensor, r: int, *, statistic: str = "qk") -> Tensor:
@@ -58,6 +59,35 @@ def calibrate_channels(q: Tensor, k: Tensor, r: int, *, statistic: str = "qk") -
     return reference.calibrate_channels(q, k, r, statistic=statistic)
 
 
+def rotary_channels(channels: Tensor, head_dim: int, *, to: str = "interleaved") -> Tensor:
+    """The same channels of a model whose rotary embedding lays out its pairs the other way.
+
+    Args:
+        channels: int64 of any shape, within [0, ``head_dim``).
+        head_dim: D, even.
+        to: ``"interleaved"``: from transformers' layout, where channels c and c + D/2 turn together, to that of
+            checkpoints as first published, where 2c and 2c + 1 do; ``"halves"``: back.
+
+    Returns:
+        int64 of the shape of ``channels``.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype or range.
+
+    Deterministic; no host synchronisation on CUDA but for the check of the range. Double Sparsity's release does the
+    former between calibration and its own kernels.
+    """
+    check_int("head_dim", head_dim)
+    if head_dim <= 0 or head_dim % 2:
+        raise ValueError(f"head_dim must be positive and even, got {head_dim}")
+    if to not in LAYOUTS:
+        raise ValueError(f"to must be one of {', '.join(map(repr, LAYOUTS))}; got {to!r}")
+    check_dtype("channels", channels, (torch.int64,))
+    check_range("channels", channels, 0, head_dim)
+    columns = head_dim // 2 if to == "interleaved" else 2
+    return channels % columns * (head_dim // columns) + channels // columns
+
+
 def check_statistic(statistic: str) -> None:
     """ValueError unless it is one of Double Sparsity's."""
     if statistic not in STATISTICS:
@@ -76,14 +106,17 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
 
 
-def label_scores(q: Tensor, labels: "LabelCache", *, shared: bool = True, seq_lens: Tensor | None = None) -> Tensor:
+def label_scores(
+    q: Tensor, labels: "LabelCache", *, shared: bool | str = True, seq_lens: Tensor | None = None
+) -> Tensor:
     """What the label channels say about how much each cached token matters to the newest queries.
 
     Args:
         q: queries ``[B,S,H,D]``, or ``[B,H,D]`` for one row, after rotary embedding. With several rows the largest
             score of them counts.
         labels: the cached tokens' labels.
-        shared: one score per KV head, the largest of its group's query heads, so that one token list serves them all.
+        shared: one score per KV head, the largest of its group's query heads (``"sum"``: their sum), so that one token
+            list serves them all.
         seq_lens: int ``[B]``, tokens from there on get -inf; None: all are there.
 
     Returns:
@@ -94,6 +127,8 @@ def label_scores(q: Tensor, labels: "LabelCache", *, shared: bool = True, seq_le
 
     Deterministic and batch-invariant; no host synchronisation; no gradient.
     """
+    if shared not in (True, False, "sum"):
+        raise ValueError(f"shared must be True (the largest of a group), False or 'sum', got {shared!r}")
     data, scale, channels = labels.data, labels.scale, labels.channels
     q = query_rows(q)
     check_dtype("q", q, ACTIVATIONS)
@@ -109,7 +144,9 @@ def label_scores(q: Tensor, labels: "LabelCache", *, shared: bool = True, seq_le
     if seq_lens is not None:
         check_shape("seq_lens", seq_lens, (q.shape[0],), "[B]")
         check_same_device("seq_lens", seq_lens, "q", q.device)
-    return torch.ops.fastok.label_scores(q.detach(), data, scale, channels, labels.kv_heads, shared, seq_lens)
+    largest = shared != "sum" and bool(shared)
+    scores = torch.ops.fastok.label_scores(q.detach(), data, scale, channels, labels.kv_heads, largest, seq_lens)
+    return scores.unflatten(1, (labels.kv_heads, -1)).sum(2) if shared == "sum" else scores
 
 
 def query_rows(q: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .functions import (
     double_sparse_decode,
     kv_pack,
     label_scores,
+    rotary_channels,
     select_tokens,
 )
 from .k_center import k_center, k_center_picks
@@ -46,6 +47,7 @@ __all__ = [
     "nearest",
     "nearest_rows",
     "peak_rows",
+    "rotary_channels",
     "sample_cdf",
     "sample_map",
     "select_tokens",

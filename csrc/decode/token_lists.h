@@ -1,0 +1,63 @@
+// The places that decode attention is restricted to, as the kernels take them: ascending, each once.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace fastok {
+
+class TokenLists {
+ public:
+  TokenLists() = default;
+  // tokens int32 or int64 [B,lists,K], in any order; what is no place at all is left out.
+  explicit TokenLists(const Tensor& tokens) : lists_(tokens.size(1)), pitch_(tokens.size(2)) {
+    const int64_t total = tokens.size(0) * lists_;
+    const bool wide = tokens.scalar_type() == ScalarType::Long;
+    const Tensor dense = checked_contiguous(tokens, wide ? ScalarType::Long : ScalarType::Int, "tokens");
+    places_ = std::make_unique_for_overwrite<int32_t[]>(size_t(total * pitch_));
+    counts_.resize(size_t(total));
+    torch::stable::parallel_for(0, total, 1 + kGrain / (pitch_ + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        counts_[size_t(i)] = wide ? arrange(const_data<int64_t>(dense) + i * pitch_, places_.get() + i * pitch_)
+                                  : arrange(const_data<int32_t>(dense) + i * pitch_, places_.get() + i * pitch_);
+    });
+  }
+
+  bool empty() const { return lists_ == 0; }
+  // Those of a list that are below `length`.
+  const int32_t* of(int64_t b, int64_t list, int64_t length, int64_t& count) const {
+    const int32_t* const first = places_.get() + (b * lists_ + list) * pitch_;
+    const int32_t* const last = first + counts_[size_t(b * lists_ + list)];
+    const bool beyond = first != last && last[-1] >= length;
+    count = (beyond ? std::lower_bound(first, last, int32_t(length)) : last) - first;
+    return first;
+  }
+
+ private:
+  static constexpr int64_t kGrain = 8192;  // places worth handing to another thread
+
+  template <class Int>
+  int64_t arrange(const Int* from, int32_t* to) const {
+    int64_t count = 0, previous = -1;
+    bool ascending = true;
+    for (int64_t i = 0; i < pitch_; ++i) {
+      const int64_t place = from[i];
+      if (place < 0 || place > std::numeric_limits<int32_t>::max()) continue;
+      ascending &= place > previous;
+      previous = place;
+      to[count++] = int32_t(place);
+    }
+    if (ascending) return count;
+    std::sort(to, to + count);
+    return std::unique(to, to + count) - to;
+  }
+
+  int64_t lists_ = 0, pitch_ = 0;
+  std::unique_ptr<int32_t[]> places_;
+  std::vector<int64_t> counts_;
+};
+
+}  // namespace fastok
