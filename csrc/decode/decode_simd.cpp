@@ -380,7 +380,7 @@ void read_table(const KvFormat& fmt, const KvSide& side, const KvHalf& half, int
   if (part.kind == KvKind::affine) return read(array + count * side.scale_bytes, s.table_zero);
   for (int64_t g = 0; g < groups; ++g) {
     float *const scale = s.table_scale + g * kMostPage, *const zero = s.table_zero + g * kMostPage;
-    finish_parameters(side, part, 0, half.param_rows, scale, zero);
+    finish_parameters(side, part, half.param_rows, scale, zero);
     for (int64_t i = half.param_rows; i % kLanes; ++i) zero[i] = 0;
     for (int64_t i = 0; i < half.param_rows && released_spectrum(side, part); ++i) zero[i] = -0.5f * scale[i];
   }

@@ -110,10 +110,8 @@ inline float top_code(const KvSide& side, const KvPart& part, bool high) {
   return float((1 << (high ? part.bits : side.low_bits)) - 1);
 }
 
-// x = code * scale + zero for the channels of one part, whose group has these parameters: scale[i], zero[i] for `count`
-// groups (channels, or groups of channels of one token), the first of which is channel `first` of the part.
-inline void finish_parameters(const KvSide& side, const KvPart& part, int64_t first, int64_t count, float* scale,
-                              float* zero) {
+// x = code * scale + zero for `count` channels of one part, whose groups have these parameters: scale[i], zero[i].
+inline void finish_parameters(const KvSide& side, const KvPart& part, int64_t count, float* scale, float* zero) {
   for (int64_t i = 0; i < count; ++i) {
     const float s = scale[i];
     if (part.kind == KvKind::trit) {
@@ -124,7 +122,7 @@ inline void finish_parameters(const KvSide& side, const KvPart& part, int64_t fi
       scale[i] = 2 * s;
       zero[i] = -s;
     } else {
-      zero[i] = first + i <= part.channels / 2 ? 0.0f * s : -0.5f * s;
+      zero[i] = i <= part.channels / 2 ? 0.0f * s : -0.5f * s;
     }
   }
 }
@@ -144,12 +142,12 @@ inline void channel_parameters(const KvFormat& fmt, const KvSide& side, const Kv
       if (side.low_bits)
         for (int64_t d = 0; d < part.channels; ++d) scale[part.first + d] /= top_code(side, part, high);
     } else {
-      finish_parameters(side, part, 0, part.channels, scale + part.first, zero + part.first);
+      finish_parameters(side, part, part.channels, scale + part.first, zero + part.first);
     }
   }
 }
 
-// The parameters of the token in row `row` for one part's groups of channels.
+// The parameters of all channels of one part, of the token in row `row`.
 inline void token_parameters(const KvFormat& fmt, const KvSide& side, const KvHalf& half, int part_index, int64_t row,
                              float* scale, float* zero) {
   const uint8_t* array = half.params;
@@ -157,10 +155,14 @@ inline void token_parameters(const KvFormat& fmt, const KvSide& side, const KvHa
     array += half.param_rows * side.part[i].arrays() * side.groups_of(side.part[i]) * side.scale_bytes;
   const KvPart& part = side.part[part_index];
   const int64_t groups = side.groups_of(part);
-  read_scales(array, fmt.scale, row * groups, groups, scale);
-  if (part.kind == KvKind::affine)
-    return read_scales(array + half.param_rows * groups * side.scale_bytes, fmt.scale, row * groups, groups, zero);
-  finish_parameters(side, part, 0, groups, scale, zero);
+  const auto read = [&](const uint8_t* from, float* to) {
+    float of_group[kMostChannels];
+    read_scales(from, fmt.scale, row * groups, groups, of_group);
+    for (int64_t d = 0; d < part.channels; ++d) to[d] = of_group[d / side.group];
+  };
+  read(array, scale);
+  if (part.kind == KvKind::affine) return read(array + half.param_rows * groups * side.scale_bytes, zero);
+  finish_parameters(side, part, part.channels, scale, zero);
 }
 
 }  // namespace

@@ -453,8 +453,7 @@ void dequantize_row(const KvFormat& fmt, const KvSide& side, const KvHalf& half,
     }
     float scales[kMostChannels], zeros[kMostChannels];
     token_parameters(fmt, side, half, i, rank, scales, zeros);
-    for (int64_t d = 0; d < part.channels; ++d)
-      to[d] = float(row.byte[d]) * scales[d / side.group] + zeros[d / side.group];
+    for (int64_t d = 0; d < part.channels; ++d) to[d] = float(row.byte[d]) * scales[d] + zeros[d];
   }
 }
 
