@@ -14,9 +14,10 @@ cpp_code = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 demo: $(VENV)/.demo $(VENV)/.build
 	$(BIN)/fastok demo
 
+in_parallel := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 # Processes with a pool of threads each share the cores better when idle threads sleep than when they spin.
 test: $(VENV)/.test $(VENV)/.build $(VENV)/.host_cuda nvcc $(VENV)/.cutlass
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests $(in_parallel)
 
 # What the CUDA kernels' machine code takes and uses, as the tests will hold it to: look at the difference.
 cuda-table: $(VENV)/.test nvcc $(VENV)/.cutlass
@@ -40,6 +41,8 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(cpp_code)
 
 # The CPU kernels under AddressSanitizer and UBSan, on the tests that throw odd shapes at them.
+sanitized := sanitizer match select density_peaks k_center max_coverage merge attention attention_backward \
+  attention_scores quantize packed_kv decode sparse double_sparse
 asan: $(VENV)/.test
 	cmake -S . -B build/asan -G Ninja -DFASTOK_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/asan/package/fastok -DPython_EXECUTABLE=$(BIN)/python \
@@ -48,8 +51,8 @@ asan: $(VENV)/.test
 	cp -r $$(find python/fastok -mindepth 1 -maxdepth 1 ! -name '*.so') build/asan/package/fastok/
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=$(CURDIR)/build/asan/package $(BIN)/python -m pytest tests/test_sanitizer.py tests/test_match.py tests/test_select.py \
-	  tests/test_density_peaks.py tests/test_merge.py tests/test_attention.py tests/test_attention_backward.py tests/test_attention_scores.py -k "not triton and not host and not opcheck and not compile" --sanitized
+	  OMP_WAIT_POLICY=passive PYTHONPATH=$(CURDIR)/build/asan/package $(BIN)/python -m pytest $(sanitized:%=tests/test_%.py) \
+	  -k "not triton and not host and not opcheck and not compile" --sanitized $(in_parallel)
 
 wheel: $(VENV)/.test
 	$(BIN)/python -m build --wheel --no-isolation
