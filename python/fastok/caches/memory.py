@@ -1,4 +1,4 @@
-"""Memory for caches."""
+"""Memory for caches, on CPUs in mappings of their own."""
 
 import math
 import mmap
@@ -8,6 +8,8 @@ from torch import Tensor
 
 LEAST = 4 << 20
 """Bytes from which huge pages are asked for: two of x86's at least."""
+MAPPED = 1 << 18
+"""Bytes from which records are in a mapping of their own."""
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -17,14 +19,31 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     page table. What is not written yet is 0 there.
     """
     count = math.prod(shape)
+    size = count * like.element_size()
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or like.device.type != "cpu" or type(like) is not Tensor or torch.compiler.is_compiling():
+    if advice is None or type(like) is not Tensor or size < LEAST or not _can_map(like.device):
         return like.new_empty(shape)
-    if count * like.element_size() < LEAST:
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping = _map(size)
     try:
-        memory.madvise(advice)
+        mapping.madvise(advice)
     except OSError:  # a kernel without them
         return like.new_empty(shape)
-    return torch.frombuffer(memory, dtype=like.dtype, count=count).view(shape)
+    return torch.frombuffer(mapping, dtype=like.dtype, count=count).view(shape)
+
+
+def records(size: int, device: torch.device) -> Tensor:
+    """uint8 ``[size]``; on a CPU, if it is large, in a mapping that goes back to the system when a cache outgrows it.
+
+    The C library keeps what is freed of up to 32 MB, which would double the memory of a process whose caches grow.
+    """
+    if size < MAPPED or not _can_map(device):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    return torch.frombuffer(_map(size), dtype=torch.uint8)
+
+
+def _can_map(device: torch.device) -> bool:
+    return device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE") and not torch.compiler.is_compiling()
+
+
+def _map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -6,7 +6,8 @@ from torch import Tensor
 from ..ops import quantize as ops
 from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
 from .formats import KVFormat
-from .records import by_page, channels_of, memory, move
+from .memory import records
+from .records import by_page, channels_of, move
 
 CHUNK = 64  # pages that `keep` moves at a time
 SPARE = 64  # memory for records grows by this share of what there is, and by FEWEST pages of every head at least
@@ -336,7 +337,7 @@ class PackedKV:
         if self._used:
             few = FEWEST * self.hot_len.numel() * self.layout.full_record()
             capacity = max(needed, self.data.numel() + max(self.data.numel() // SPARE, few))
-        grown = memory(capacity, self.data.device)
+        grown = records(capacity, self.data.device)
         grown[: self._used] = self.data[: self._used]
         self.data = grown
 
@@ -473,7 +474,7 @@ class PackedKV:
         new_at = Addresses.of(layout, torch.zeros_like(old_offset), counts, classes)
         ends = new_at.size.flatten().cumsum(0)
         offset = (ends - new_at.size.flatten()).view_as(old_offset)
-        data = memory(int(ends[-1]) if len(ends) else 0, device).zero_()
+        data = records(int(ends[-1]) if len(ends) else 0, device).zero_()
         for begin in range(0, old_offset.shape[2], CHUNK):
             part = slice(begin, begin + CHUNK)
             old, new = (

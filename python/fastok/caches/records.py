@@ -1,25 +1,10 @@
-"""What `packed` does with bytes: memory for records, moving their parts, and the channels that a first page decides."""
-
-import mmap
+"""What `packed` does with bytes: moving parts of records, and the channels that a first page decides."""
 
 import torch
 from torch import Tensor
 
 from ..reference.kv_layout import Addresses, Side
 from ..reference.quantize import gather_bytes, scatter_bytes
-
-MAPPED = 1 << 18  # bytes from which records are in memory pages of their own
-
-
-def memory(size: int, device: torch.device) -> Tensor:
-    """uint8 ``[size]``; on the CPU in pages of its own, which go back to the system as soon as a cache outgrows them.
-
-    The C library keeps what is freed of up to 32 MB, which would double the memory of a process whose caches grow.
-    """
-    ordinary = device.type != "cpu" or size < MAPPED or not hasattr(mmap, "MAP_PRIVATE")
-    if ordinary or torch.compiler.is_compiling():
-        return torch.empty(size, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def channels_of(x: Tensor, side: Side) -> Tensor | None:
