@@ -271,12 +271,9 @@ def test_what_is_not_served_is_refused_by_name() -> None:
     ):
         with pytest.raises(NotImplementedError, match="alibi_slopes: required, ALiBi"):
             call()
-    for call in (
-        lambda: flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 4, 4, block_table=cu[None]),
-        lambda: flash_attn_with_kvcache(q, q, q, block_table=cu[None]),
-    ):
-        with pytest.raises(NotImplementedError, match="block_table: required, a paged cache"):
-            call()
+    for name in ("cache_batch_idx", "cache_leftpad"):
+        with pytest.raises(NotImplementedError, match=f"{name}: required, {name} of pages"):
+            flash_attn_with_kvcache(q, q, q, block_table=cu[None, :1], **{name: cu[:1]})
 
 
 def test_bad_arguments() -> None:

@@ -1,5 +1,8 @@
 """TokenMap and SoftMap: construction, composition, views of the map, bad arguments."""
 
+import math
+from unittest.mock import patch
+
 import fastok
 import pytest
 import torch
@@ -219,6 +222,84 @@ def test_soft_map_composition_and_gradients() -> None:
     soft.merge(x.requires_grad_())[0].sum().backward()
     assert weights.grad is not None
     assert x.grad is not None
+
+
+def product_by_hand(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``weights @ x`` in fp64, term by term, without those whose weight is 0."""
+    rows = [[x[b, row != 0] for row in sample] for b, sample in enumerate(weights)]
+    sums = [
+        [(row[row != 0, None].double() * part.double()).sum(0) for row, part in zip(sample, parts, strict=True)]
+        for sample, parts in zip(weights, rows, strict=True)
+    ]
+    return torch.stack([torch.stack(sample) for sample in sums])
+
+
+def connected() -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of which half are 0, one token that no output takes, and tokens with each kind of no number."""
+    weights = torch.randn(2, 4, 7) * (torch.rand(2, 4, 7) < 0.5)
+    weights[:, :, 3] = 0
+    weights[:, 0] = 0
+    x = torch.randn(2, 7, 5)
+    x[0, 3], x[0, 1, 2], x[0, 4, 2], x[0, 4, 3], x[1, 3] = math.nan, math.inf, -math.inf, math.nan, -math.inf
+    return weights, x
+
+
+over_sight = pytest.mark.parametrize("compiling", [False, True], ids=["looks at results", "does not"])
+
+
+@over_sight
+def test_soft_map_weights_of_zero_leave_tokens_out(compiling: bool) -> None:
+    weights, x = connected()
+    soft, size = SoftMap.from_dense(weights), torch.rand(2, 7) + 0.5
+    size[:, 3] = math.nan
+    with patch.object(torch.compiler, "is_compiling", lambda: compiling):
+        y, _ = soft.merge(x)
+        sized, size_out = soft.merge(x, size=size)
+        back = soft.unmerge(x[:, :4])
+        composed = soft.then(SoftMap.from_dense(torch.eye(4).repeat(2, 1, 1)))
+    torch.testing.assert_close(y.double(), product_by_hand(weights, x), equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert y[:, 0].eq(0).all()
+    assert y.isfinite().any()
+    assert not y.isfinite().all()
+    by_size = weights * torch.where(size.isnan(), 0, size)[:, None]
+    by_size = by_size * (weights.sum(-1) / by_size.sum(-1).where(by_size.sum(-1) != 0, 1))[..., None]
+    torch.testing.assert_close(sized.double(), product_by_hand(by_size, x), equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert size_out.isfinite().all()
+    shares = weights / weights.sum(1, keepdim=True).where(weights.sum(1, keepdim=True) != 0, 1)
+    wanted = product_by_hand(shares.mT, x[:, :4])
+    torch.testing.assert_close(back.double(), wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(composed.dense(), weights)
+
+
+@over_sight
+def test_soft_map_weights_of_zero_leave_gradients_alone(compiling: bool) -> None:
+    """Neither NaN in a token nor in an output's gradient goes where there is no weight."""
+    weights, x = connected()
+    grad = torch.randn(2, 4, 5)
+    grad[0, 2] = math.nan
+    weights.requires_grad_(), x.requires_grad_()
+    with patch.object(torch.compiler, "is_compiling", lambda: compiling):
+        SoftMap.from_dense(weights).merge(x)[0].backward(grad)
+    assert x.grad is not None
+    assert weights.grad is not None
+    wanted = product_by_hand(weights.detach().mT, grad)
+    torch.testing.assert_close(x.grad.double(), wanted, equal_nan=True, rtol=1e-5, atol=1e-5)
+    numbers = torch.where(x.detach().isfinite(), x.detach(), 0)
+    torch.testing.assert_close(weights.grad, grad @ numbers.mT, equal_nan=True)
+    assert weights.grad[0, [0, 1, 3]].isfinite().all()
+
+
+def test_soft_map_compiles() -> None:
+    weights, x = connected()
+
+    def both(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        soft = SoftMap.from_dense(weights)
+        return soft.unmerge(soft.merge(x)[0])
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(weights, x), both(weights, x), equal_nan=True)
+    numbers = (weights.double().requires_grad_(), torch.randn(2, 7, 2, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(lambda weights, x: SoftMap.from_dense(weights).merge(x)[0], numbers)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------

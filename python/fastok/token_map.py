@@ -1,7 +1,8 @@
 """The one currency of fastok: every token reduction is a map from N input tokens to M output tokens."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal, Union, overload
+from typing import Any, Literal, Union, overload
 
 import torch
 from torch import Tensor
@@ -223,6 +224,11 @@ class SoftMap:
     (there is no kernel of ours in it), so it is differentiable in ``x``, ``size`` and the weights, and as
     deterministic as those.
 
+    A weight of exactly 0 is no connection at all, forwards and backwards: what a token holds, NaN and infinities too,
+    reaches only the outputs that it has a weight for, and their gradients reach only it. Other outputs are as if it
+    held 0. On the CPU this costs a look at the result where there is nothing but numbers; elsewhere, where looking
+    would be a wait, two more products of the same size.
+
     Attributes:
         n_in: N, the number of input tokens.
         n_out: M, the number of output tokens.
@@ -307,16 +313,18 @@ class SoftMap:
         weights = self.dense()
         shares = _divide(weights, weights.sum(1, keepdim=True))
         if size is None:
-            return (weights.to(_accumulator(x)) @ x.to(_accumulator(x))).to(x.dtype), shares.sum(-1)
-        weighted = weights * size[:, None]
+            return _weighted_sums(weights, x), shares.sum(-1)
+        sizes = size[:, None].masked_fill((weights == 0) & ~size[:, None].isfinite(), 0)
+        weighted = weights * sizes
         weighted = _divide(weighted, weighted.sum(-1, keepdim=True)) * weights.sum(-1, keepdim=True)
-        return (weighted.to(_accumulator(x)) @ x.to(_accumulator(x))).to(x.dtype), (shares * size[:, None]).sum(-1)
+        return _weighted_sums(weighted, x), (shares * sizes).sum(-1)
 
     def unmerge(self, y: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """``Wᵀ y`` with the columns of W normalised to sum 1; tokens in no row give 0; plus ``residual``."""
         _ops.check_output_side(y, self, residual)
         weights = self.dense()
-        out = _divide(weights, weights.sum(1, keepdim=True)).mT.to(_accumulator(y)) @ y.to(_accumulator(y))
+        wide = y.to(_accumulator(y))
+        out = _weighted_sums(_divide(weights, weights.sum(1, keepdim=True)).mT, wide)
         return (out if residual is None else out + residual).to(y.dtype)
 
     def then(self, other: Union["TokenMap", "SoftMap"]) -> "SoftMap":
@@ -325,7 +333,8 @@ class SoftMap:
         TypeError if ``other`` is no map, ValueError if it does not take what this map gives.
         """
         _ops.check_composable(self, other)
-        return SoftMap.from_dense(other.dense().to(self.dense().dtype) @ self.dense())
+        weights = self.dense()
+        return SoftMap.from_dense(_weighted_sums(other.dense(), weights))
 
     def to(self, device: torch.device | str) -> "SoftMap":
         """The same map on another device."""
@@ -336,6 +345,49 @@ class SoftMap:
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _weighted_sums(weights: Tensor, x: Tensor) -> Tensor:
+    """``weights[B,M,N] @ x[B,N,C]`` in the dtype of ``x``, where a weight of 0 leaves a token out."""
+    wide = _accumulator(x)
+    return _WeightedSums.apply(weights.to(wide), x.to(wide)).to(x.dtype)
+
+
+class _WeightedSums(torch.autograd.Function):
+    """Both directions leave out what has a weight of 0."""
+
+    @staticmethod
+    def forward(weights: Tensor, x: Tensor) -> Tensor:
+        return _product(weights, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights, x = ctx.saved_tensors
+        return grad @ _numbers(x).mT, _product(weights.mT, grad)
+
+
+def _product(weights: Tensor, x: Tensor) -> Tensor:
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        plain = weights @ x
+        if bool(plain.isfinite().all()):  # what is no number would have spoilt its channel
+            return plain
+    # The sum of the numbers; then the infinities that reach each output, counted from above and below. NaN is both.
+    high, low = ((x == limit) | x.isnan() for limit in (math.inf, -math.inf))
+    sign = weights.sign()
+    count = sign.abs() @ (high.to(x.dtype) + low.to(x.dtype))
+    excess = sign @ (high.to(x.dtype) - low.to(x.dtype))
+    total = weights @ _numbers(x)
+    total = torch.where(count + excess > 0, total + math.inf, total)
+    return torch.where(count - excess > 0, total - math.inf, total)
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """``x`` with 0 for NaN and infinities."""
+    return torch.where(x.isfinite(), x, 0)
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:

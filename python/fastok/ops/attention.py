@@ -266,8 +266,8 @@ def _masking(
         if cu_seqlens_q.shape[0] == 0:
             raise ValueError("cu_seqlens_q must be [sequences + 1], got [0]")
         check_shape("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), "that of cu_seqlens_q")
-        _check_ascending("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-        _check_ascending("cu_seqlens_k", cu_seqlens_k, n_k)
+        check_ascending("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        check_ascending("cu_seqlens_k", cu_seqlens_k, n_k)
     if window is not None and (not isinstance(window, (tuple, list)) or len(window) != 2):
         raise TypeError(f"window must be None or (left, right), got {window!r}")
     left, right = (-1, -1) if window is None else window
@@ -293,7 +293,7 @@ def _masking(
     )  # fmt: skip
 
 
-def _check_ascending(name: str, cu_seqlens: Tensor, total: int) -> None:
+def check_ascending(name: str, cu_seqlens: Tensor, total: int) -> None:
     """ValueError unless values ascend within [0, total]. Only the CPU looks at them: elsewhere that would be a wait."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return

@@ -134,7 +134,7 @@ def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | 
         if q.device.type == "cpu":
             check_range("seq_lens", seq_lens, 0, total + 1)
             if table is not None and not torch.compiler.is_compiling():
-                pages = -(-seq_lens.reshape(batch, -1).amax(1, keepdim=True) // k.shape[1])
+                pages = -(-(seq_lens if seq_lens.dim() == 2 else seq_lens[:, None]).amax(1, keepdim=True) // k.shape[1])
                 used = torch.arange(table.shape[1]) < pages
                 check_range("block_table", table[used], 0, k.shape[0])
     elif table is not None:
