@@ -54,8 +54,10 @@ def contents(cache: Any, length: int) -> list[tuple[Tensor, Tensor]]:
     return [(k[:, :, :length], v[:, :, :length]) for k, v in (layer.unpacked() for layer in cache.layers)]
 
 
-def check_step(name: str, cache: Any, tokens: Tensor, model: nn.Module, **options: Any) -> None:
-    """The next step's logits are those of the same model on the unpacked cache."""
+def check_step(
+    name: str, cache: Any, tokens: Tensor, model: nn.Module, at: Tensor | None = None, **options: Any
+) -> None:
+    """The next step's logits (of the rows ``at[B,S]``) are those of the same model on the unpacked cache."""
     length = cache.get_seq_length()
     before = contents(cache, length)
     got = model(tokens, past_key_values=cache, **options).logits
@@ -67,6 +69,8 @@ def check_step(name: str, cache: Any, tokens: Tensor, model: nn.Module, **option
         for index, (k, v) in enumerate(before):
             same.update(k.to(dtype), v.to(dtype), index)
         results.append(build(name, "eager", dtype)(tokens, past_key_values=same, **options).logits)
+    if at is not None:
+        got, results = got[at], [x[at] for x in results]
     assert_accurate(got, *results, factor=4)
 
 
@@ -288,5 +292,6 @@ def test_refusals() -> None:
         model(ids(1, 1), past_key_values=copy.deepcopy(cache))
     with pytest.raises(ValueError, match="tokens_to_remove"):
         cache.layers[0].crop(3)
-    with pytest.raises(NotImplementedError, match="equally many"):
-        PackedCache(SMALL_PAGES, model).update(torch.zeros(1, 2, 4, 32), torch.zeros(1, 2, 4, 16), 0)
+    k = torch.zeros(1, 4, 2, 32)
+    with pytest.raises(NotImplementedError, match="v: required, 16 channels beside 32 of k; supported, equally many"):
+        fastok.kv_pack(k, k[..., :16], "kivi-2")

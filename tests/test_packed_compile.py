@@ -1,11 +1,15 @@
 """Decode steps with ``PackedCache`` inside ``torch.compile``: one graph, the same numbers."""
 
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fastok import attention_decode
+from fastok.integrations.compiled_step import register
 from fastok.testing import assert_same
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,9 +18,9 @@ transformers = pytest.importorskip("transformers")
 from test_packed_cache import FORMATS, SMALL_PAGES, PackedCache, build, ids  # noqa: E402
 
 
-def compiled(model: Any) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
+def compiled(model: Any, backend: str = "aot_eager") -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
     torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(tokens: Tensor, cache: Any, **options: Any) -> Tensor:
@@ -87,3 +91,61 @@ def test_what_would_be_wrong_is_refused() -> None:
     model(ids(1, 20), past_key_values=cache)
     with pytest.raises(Exception, match="steps of up to 16 tokens"):
         step(ids(1, 17), cache)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="inductor needs a C++ compiler")
+@torch.no_grad()
+def test_steps_with_the_default_backend() -> None:
+    """Inductor's kernels around the op, which it neither drops nor moves; pages are sealed on the way."""
+    model = build("Llama")
+    cache, same = (PackedCache(SMALL_PAGES, model) for _ in range(2))
+    for one in (cache, same):
+        model(ids(1, 20), past_key_values=one)
+    step, _ = compiled(model, "inductor")
+    pages = cache.layers[0].kv.n_pages
+    for t in range(12):
+        tokens = ids(1, 1, seed=t)
+        torch.testing.assert_close(step(tokens, cache), model(tokens, past_key_values=same).logits)
+    assert cache.layers[1].kv.n_pages > pages
+    assert_same(cache.layers[1].kv.seq_lens, same.layers[1].kv.seq_lens)
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+
+class Stateless:
+    """A layer that forgets, so that the op can be called as often as a check likes."""
+
+    def step(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        return attention_decode(q, (k, v, None), scale=scale, softcap=softcap, key_bias=key_bias)
+
+
+def arguments(rows: int, softcap: float, with_bias: bool) -> tuple[Any, ...]:
+    keys, values = torch.randn(2, 2, rows, 32), torch.randn(2, 2, rows, 16)
+    return torch.randn(2, rows, 4, 32), keys, values, 0.2, softcap, torch.randn(2, rows) if with_bias else None
+
+
+@pytest.mark.parametrize(("rows", "softcap", "with_bias"), [(1, 0.0, False), (5, 2.0, True)])
+def test_opcheck(rows: int, softcap: float, with_bias: bool) -> None:
+    layer = Stateless()
+    which = register(layer)
+    torch.library.opcheck(torch.ops.fastok.cache_step.default, (which, *arguments(rows, softcap, with_bias)))
+
+
+def test_the_op_counts_steps_and_touches_nothing_else() -> None:
+    layer, given = Stateless(), arguments(3, 2.0, True)
+    which = register(layer)
+    number = int(which[0])
+    before = [x.clone() for x in given if isinstance(x, Tensor)]
+    out, lse = torch.ops.fastok.cache_step(which, *given)
+    assert which.tolist() == [number, 1]
+    for x, old in zip([x for x in given if isinstance(x, Tensor)], before, strict=True):
+        assert_same(x, old)
+    wanted = layer.step(*given)
+    assert_same(out, wanted[0])
+    assert_same(lse, wanted[1])
+    schema = torch.ops.fastok.cache_step.default._schema
+    assert [argument.name for argument in schema.arguments if argument.is_write] == ["which"]

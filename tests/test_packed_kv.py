@@ -196,15 +196,15 @@ def test_errors_name_the_argument() -> None:
         Code(2, "row")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="channel_scale goes with"):
         Code(2, "channel", channel_scale=True)
-    with pytest.raises(ValueError, match=r"format must be .* got 'kivi-3'"):
+    with pytest.raises(ValueError, match=r"fmt must be .* got 'kivi-3'"):
         kv_pack(k, k, "kivi-3")
-    with pytest.raises(TypeError, match=r"format must be .* got int 8"):
+    with pytest.raises(TypeError, match=r"fmt must be .* got int 8"):
         kv_pack(k, k, 8)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"gamma must be a number, got str '0\.7'"):
         Code(1.58, "channel", gamma="0.7")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="page must be a multiple of group"):
         KVFormat(Code(2, "channel"), Code(2, "token"), group=64, page=32)
-    with pytest.raises(ValueError, match="head dim must be"):
+    with pytest.raises(ValueError, match="k must have a head dim that is"):
         kv_pack(k[..., :20], k[..., :20], "kivi-2")
     with pytest.raises(ValueError, match="v must have shape"):
         kv_pack(k, k[:, :3], "kivi-2")

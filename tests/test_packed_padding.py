@@ -5,7 +5,7 @@ from typing import Any
 import fastok
 import pytest
 import torch
-from fastok import KVFormat, attention_decode, kv_pack
+from fastok import Code, KVFormat, attention_decode, kv_pack
 from fastok.integrations.unpadded import Unpadded
 from fastok.testing import assert_accurate, assert_same
 from kv_cases import FORMATS as EVERY
@@ -14,6 +14,7 @@ from test_packed_cache import FORMATS, SMALL_PAGES, build, check_step, ids
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
+COMPAT = KVFormat(Code(1.5, "channel", compat=True), Code(1.58, "channel", gamma=0.5, compat=True), 8, 8, hot=8)
 over_sides = pytest.mark.parametrize("side", ["left", "right"])
 
 
@@ -127,11 +128,11 @@ def test_pages_are_those_of_the_sequence_without_padding(fmt: str, side: str) ->
 
 
 @over_sides
-@pytest.mark.parametrize("fmt", ["4 bits", "two classes"])
+@pytest.mark.parametrize("fmt", ["4 bits", "two classes", "compat"])
 @torch.no_grad()
 def test_steps_behind_padding(fmt: str, side: str) -> None:
     model, (prompt, options) = build("Llama"), padded_prompt(side)
-    cache = fastok.PackedCache(FORMATS[fmt], model)
+    cache = fastok.PackedCache(FORMATS.get(fmt, COMPAT), model)
     model(prompt, past_key_values=cache, **options)
     mask, position = options["attention_mask"], options["position_ids"][:, -1:]
     for new in (1, 3, 19, 1):
@@ -145,6 +146,27 @@ def test_steps_behind_padding(fmt: str, side: str) -> None:
     mask, position = mask[[1, 0, 1], :66], position[[1, 0, 1]] - position.max() + 66
     mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
     check_step("Llama", cache, ids(3, 1, seed=9), model, attention_mask=mask, position_ids=position)
+
+
+@over_sides
+@pytest.mark.parametrize("fmt", ["4 bits", "compat"])
+@torch.no_grad()
+def test_padding_of_later_chunks(fmt: str, side: str) -> None:
+    """It is stored like tokens, and seen by nobody."""
+    model, (prompt, options) = build("Llama"), padded_prompt(side)
+    cache = fastok.PackedCache(FORMATS.get(fmt, COMPAT), model)
+    model(prompt, past_key_values=cache, **options)
+    mask = options["attention_mask"]
+    for new in (30, 1, 6, 1):
+        more = torch.ones(3, new, dtype=torch.long)
+        if new > 1:
+            (more[0, : new // 2] if side == "left" else more[0, -(new // 2) :]).zero_()
+        mask = torch.cat([mask, more], 1)
+        where = (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]
+        got_at = more.bool()
+        check_step("Llama", cache, ids(3, new, seed=new), model, at=got_at, attention_mask=mask, position_ids=where)
+    assert cache.get_seq_length() == 70 + 38
+    assert cache.layers[0].kv.seq_lens[:, 0].tolist() == [108, 95, 108]
 
 
 @torch.no_grad()

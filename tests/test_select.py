@@ -290,6 +290,26 @@ def test_sample_cdf(backend: Backend, dtype: torch.dtype) -> None:
                 check_map(got, rows, n, min(k, n), f"{name}, k={k}, protect={protect}")
 
 
+@over_backends("sample_cdf")
+def test_sample_cdf_of_more_heights_than_tokens(backend: Backend) -> None:
+    """Against every height one by one."""
+    for name, make in SIGNIFICANCE.items():
+        scores = make()
+        n = scores.shape[1]
+        for k in (n + 1, 700):
+            rows = [sampled(row.double().tolist(), k, min(n, 1)) for row in scores]
+            check_map(backend.sample_cdf(scores, k, min(n, 1)), rows, n, min(k, n), f"{name}, k={k}")
+
+
+@over_backends("sample_cdf", without=("cuda", "cuda-on-host"))
+def test_sample_cdf_never_takes_heights_one_by_one(backend: Backend) -> None:
+    scores = torch.stack([torch.randperm(200), torch.randperm(200)]).float() + 1
+    rows = [[0, *(int(i) for i in row.argsort() if i != 0)] for row in scores]
+    for row in rows:
+        del row[1]  # the least significant of all but token 0
+    check_map(backend.sample_cdf(scores, 10**12, 1), rows, 200, 200)
+
+
 @given(
     batch=st.integers(0, 3), n=st.integers(0, 60), k=st.integers(0, 130), protect=st.integers(0, 5),
     nan=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 1000), dtype=st.sampled_from(DTYPES),

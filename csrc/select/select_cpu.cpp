@@ -185,11 +185,32 @@ void prefix_sums(double* x, int64_t n) {
 void pick_ranks(const double* total, int64_t n, int64_t heights, uint8_t* picked) {
   const double high = total[n - 1];
   const double low = *std::upper_bound(total, total + n - 1, 0.0);
-  for (int64_t step = 0; step < heights; ++step) {
-    const double height = low + (high - low) * double(step) / double(std::max<int64_t>(heights - 1, 1));
-    const int64_t above = std::min<int64_t>(std::lower_bound(total, total + n, height) - total, n - 1);
-    const int64_t below = std::max<int64_t>(above - 1, 0);
-    picked[height - total[below] <= total[above] - height ? below : above] = 1;
+  const auto height_of = [&](int64_t step) {
+    return low + (high - low) * double(step) / double(std::max<int64_t>(heights - 1, 1));
+  };
+  if (heights <= n) {
+    for (int64_t step = 0; step < heights; ++step) {
+      const double height = height_of(step);
+      const int64_t above = std::min<int64_t>(std::lower_bound(total, total + n, height) - total, n - 1);
+      const int64_t below = std::max<int64_t>(above - 1, 0);
+      picked[height - total[below] <= total[above] - height ? below : above] = 1;
+    }
+    return;
+  }
+  // Heights ascend and so do their ranks: each rank has those from its first one up to the first of the next rank.
+  for (int64_t rank = 0, first = 0; rank < n; ++rank) {
+    int64_t next = first, end = heights;
+    while (next < end) {
+      const int64_t middle = next + (end - next) / 2;
+      const double height = height_of(middle);
+      if (rank + 1 < n && height - total[rank] > total[rank + 1] - height) {
+        end = middle;
+      } else {
+        next = middle + 1;
+      }
+    }
+    picked[rank] = first < next;
+    first = next;
   }
 }
 
@@ -207,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_cdf(Tensor scores, int64_t k, 
   const SelectKernels& kernels = pick_select_kernels();
   const char* base = static_cast<const char*>(scores.const_data_ptr());
 
-  torch::stable::parallel_for(0, batch, 1 + 1024 / (n + heights + 1), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, 1 + 1024 / (n + 1), [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> keys(n);
     std::vector<uint64_t> order;
     std::vector<double> total;

@@ -16,6 +16,7 @@ from torch import Tensor
 from .ops.attention import HEAD_DIMS, attention, check_ascending
 from .ops.checks import (
     ACTIVATIONS,
+    check_at_least,
     check_dtype,
     check_int,
     check_number,
@@ -68,8 +69,9 @@ def flash_attn_func(
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
     masking = _masking(q, softmax_scale, causal, window_size, softcap)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_shape(name, x, (None, None, None, None), "[B,S,H,D]")
+    check_shape("q", q, (None, None, None, None), "[B,S,H,D]")
+    check_shape("k", k, (None, None, None, q.shape[3]), "[B,T,G,D], D that of q")
+    check_shape("v", v, (None, None, None, None), "[B,T,G,D]")
     out, lse = attention(padded(q), padded(k), padded(v), **masking.named)
     out = out[..., : v.shape[-1]]
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
@@ -118,16 +120,16 @@ def flash_attn_varlen_func(
         check_dtype(name, cu_seqlens, (torch.int32,))
         check_shape(name, cu_seqlens, (None,), "[sequences + 1]")
     if block_table is None:
-        for name, x in (("k", k), ("v", v)):
-            check_shape(name, x, (None, None, None), "[total_k,G,D]")
+        check_shape("k", k, (None, None, q.shape[2]), "[total_k,G,D], D that of q")
+        check_shape("v", v, (None, None, None), "[total_k,G,D]")
         out, lse = attention(
             padded(q), padded(k), padded(v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **masking.named,
         )  # fmt: skip
     else:
         for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            check_int(name, length)
-        lengths = _paged_lengths(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table)
+            check_at_least(name, length, 0)
+        lengths = _paged_lengths(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_table)
         out, lse = attention_paged(q, PagedKV(k, v, block_table, lengths), cu_seqlens_q, max_seqlen_q, *masking)
     out = out[..., : v.shape[-1]]
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
@@ -363,7 +365,7 @@ def _check_rotary(
 
 
 def _paged_lengths(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_table: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, block_table: Tensor
 ) -> Tensor:
     """How many tokens each sequence has in its pages, all arguments checked."""
     for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -375,6 +377,7 @@ def _paged_lengths(
     check_ascending("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     lengths = cu_seqlens_k.diff()
     if lengths.device.type == "cpu":
+        check_range("cu_seqlens_q (lengths, at most max_seqlen_q)", cu_seqlens_q.diff(), 0, max_seqlen_q + 1)
         check_range("cu_seqlens_k (lengths)", lengths, 0, block_table.shape[1] * k.shape[1] + 1)
     check_used_pages(block_table, k.shape[0], k.shape[1], lengths)
     return lengths

@@ -109,7 +109,7 @@ class KVFormat:
     def preset(cls, name: str) -> "KVFormat":
         """A published format by name, one of ``KVFormat.presets()``; ValueError for others."""
         if name not in PRESETS:
-            raise ValueError(f"format must be a KVFormat or one of {', '.join(PRESETS)}; got {name!r}")
+            raise ValueError(f"fmt must be a KVFormat or one of {', '.join(PRESETS)}; got {name!r}")
         return PRESETS[name]
 
     @staticmethod
@@ -121,7 +121,7 @@ class KVFormat:
     def of(cls, fmt: Union["KVFormat", str]) -> "KVFormat":
         """``fmt``, or the preset of that name."""
         if not isinstance(fmt, (KVFormat, str)):
-            raise TypeError(f"format must be a KVFormat or the name of a preset, got {type(fmt).__name__} {fmt!r}")
+            raise TypeError(f"fmt must be a KVFormat or the name of a preset, got {type(fmt).__name__} {fmt!r}")
         return cls.preset(fmt) if isinstance(fmt, str) else fmt
 
     @property

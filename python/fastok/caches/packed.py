@@ -28,7 +28,7 @@ def kv_pack(
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes that do not fit, an unknown preset, or ``salient`` for
-        a format of one class.
+        a format of one class. NotImplementedError: values of another width than the keys.
 
     Bytes are the same on every backend, and the same whether tokens come at once or one by one. A group that contains
     NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected.
@@ -38,13 +38,13 @@ def kv_pack(
     """
     fmt = KVFormat.of(fmt)
     ops.check_keys_values(k, v)
-    batch, total, groups, width = k.shape
+    batch, _, groups, width = k.shape
     if salient is not None:
-        ops.check_salient(salient, fmt.low_bits is not None, (batch, groups, total))
+        ops.check_salient(salient, fmt.low_bits is not None, k)
     cache = PackedKV(fmt, batch, groups, width, dtype=k.dtype, device=k.device)
     if seq_lens is None:
         return cache._append(k, v, salient)
-    ops.check_lengths(seq_lens, batch, total)
+    ops.check_lengths(seq_lens, k)
     lengths = seq_lens.tolist()
     for length in sorted(set(lengths)):
         rows = [b for b, n in enumerate(lengths) if n == length]

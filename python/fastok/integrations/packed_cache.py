@@ -36,14 +36,14 @@ class PackedCache(HeldCache):
             then, rather than at the first update.
 
     Raises:
-        TypeError, ValueError: arguments of another kind. NotImplementedError, at the first update: keys and values of
-        different widths.
+        TypeError, ValueError: arguments of another kind.
 
     A prompt attends to its exact keys and values and is packed afterwards. From then on up to 16 new tokens at a time
     attend to the packed bytes in place, with ``attn_implementation="fastok"``. More of them (a further turn of a
     conversation, chunked prefill), windows on several new tokens, recorded scores, and any other attention
     implementation get an unpacked copy of one layer at a time (the last with a warning): right, but with that much
-    memory and time. Tokens are packed once and never again; heads narrower than 32 channels are padded with zeros.
+    memory and time. Tokens are packed once and never again; heads narrower than 32 channels are padded with zeros, and
+    where keys and values have different widths, the narrower ones, which then take the memory of the wider.
     What the mask hides of a prompt (padding, left or right) is not stored, so that a sequence's pages are, byte for
     byte, those that it has without padding. That takes ``attn_implementation="fastok"``, and concerns the first
     forward: later chunks and turns are stored as they are, padding included.
@@ -86,12 +86,12 @@ class PackedCache(HeldCache):
     def bits_per_element(self) -> float:
         """Bits stored for each element of a key or value, the hot window's included; NaN while empty."""
         nbytes = self.nbytes
-        elements = sum(2 * int(layer.kv.seq_lens.sum()) * layer.width for layer in self.filled())
+        elements = sum(int(layer.kv.seq_lens.sum()) * sum(layer.widths) for layer in self.filled())
         return 8 * nbytes / elements if elements else math.nan
 
     def summary(self) -> str:
         """One line: format, tokens, memory."""
-        dense = sum(2 * layer.kv.hot_len.numel() * layer.length * layer.width * layer.kv.hot_k.element_size()
+        dense = sum(layer.kv.hot_len.numel() * layer.length * sum(layer.widths) * layer.kv.hot_k.element_size()
                     for layer in self.filled())  # fmt: skip
         layers = list(self.filled())
         if not layers:
@@ -118,7 +118,7 @@ class PackedLayer(HeldLayer):
 
     Attributes:
         kv: the packed keys and values, from the first update on.
-        width: channels of a head, before padding.
+        widths: channels of a key and of a value, before padding.
     """
 
     kv: PackedKV
@@ -127,7 +127,7 @@ class PackedLayer(HeldLayer):
     def __init__(self, fmt: KVFormat) -> None:
         super().__init__()
         self.format = fmt
-        self.width = 0
+        self.widths = (0, 0)
         self._which = register(self)
         self._new: tuple[Tensor, Tensor] | None = None
         self._unpadded: Unpadded | None = None
@@ -153,15 +153,12 @@ class PackedLayer(HeldLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for tensors like these."""
-        if key_states.shape[-1] != value_states.shape[-1]:
-            raise NotImplementedError(
-                f"PackedCache: required, keys of {key_states.shape[-1]} and values of {value_states.shape[-1]} "
-                "channels; supported, equally many"
-            )
         super().lazy_initialization(key_states, value_states)
         self._unpadded = None
-        batch, groups, _, self.width = key_states.shape
-        self.kv = PackedKV(self.format, batch, groups, _stored_width(self.width), dtype=self.dtype, device=self.device)
+        batch, groups = key_states.shape[:2]
+        self.widths = (key_states.shape[-1], value_states.shape[-1])
+        stored = _stored_width(max(self.widths))
+        self.kv = PackedKV(self.format, batch, groups, stored, dtype=self.dtype, device=self.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
@@ -205,7 +202,7 @@ class PackedLayer(HeldLayer):
         if key_bias is not None and self._unpadded is not None:
             key_bias = self._unpadded.of_stored(key_bias)
         out, lse = attention_decode(rows, self.kv, scale=scale, softcap=softcap, key_bias=key_bias)
-        return out[..., : self.width].to(q.dtype), lse
+        return out[..., : self.widths[1]].to(q.dtype), lse
 
     def step(
         self, q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None
@@ -216,7 +213,7 @@ class PackedLayer(HeldLayer):
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B,G,T,D]``; 0 for padding of the prompt."""
-        k, v = (x[..., : self.width].transpose(1, 2) for x in self.kv.unpack())
+        k, v = (x[..., :width].transpose(1, 2) for x, width in zip(self.kv.unpack(), self.widths, strict=True))
         if self._unpadded is not None:
             k, v = (self._unpadded.spread(x, self.length) for x in (k, v))
         return k, v

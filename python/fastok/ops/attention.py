@@ -8,6 +8,7 @@ from torch import Tensor
 from . import scores as statistics
 from .checks import (
     ACTIVATIONS,
+    check_at_least,
     check_dtype,
     check_int,
     check_number,
@@ -15,6 +16,7 @@ from .checks import (
     check_same_device,
     check_shape,
     check_softcap,
+    check_tensor,
 )
 from .scores import ScoreSpec
 
@@ -87,6 +89,7 @@ def attention(
     bits depend on it, and of the latter nothing is promised. :func:`attention_scores` takes their log-sum-exp.
     FlashAttention-2, Dao, ICLR 2024; FlashAttention-3, Shah et al., NeurIPS 2024.
     """
+    check_tensor("v", v)
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip
     out, lse = torch.ops.fastok.attention(q, k, v, *masking)
@@ -153,6 +156,7 @@ def attention_with_scores(
     Returns ``(out, lse, tensors)``, one tensor per spec as :func:`attention_scores` gives it. ``out`` and ``lse`` are
     differentiable, the scores are not. Memory O(S + T) per head unless ``reduce="none"`` asks for rows.
     """
+    check_tensor("v", v)
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip
     if not isinstance(scores, (tuple, list)):
@@ -174,6 +178,8 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     deterministic, differentiable where PyTorch's arithmetic is (it is plain PyTorch).
     """
     check_dtype("out_a", out_a, ACTIVATIONS)
+    if out_a.dim() not in (3, 4):
+        raise ValueError(f"out_a must be [B,S,H,D] or packed [total,H,D], got {list(out_a.shape)}")
     check_dtype("out_b", out_b, (out_a.dtype,))
     check_shape("out_b", out_b, tuple(out_a.shape), "that of out_a")
     check_same_device("out_b", out_b, "out_a", out_a.device)
@@ -277,7 +283,7 @@ def _masking(
             raise ValueError(f"{name} must be >= 0, or -1 for unbounded; got {bound}")
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if length is not None:
-            check_int(name, length)
+            check_at_least(name, length, 0)
     if scale is not None:
         check_number("scale", scale)
     if key_bias is not None:

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor
 
-from .checks import ACTIVATIONS, check_dtype, check_number, check_range, check_same_device, check_shape, check_softcap
+from .checks import (
+    ACTIVATIONS,
+    INTEGERS,
+    check_dtype,
+    check_number,
+    check_range,
+    check_same_device,
+    check_shape,
+    check_softcap,
+    check_tensor,
+)
 
 if TYPE_CHECKING:
     from ..caches.packed import PackedKV
@@ -74,6 +84,8 @@ def attention_decode(
     rows, width = q.shape[1], q.shape[3]
     if rows > MOST_ROWS:
         raise ValueError(f"q must have at most {MOST_ROWS} rows, got {rows}: use fastok.attention for more")
+    if width % 8 or not 8 <= width <= 256:
+        raise ValueError(f"q must have a head dim that is a multiple of 8 from 8 to 256, got {width}")
     scale = width**-0.5 if scale is None else scale
     check_number("scale", scale)
     cap = check_softcap(softcap)
@@ -110,25 +122,26 @@ def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | 
         check_shape("block_table", table, (batch, None), "[B,n] of q")
         check_dtype("block_table", table, (torch.int32, torch.int64))
         check_same_device("block_table", table, "q", q.device)
-        total = table.shape[1] * k.shape[1]
     else:
         if len(cache) != 3:
             raise ValueError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got a tuple of {len(cache)}")
         k, v, seq_lens = cache
         names, lead = ("k", "v"), (batch, None)
-        total = k.shape[1]
     for name, x in zip(names, (k, v), strict=True):
         check_dtype(name, x, (q.dtype,))
         check_same_device(name, x, "q", q.device)
     check_shape(names[0], k, (*lead, None, width), "[B,T,G,D]" if table is None else "[pages,P,G,D]")
     check_shape(names[1], v, (*k.shape[:3], None), f"that of {names[0]} up to the width")
-    for name, x in zip(names, (k, v), strict=True):
-        if x.shape[3] % 8 or not 8 <= x.shape[3] <= 256:
-            raise ValueError(f"{name} must have a head dim that is a multiple of 8 from 8 to 256, got {x.shape[3]}")
+    if v.shape[3] % 8 or not 8 <= v.shape[3] <= 256:
+        raise ValueError(f"{names[1]} must have a head dim that is a multiple of 8 from 8 to 256, got {v.shape[3]}")
+    if table is not None and k.shape[1] == 0:
+        raise ValueError(f"{names[0]} must have pages of at least one token, got {list(k.shape)}")
+    total = k.shape[1] if table is None else table.shape[1] * k.shape[1]
     groups = k.shape[2]
     if groups == 0 or heads % groups:
         raise ValueError(f"{names[0]} must have a number of heads that divides {heads}, those of q; got {groups}")
     if seq_lens is not None:
+        check_dtype("seq_lens", seq_lens, INTEGERS)
         check_shape("seq_lens", seq_lens, (batch, groups) if seq_lens.dim() == 2 else (batch,), "[B] or [B,G]")
         check_same_device("seq_lens", seq_lens, "q", q.device)
         if q.device.type == "cpu":
@@ -147,6 +160,7 @@ def _check_extras(q: Tensor, groups: int, tokens: Tensor | None, key_bias: Tenso
     if groups == 0 or heads % groups:
         raise ValueError(f"q must have a number of heads that {groups} KV heads divide; got {heads}")
     if tokens is not None:
+        check_tensor("tokens", tokens)
         lists = tokens.shape[1] if tokens.dim() == 3 else None
         if lists not in (groups, heads):
             raise ValueError(f"tokens must be [B,G,K] or [B,H,K], here [{batch}, {groups} or {heads}, *]; "

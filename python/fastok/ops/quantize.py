@@ -14,22 +14,32 @@ def check_keys_values(k: Tensor, v: Tensor) -> None:
     check_dtype("k", k, ACTIVATIONS)
     check_dtype("v", v, (k.dtype,))
     check_shape("k", k, (None, None, None, None), "[B,T,G,D]")
-    check_shape("v", v, tuple(k.shape), "that of k")
+    check_shape("v", v, (*k.shape[:3], None), "that of k")
+    if k.shape[3] != v.shape[3]:
+        raise NotImplementedError(
+            f"v: required, {v.shape[3]} channels beside {k.shape[3]} of k; supported, equally many; "
+            "missing, a width of its own (pad the narrower with zeros, which change no result)"
+        )
     check_same_device("v", v, "k", k.device)
+    if k.shape[3] % 8 or not 32 <= k.shape[3] <= 256:
+        raise ValueError(f"k must have a head dim that is a multiple of 8 from 32 to 256, got {k.shape[3]}")
 
 
-def check_salient(salient: Tensor, two_classes: bool, shape: tuple[int, int, int]) -> None:
+def check_salient(salient: Tensor, two_classes: bool, k: Tensor) -> None:
     """``salient`` goes with a format of two classes and is bool ``[B,G,T]``."""
     if not two_classes:
         raise ValueError("salient must be None for a format with one class of tokens (low_bits is None)")
     check_dtype("salient", salient, (torch.bool,))
-    check_shape("salient", salient, shape, "[B,G,T] of k")
+    check_shape("salient", salient, (k.shape[0], k.shape[2], k.shape[1]), "[B,G,T] of k")
+    check_same_device("salient", salient, "k", k.device)
 
 
-def check_lengths(seq_lens: Tensor, batch: int, total: int) -> None:
+def check_lengths(seq_lens: Tensor, k: Tensor) -> None:
     """``seq_lens`` is integer ``[B]`` within [0, T]."""
-    check_shape("seq_lens", seq_lens, (batch,), "[B] of k")
-    check_range("seq_lens", seq_lens, 0, total + 1)
+    check_shape("seq_lens", seq_lens, (k.shape[0],), "[B] of k")
+    if seq_lens.device.type == "meta":
+        raise ValueError("seq_lens must be on a device where its values can be read, got meta")
+    check_range("seq_lens", seq_lens, 0, k.shape[1] + 1)
 
 
 def check_appended(k: Tensor, hot: Tensor) -> None:

@@ -97,16 +97,21 @@ def sample_map(scores: Tensor, k: int, protect: int) -> tuple[Tensor, Tensor, Te
         total = torch.where(real, total - total.gather(1, nothing), 0)
         total = torch.where(total[:, -1:] == 0, torch.where(real, rank - nothing, 0).double(), total)
 
-        # Evenly spaced heights from its least positive value to its largest, and the rank nearest to each.
+        # Evenly spaced heights from its least positive value to its largest. They ascend, and so do the ranks that they
+        # are nearest to: each rank has those from the first that is nearer to it than to the rank before, found by
+        # bisection, up to the next rank's first.
         high = total[:, -1:]
         low = torch.where(total > 0, total, high).amin(1, keepdim=True)
-        step = torch.arange(heights, device=device)
-        height = low + (high - low) * step / max(heights - 1, 1)
-        above = torch.searchsorted(total.contiguous(), height).clamp(max=n_free - 1).maximum(nothing)
-        below = (above - 1).maximum(nothing)
-        nearer_below = height - total.gather(1, below) <= total.gather(1, above) - height
-        picked = torch.zeros(batch, n_free, dtype=torch.bool, device=device)
-        picked = picked.scatter(1, torch.where(nearer_below, below, above), True) & real
+        before = torch.where(rank > nothing, total.roll(1, 1), -math.inf)
+        first, end = torch.zeros_like(rank), torch.full_like(rank, heights)
+        for _ in range(heights.bit_length()):
+            middle = first + (end - first) // 2
+            height = low + (high - low) * middle / max(heights - 1, 1)
+            reaches = height - before > total - height
+            first = torch.where(reaches | (first == end), first, middle + 1)
+            end = torch.where(reaches, middle, end)
+        next_first = torch.nn.functional.pad(first[:, 1:], (0, 1), value=heights)
+        picked = (first < next_first) & real
 
         slot = torch.where(picked, protect + picked.cumsum(1) - 1, -1)
         assign = torch.cat([assign[:, :protect], torch.empty_like(slot).scatter_(1, token, slot)], 1)
