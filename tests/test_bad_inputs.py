@@ -8,7 +8,7 @@ import fastok
 import pytest
 import torch
 from fastok import Code, KVFormat, PagedKV, ScoreSpec, flash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -192,7 +192,6 @@ def test_what_is_given_here_is_taken(name: str) -> None:
     function(**make())
 
 
-@settings(max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("name", CALLS)
 def test_errors_name_an_argument(name: str, data: st.DataObject) -> None:
