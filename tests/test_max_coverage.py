@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-NOT_YET = ("cuda-on-host",)  # no CUDA kernel so far
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -76,7 +75,7 @@ MATRICES = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_modular", [False, True])
-@over_backends("max_coverage", without=("reference", *NOT_YET))
+@over_backends("max_coverage", without=("reference",))
 def test_matrices_give_the_same_bits_as_the_specification(
     backend: Backend, with_modular: bool, dtype: torch.dtype
 ) -> None:
@@ -111,7 +110,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("max_coverage", without=("reference", *NOT_YET))
+@over_backends("max_coverage", without=("reference",))
 def test_pairs_give_the_same_bits_as_the_specification(backend: Backend, dtype: torch.dtype) -> None:
     for name, make in PAIRS.items():
         y, x = (part.to(dtype) for part in make())
@@ -121,8 +120,19 @@ def test_pairs_give_the_same_bits_as_the_specification(backend: Backend, dtype: 
             assert_same_picks(backend.max_coverage(*args), reference.max_coverage_picks(*args), f"{name}, k={k}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_that_cuda_does_not_keep(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    host = pytest.importorskip("host_cuda")
+    monkeypatch.setattr(host, "most_similarities", 0)
+    for name, make in (PAIRS | {"tiles": lambda: (torch.randn(1, 67, 9), torch.randn(1, 140, 9))}).items():
+        y, x = (part.to(dtype) for part in make())
+        modular = torch.randn(x.shape[:2])
+        args = (None, y, x, x.shape[1] // 8, modular)
+        assert_same_picks(host.max_coverage(*args), reference.max_coverage_picks(*args), name)
+
+
 @pytest.mark.parametrize("with_modular", [False, True])
-@over_backends("max_coverage", without=NOT_YET)
+@over_backends("max_coverage")
 def test_matches_the_oracle(backend: Backend, with_modular: bool) -> None:
     compared = 0
     for seed in range(20):
@@ -139,7 +149,7 @@ def test_matches_the_oracle(backend: Backend, with_modular: bool) -> None:
     assert compared >= 4
 
 
-@over_backends("max_coverage", without=NOT_YET)
+@over_backends("max_coverage")
 def test_exact_ties_go_to_the_lowest_index(backend: Backend) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
@@ -172,7 +182,7 @@ def test_by_hand() -> None:
     seed=st.integers(0, 1000),
     dtype=st.sampled_from(DTYPES),
 )
-@over_backends("max_coverage", without=("reference", "cuda", *NOT_YET))
+@over_backends("max_coverage", without=("reference", "cuda"))
 def test_any_arguments_match_the_specification(
     backend: Backend, batch, rows, n, share, levels, with_modular, pair, seed, dtype
 ) -> None:
@@ -192,7 +202,7 @@ def test_any_arguments_match_the_specification(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_backends("max_coverage", without=("reference", *NOT_YET))
+@over_backends("max_coverage", without=("reference",))
 def test_strided_and_misaligned_views(backend: Backend, dtype: torch.dtype) -> None:
     modular = torch.randn(31, 3).T
     for similarity in (

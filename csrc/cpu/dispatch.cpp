@@ -34,8 +34,8 @@ bool fast_bf16_products() {
 
 // AMX registers need the kernel's permission (Linux 5.16), asked for once per process.
 bool amx_usable() {
-  const bool amx_bf16 = leaf7(0).edx & (1u << 22), amx_tile = leaf7(0).edx & (1u << 24);
-  if (!amx_bf16 || !amx_tile || !has_bf16_products()) return false;
+  constexpr unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8: no core has only some of them
+  if ((leaf7(0).edx & amx) != amx || !has_bf16_products()) return false;
   constexpr long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
   return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
 }

@@ -2,9 +2,7 @@
 // Either products_kernel makes the distances of all pairs and pick_kernel does all picks of a sample in one block, or
 // step_kernel is launched once per pick and streams the tokens.
 #pragma once
-#include <cmath>
-
-#include "common/device.cuh"
+#include "common/exact.cuh"
 #include "k_center/k_center_plan.h"
 #include "ptx/rn.h"
 
@@ -35,6 +33,11 @@ struct CenterParams {
   int64_t* index;
   float* distance;
 
+  // Of one sample.
+  template <class T>
+  __device__ __forceinline__ ExactTokens tokens(int64_t b) const {
+    return {static_cast<const T*>(x) + b * batch_stride, row_stride, scale + b * n, norm + b * n, nullptr, n, width};
+  }
   __device__ bool masked(int64_t b, int j) const { return mask && !mask[b * mask_batch_stride + j * mask_stride]; }
 };
 
@@ -45,19 +48,8 @@ __device__ __forceinline__ const T* token_row(const CenterParams& p, int64_t b, 
   return static_cast<const T*>(p.x) + b * p.batch_stride + j * p.row_stride;
 }
 
-// Lane l and lane l + 16 first, then l and l + 8, ...: the order in which the specification adds 32 lanes.
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int half = kWarpSize / 2; half > 0; half /= 2) x += __shfl_xor_sync(kFullWarp, x, half);
-  return x;
-}
-
-__device__ __forceinline__ double integer_of(float x, float scale) {
-  return scale == 0 ? 0.0 : double(rintf(x * scale));
-}
-
 __device__ __forceinline__ float cosine_distance(double product, double norm_a, double norm_b) {
-  return 1.0f - float(product / (norm_a * norm_b));
+  return 1.0f - exact_cosine(product, norm_a, norm_b);
 }
 
 // By a whole warp; exact sums for the cosine, the specification's order for the other.
@@ -65,12 +57,11 @@ template <class T>
 __device__ float token_distance(const CenterParams& p, int64_t b, int i, int j) {
   const T *const a = token_row<T>(p, b, i), *const c = token_row<T>(p, b, j);
   const int64_t at = b * p.n;
-  double sum = 0;
   if (p.cosine) {
-    for (int d = lane_index(); d < p.width; d += kWarpSize)
-      sum += integer_of(widen(a[d]), p.scale[at + i]) * integer_of(widen(c[d]), p.scale[at + j]);
-    return cosine_distance(warp_sum(sum), p.norm[at + i], p.norm[at + j]);
+    const double product = exact_dot(a, p.scale[at + i], c, p.scale[at + j], p.width);
+    return cosine_distance(product, p.norm[at + i], p.norm[at + j]);
   }
+  double sum = 0;
   for (int d = lane_index(); d < p.width; d += kWarpSize) {
     const double difference = double(widen(a[d])) - double(widen(c[d]));
     sum = ptx::add_rn(sum, ptx::mul_rn(difference, difference));  // two roundings: never fused
@@ -80,8 +71,6 @@ __device__ float token_distance(const CenterParams& p, int64_t b, int i, int j) 
 
 // ---- what is measured of a token ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int exponent_of(double x) { return x == 0 ? 0 : ilogb(x) + 1; }  // as frexp
-
 // Grid: blocks of a warp per token of the whole batch.
 template <class T>
 __global__ void __launch_bounds__(kCenterThreads) measure_kernel(const CenterParams p) {
@@ -89,62 +78,17 @@ __global__ void __launch_bounds__(kCenterThreads) measure_kernel(const CenterPar
   if (token >= int64_t(p.batch) * p.n) return;
   const int64_t b = token / p.n;
   const int j = int(token % p.n);
-  const T* const x = token_row<T>(p, b, j);
-
-  float peak = 0, odd = 0;
-  for (int d = lane_index(); d < p.width; d += kWarpSize) {
-    const float value = widen(x[d]);
-    odd += value * 0.0f;  // NaN from then on if one is not finite
-    peak = fmaxf(peak, fabsf(value));
-  }
-  for (int half = kWarpSize / 2; half > 0; half /= 2) {
-    odd += __shfl_xor_sync(kFullWarp, odd, half);
-    peak = fmaxf(peak, __shfl_xor_sync(kFullWarp, peak, half));
-  }
-  const bool finite = !isnan(odd);
-  float scale = finite ? 1.0f : 0.0f;
-  double norm = 1, length = 0;
-  if (finite && peak > 0) {
-    const int peak_exponent = exponent_of(double(peak));
-    const double unit = scalbn(1.0, 12 - peak_exponent);
-    double bound = 0;
-    for (int d = lane_index(); d < p.width; d += kWarpSize) {
-      const double value = double(widen(x[d])) * unit;
-      bound += ceil(value * value);
-    }
-    const int exponent = min(36 - (exponent_of(warp_sum(bound)) + 1) / 2 - peak_exponent, 63);
-    scale = float(scalbn(1.0, exponent));
-    double squares = 0;
-    for (int d = lane_index(); d < p.width; d += kWarpSize) {
-      const double q = integer_of(widen(x[d]), scale);
-      squares += q * q;
-    }
-    norm = sqrt(warp_sum(squares));
-    length = norm * scalbn(1.0, -exponent);
-    const double least = 1e-12 * scalbn(1.0, exponent);
-    norm = norm > least ? norm : least;
-  }
+  const MeasuredToken measured = measure_token(token_row<T>(p, b, j), p.width);
   if (lane_index() != 0) return;
-  const bool available = finite && !p.masked(b, j);
+  const bool available = measured.finite && !p.masked(b, j);
   const bool given = p.first && p.first[b * p.first_stride] == j;
-  p.scale[token] = scale;
-  p.norm[token] = norm;
-  p.rank[token] = !available ? kNowhere : p.start == CenterStart::norm ? length : double(given);
+  p.scale[token] = measured.scale;
+  p.norm[token] = measured.norm;
+  p.rank[token] = !available ? kNowhere : p.start == CenterStart::norm ? measured.length : double(given);
   if (p.isolation) p.isolation[token] = __float_as_int(INFINITY);
 }
 
 // ---- distances of all pairs -----------------------------------------------------------------------------------------
-
-// A tile of integers on its way through shared memory, [depth][token].
-template <class T>
-__device__ void carry_tile(const CenterParams& p, int64_t b, int first, int depth, double* tile) {
-  for (int e = int(threadIdx.x); e < kProductTile * kProductDepth; e += kProductThreads) {
-    const int token = first + e / kProductDepth, d = depth + e % kProductDepth;
-    const bool inside = token < p.n && d < p.width;
-    tile[(e % kProductDepth) * (kProductTile + 1) + e / kProductDepth] =
-        inside ? integer_of(widen(token_row<T>(p, b, token)[d]), p.scale[b * p.n + token]) : 0.0;
-  }
-}
 
 // Grid: (tiles of columns, tiles of rows, samples); tiles below the diagonal are the mirror of those above.
 template <class T>
@@ -152,31 +96,14 @@ __global__ void __launch_bounds__(kProductThreads) products_kernel(const CenterP
   if (blockIdx.x < blockIdx.y) return;
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
-  double* const rows = memory.take<double>(kProductDepth * (kProductTile + 1), "rows");
-  double* const columns = memory.take<double>(kProductDepth * (kProductTile + 1), "columns");
+  double* const rows = memory.take<double>(kProductSlice, "rows");
+  double* const columns = memory.take<double>(kProductSlice, "columns");
   const int first_row = int(blockIdx.y) * kProductTile, first_column = int(blockIdx.x) * kProductTile;
   const int y = int(threadIdx.x) / 16, x = int(threadIdx.x) % 16;
   for (int64_t b = blockIdx.z; b < p.batch; b += gridDim.z) {
-    double sum[4][4] = {};
-    for (int depth = 0; depth < p.width; depth += kProductDepth) {
-      __syncthreads();
-      carry_tile<T>(p, b, first_row, depth, rows);
-      carry_tile<T>(p, b, first_column, depth, columns);
-      __syncthreads();
-#pragma unroll 4
-      for (int d = 0; d < kProductDepth; ++d) {
-        double row[4], column[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          row[i] = rows[d * (kProductTile + 1) + y + 16 * i];
-          column[i] = columns[d * (kProductTile + 1) + x + 16 * i];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sum[i][j] += row[i] * column[j];
-      }
-    }
+    const ExactTokens tokens = p.tokens<T>(b);
+    double sum[4][4];
+    multiply_tile<T>(tokens, first_row, tokens, first_column, rows, columns, sum);
 
     const int64_t at = b * p.n;
     const bool mirrored = blockIdx.x != blockIdx.y;

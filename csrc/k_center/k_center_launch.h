@@ -14,7 +14,7 @@ void run_k_center_of(Launch& launch, const CenterPlan& plan, const CenterParams&
   const size_t scratch = shared_bytes<double>(32) + shared_bytes<int>(32);
   launch(dim3(warps), dim3(kCenterThreads), size_t(0), measure_kernel<T>, p);
   if (p.cosine && (plan.gram || p.isolation)) {
-    constexpr size_t bytes = 2 * shared_bytes<double>(kProductDepth * (kProductTile + 1));
+    constexpr size_t bytes = 2 * shared_bytes<double>(kProductSlice);
     launch(dim3(tiles, tiles, samples), dim3(kProductThreads), bytes, products_kernel<T>, p);
   } else if (p.isolation) {
     launch(dim3(warps), dim3(kCenterThreads), size_t(0), isolation_kernel<T>, p);

@@ -6,11 +6,8 @@
 
 namespace fastok::cuda {
 
-constexpr int kCenterThreads = 256;  // of blocks whose warps take a token each
-constexpr int kPickThreads = 512;    // of the block that picks for a sample
-constexpr int kProductTile = 64;     // tokens on each side of a block's products
-constexpr int kProductDepth = 16;    // channels at once
-constexpr int kProductThreads = 256;
+constexpr int kCenterThreads = 256;    // of blocks whose warps take a token each
+constexpr int kPickThreads = 512;      // of the block that picks for a sample
 constexpr int kMostTokenBlocks = 512;  // per sample: what each block of the next step looks through
 
 struct CenterPlan {

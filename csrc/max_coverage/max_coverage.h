@@ -6,6 +6,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/exact.h"
+#include "max_coverage/max_coverage_plan.h"
 
 namespace fastok {
 
@@ -25,14 +26,6 @@ constexpr int64_t kMostSimilarityBytes = 256 << 20;
 inline int64_t plan_kept_columns(int64_t rows, int64_t n) {
   const int64_t fitting = kMostSimilarityBytes / (std::max<int64_t>(rows, 1) * int64_t(sizeof(float)));
   return std::clamp<int64_t>(fitting, std::min<int64_t>(n, 64), n);
-}
-
-// Similarities are counted in units of 2^-exponent, so fine that sums over `rows` of them stay below 2^53.
-// `peak_exponent` is that of the largest finite one, as frexp gives it.
-inline int coverage_exponent(int64_t rows, int peak_exponent) {
-  int bits = 0;
-  while (rows > 1 && (rows - 1) >> bits) ++bits;
-  return std::min(52 - bits - peak_exponent, 200);
 }
 
 struct CoverageKernels {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/tensor.h"
-#include "cpu/scratch.h"
+#include "cpu/exact_cosines.h"
 #include "max_coverage/max_coverage.h"
 
 namespace fastok {
@@ -34,6 +34,9 @@ class Columns {
         kernels_.measure(*tokens, begin, end, scales->data());
       });
     prepare();
+    const ExactTiles* const tiles = exact_tiles_for(x.width);
+    filled_ = tiles && all_kept() && rows_ > 0 &&
+              exact_cosines(*tiles, x, x_scales_.data(), y, y_scales_.data(), memory_.data(), rows_);
   }
 
   int64_t rows() const { return rows_; }

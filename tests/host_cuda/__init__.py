@@ -1,7 +1,8 @@
 """The CUDA kernels run on the CPU by the SIMT machine of simt.h, with the op-level signatures of fastok.reference.
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
-blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels.
+blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels;
+``most_similarities`` is how many of a pair max_coverage keeps.
 What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
@@ -25,6 +26,7 @@ SOURCE = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
 capability = 80
+most_similarities = 1 << 27
 
 
 def load() -> ModuleType:
@@ -162,6 +164,18 @@ def k_center(
     options = {"metric": metric, "objective": objective, "start": start}
     call("k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k, **options)
     return results["index"], results["distance"]
+
+
+def max_coverage(
+    similarity: Tensor | None, y: Tensor | None, x: Tensor | None, k: int, modular: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.fastok.max_coverage``, a pair's similarities kept up to ``most_similarities`` numbers."""
+    like = x if similarity is None else similarity
+    assert like is not None
+    results = {"index": torch.empty(like.shape[0], k, dtype=torch.int64), "gain": torch.empty(like.shape[0], k)}
+    inputs = {"similarity": similarity, "y": _dense(y), "x": _dense(x), "modular": modular}
+    call("max_coverage", inputs, results, dtype=_name(like), k=k, most_similarities=most_similarities)
+    return results["index"], results["gain"]
 
 
 def top_tokens(

@@ -64,6 +64,7 @@ struct Working {
 void bipartite_match(const Call& call);
 void nearest(const Call& call);
 void k_center(const Call& call);
+void max_coverage(const Call& call);
 void top_tokens(const Call& call);
 void sample_cdf(const Call& call);
 void density_peaks(const Call& call);

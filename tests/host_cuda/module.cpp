@@ -15,6 +15,7 @@ using Op = void (*)(const simt::Call&);
 const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"nearest", simt::nearest},
                                      {"k_center", simt::k_center},
+                                     {"max_coverage", simt::max_coverage},
                                      {"top_tokens", simt::top_tokens},
                                      {"sample_cdf", simt::sample_cdf},
                                      {"density_peaks", simt::density_peaks},
