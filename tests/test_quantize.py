@@ -76,6 +76,9 @@ def test_bytes_are_those_of_the_specification(backend: Backend, name: str) -> No
         k, v = keys_values(2, 2 * fmt.page, 3, width, dtype)
         k[0, 3, 1, 5], v[1, -2, 0, 9] = math.nan, math.inf
         k[:, :, 2, 7] = 0.5
+        # Zeros of either sign, alone and as the least of a group.
+        k[:, ::2, 0, 11], k[:, 1::2, 0, 11], k[:, :, 1, 3] = 0.0, -0.0, k[:, :, 1, 3].relu()
+        v[:, 4], v[:, 5], v[:, 6, 0] = 0.0, -0.0, v[:, 6, 0].relu()
         cache = PackedKV(fmt, 2, 3, width, dtype=dtype)
         cache._choose_channels(k[:, : fmt.page], v[:, : fmt.page])
         high = salient(fmt, 2, 3, 2 * fmt.page)
@@ -89,6 +92,30 @@ def test_bytes_are_those_of_the_specification(backend: Backend, name: str) -> No
         reference.kv_seal(wanted, *rest)
         got = backend.kv_seal(got, *rest)
         assert_same(got, wanted, f"{name} {width} {dtype}")
+
+
+@pytest.mark.parametrize("scale_dtype", ["fp16", "bf16", "fp32"])
+@over_backends("kv_seal", without=("reference",))
+def test_two_bit_codes_next_to_half_steps(backend: Backend, scale_dtype: str) -> None:
+    """Groups whose elements are half steps and their neighbours in fp32; steps of any size, subnormal ones too."""
+    fmt = KVFormat(Code(2, "channel"), Code(2, "token"), 64, 64, 0, scale_dtype)
+    if scale_dtype == "fp32":
+        step = torch.logspace(-44, 37, 64, dtype=torch.float64) * (1 + torch.rand(64))
+        least = (step * torch.randn(64)).float().double()
+    else:  # exact in few bits
+        step, least = torch.randint(1, 40, (64,)) / 8, torch.randint(-40, 40, (64,)) / 8
+    x = (least + step * (torch.arange(64)[:, None] % 4 + 0.5)).float()
+    x[3::8], x[7::8] = least.float(), (least + 3 * step).float()
+    for row in range(64):
+        for _ in range(row // 8 if row % 4 < 3 else 0):
+            x[row] = x[row].nextafter(torch.tensor(math.inf if row % 8 < 4 else -math.inf))
+    k, v = x[None, :, None], x.mT.contiguous()[None, :, None]
+    offset = torch.zeros(1, 1, 1, dtype=torch.int64)
+    rest = (offset, k, v, None, None, None, fmt.flat, 0.0, 0.0)
+    wanted = torch.zeros(fmt.layout(64).full_record(), dtype=torch.uint8)
+    got = backend.kv_seal(wanted.clone(), *rest)
+    reference.kv_seal(wanted, *rest)
+    assert_same(got, wanted)
 
 
 # ---- numerics --------------------------------------------------------------------------------------------------------

@@ -1,45 +1,34 @@
-// One page at a time, in cache: rows to fp32 in the codes' order and basis, statistics of the groups, codes. Sums are
-// in ascending order and nothing is fused, so that the bytes are those of the specification.
+// Packing: one page at a time, in cache: rows to fp32 in the codes' order and basis, statistics of the groups, codes.
+// Sums are in ascending order and nothing is fused, so that the bytes are those of the specification.
 #include "quantize/quantize.h"
 
-#include <algorithm>
+#include <initializer_list>
 #include <limits>
-#include <utility>
 
-#include "quantize/codes_simd.h"
+#include "quantize/coder_simd.h"
+#include "quantize/unseal_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
 
 constexpr float kMost = std::numeric_limits<float>::max();
 
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t pitch_of(int64_t width) { return (width + 15) / 16 * 16; }
-
-// What codes are made with: of each group, or of each channel where groups are along channels.
-struct Steps {
-  float *step, *top;       // what a code counts, and the largest code: 0 where there are none
-  float *inverse, *limit;  // 1 / step, and how close to a half its product must come to be divided instead
-
-  void set(int64_t i, float by, float most) {
-    step[i] = by;
-    top[i] = by > 0 ? most : 0.0f;
-    inverse[i] = 1.0f / (by > 0 ? by : 1.0f);
-    // The product differs from the quotient by less than this, unless the inverse is no normal number.
-    limit[i] = by > 0 && !(by > 0x1p-100f && by < 0x1p100f) ? std::numeric_limits<float>::infinity() : most * 0x1p-20f;
-  }
-};
 
 struct Scratch {
   float* rows;        // [page][pitch]
   float *lo, *hi;     // per group: first its range, then what is subtracted
   float* step;        // the same
   Steps of_codes[2];  // of the low class and the high
+  Bounds bounds;      // of 2-bit codes
   float* line;        // [2 * kMostChannels]
 
   static int64_t groups(const KvFormat& fmt) {
     int64_t most = kMostChannels;
     for (const KvSide* side : {&fmt.key, &fmt.value})
-      if (side->per_token) most = std::max(most, fmt.page * ((side->width + side->group - 1) / side->group));
+      if (const int64_t n = fmt.page * ((side->width + side->group - 1) / side->group); side->per_token && n > most)
+        most = n;
     return (most + kLanes - 1) / kLanes * kLanes;
   }
   static int64_t row_floats(const KvFormat& fmt) { return fmt.page * pitch_of(fmt.key.width); }
@@ -48,16 +37,16 @@ struct Scratch {
     const int64_t n = groups(fmt);
     rows = static_cast<float*>(memory);
     float* next = rows + row_floats(fmt);
-    for (float** array : {&lo, &hi, &step}) *array = std::exchange(next, next + n);
+    for (float** array : {&lo, &hi, &step, &bounds.bound[0], &bounds.bound[1], &bounds.bound[2]})
+      *array = next, next += n;
     for (Steps& steps : of_codes)
-      for (float** array : {&steps.step, &steps.top, &steps.inverse, &steps.limit})
-        *array = std::exchange(next, next + n);
+      for (float** array : {&steps.step, &steps.top, &steps.inverse, &steps.limit}) *array = next, next += n;
     line = next;
   }
 };
 
 size_t scratch_bytes(const KvFormat& fmt) {
-  return size_t(Scratch::row_floats(fmt) + 11 * Scratch::groups(fmt) + 2 * kMostChannels) * sizeof(float);
+  return size_t(Scratch::row_floats(fmt) + 14 * Scratch::groups(fmt) + 2 * kMostChannels) * sizeof(float);
 }
 
 template <class T>
@@ -122,28 +111,24 @@ inline Bits next_bits(Bits bits, int direction) {
 // x in the scale dtype, rounded to nearest (0) or in a direction, NaN where out of range; `x` becomes what is stored.
 template <class S, class Bits>
 void write_scales(float* x, int64_t count, int direction, Bits infinity, Bits nan, uint8_t* out) {
-  int64_t i = 0;
-  S* const to = reinterpret_cast<S*>(out);
-  for (; i < count; i += kLanes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t n = smaller(count - i, kLanes);
+    float exact[kLanes] = {}, stored[kLanes];
+    Bits bits[kLanes];
     S rounded[kLanes];
-    float back[kLanes] = {};
-    const int64_t n = count - i < kLanes ? count - i : kLanes;
-    std::memcpy(back, x + i, size_t(n) * sizeof(float));
-    store(rounded, load(back));
-    float exact[kLanes];
-    std::memcpy(exact, back, sizeof exact);
-    store(back, load(rounded));
-    for (int64_t l = 0; l < n; ++l) {
-      Bits bits;
-      std::memcpy(&bits, &rounded[l], sizeof bits);
-      const bool beyond = direction < 0 ? back[l] > exact[l] : direction > 0 ? back[l] < exact[l] : false;
-      if (beyond) bits = next_bits(bits, direction);
-      if ((bits & infinity) == infinity) bits = nan;
-      std::memcpy(&rounded[l], &bits, sizeof bits);
+    std::memcpy(exact, x + i, size_t(n) * sizeof(float));
+    store(rounded, load(exact));
+    store(stored, load(rounded));
+    std::memcpy(bits, rounded, sizeof bits);
+    for (int l = 0; l < kLanes; ++l) {
+      const bool beyond = direction < 0 ? stored[l] > exact[l] : direction > 0 && stored[l] < exact[l];
+      const Bits kept = beyond ? next_bits(bits[l], direction) : bits[l];
+      bits[l] = (kept & infinity) == infinity ? nan : kept;
     }
-    store(back, load(rounded));
-    std::memcpy(to + i, rounded, size_t(n) * sizeof(S));
-    std::memcpy(x + i, back, size_t(n) * sizeof(float));
+    std::memcpy(rounded, bits, sizeof bits);
+    store(stored, load(rounded));
+    std::memcpy(out + i * int64_t(sizeof(S)), rounded, size_t(n) * sizeof(S));
+    std::memcpy(x + i, stored, size_t(n) * sizeof(float));
   }
 }
 
@@ -159,7 +144,47 @@ void write_scales(KvScale scale, float* x, int64_t count, int direction, uint8_t
 }
 
 inline bool finite(float x) { return (x < 0 ? -x : x) <= kMost; }
-inline float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffff); }
+
+// Groups that could not be stored have zero 0.
+void without_scale(const float* scale, int64_t count, float* zero, uint8_t* zeros, int64_t size) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (scale[i] == scale[i]) continue;
+    zero[i] = 0;
+    std::memset(zeros + i * size, 0, size_t(size));
+  }
+}
+
+// Of each column of x[tokens][pitch]; bad[i] is NaN where not all of it is finite, else 0.
+void ranges(const float* x, int64_t pitch, int64_t tokens, int64_t columns, float* lo, float* hi, float* bad) {
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    vf least[2], most[2], poison[2];  // of every other token, which there is an even number of
+    for (int odd = 0; odd < 2; ++odd) {
+      least[odd] = most[odd] = load(x + odd * pitch + i);
+      poison[odd] = least[odd] * splat(0.0f);
+    }
+    for (int64_t t = 2; t < tokens; t += 2) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const vf value = load(x + (t + odd) * pitch + i);
+        least[odd] = select(greater(least[odd], value), value, least[odd]);
+        most[odd] = maximum(most[odd], value);
+        poison[odd] = fma(value, splat(0.0f), poison[odd]);
+      }
+    }
+    store(lo + i, select(greater(least[0], least[1]), least[1], least[0]));
+    store(hi + i, maximum(most[0], most[1]));
+    store(bad + i, poison[0] + poison[1]);
+  }
+  for (; i < columns; ++i) {
+    lo[i] = hi[i] = x[i], bad[i] = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float value = x[t * pitch + i];
+      lo[i] = value < lo[i] ? value : lo[i];
+      hi[i] = value > hi[i] ? value : hi[i];
+      bad[i] += value * 0.0f;
+    }
+  }
+}
 
 // The parameters of groups whose elements are x[t * pitch + i] for t in [0, tokens), i in [0, groups) (along channels),
 // as they are stored in `arrays` at row `row`. Leaves in lo[i] what is subtracted first (trits: the threshold), and
@@ -171,29 +196,22 @@ void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part,
   float* const __restrict lo = s.lo, * const __restrict hi = s.hi, * const __restrict step = s.step;
   if (part.kind == KvKind::affine) {
     float* const __restrict bad = s.line;
-    for (int64_t i = 0; i < n; ++i) lo[i] = hi[i] = x[i], bad[i] = 0;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const float* const __restrict at = x + t * pitch;
-      for (int64_t i = 0; i < n; ++i) {
-        lo[i] = at[i] < lo[i] ? at[i] : lo[i];
-        hi[i] = at[i] > hi[i] ? at[i] : hi[i];
-        bad[i] += at[i] * 0.0f;  // NaN once anything is not finite
-      }
-    }
+    ranges(x, pitch, tokens, n, lo, hi, bad);
     const float top = top_code(side, part, true);
-    for (int64_t i = 0; i < n; ++i) lo[i] = bad[i] == 0 ? lo[i] : 0.0f;
+    for (int64_t i = 0; i < n; ++i) lo[i] = bad[i] == 0 ? lo[i] + 0.0f : 0.0f;  // never -0
     write_scales(fmt.scale, lo, n, -1, first + rows * n * size);
     for (int64_t i = 0; i < n; ++i) {
-      const float span = bad[i] == 0 ? hi[i] - lo[i] : std::numeric_limits<float>::quiet_NaN();
+      const float span = bad[i] == 0 ? hi[i] - lo[i] + 0.0f : std::numeric_limits<float>::quiet_NaN();
       step[i] = side.low_bits ? span : span / top;
     }
     write_scales(fmt.scale, step, n, 1, first);
+    without_scale(step, n, lo, first + rows * n * size, size);
+    if (fits_two_bits(side, part)) {
+      for (int64_t i = 0; i < n; ++i) s.bounds.set(i, step[i]);
+      return;
+    }
     const float low_top = side.low_bits ? top_code(side, part, false) : 1.0f;
     for (int64_t i = 0; i < n; ++i) {
-      if (step[i] != step[i]) {
-        lo[i] = 0;
-        std::memset(first + (rows * n + i) * size, 0, size_t(size));
-      }
       s.of_codes[1].set(i, side.low_bits ? step[i] / top : step[i], top);
       if (side.low_bits) s.of_codes[0].set(i, step[i] / low_top, low_top);
     }
@@ -234,7 +252,7 @@ void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
   for (int64_t t = 0; t < fmt.page; ++t) {
     const float* const row = x + t * pitch;
     for (int64_t g = 0, at = rank_of(t) * groups; g < groups; ++g, ++at) {
-      const int64_t begin = g * side.group, end = std::min(begin + side.group, part.channels);
+      const int64_t begin = g * side.group, end = smaller(begin + side.group, part.channels);
       if (part.kind == KvKind::affine) {
         float lo = row[begin], hi = row[begin], bad = 0;
         int64_t d = begin;
@@ -248,14 +266,14 @@ void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
           }
           lo = -horizontal_max(splat(0.0f) - least);
           hi = horizontal_max(most);
-          bad = horizontal_sum(poison);
+          bad = any(unordered(poison)) ? 1.0f : 0.0f;
         }
         for (; d < end; ++d) {
           lo = row[d] < lo ? row[d] : lo;
           hi = row[d] > hi ? row[d] : hi;
           bad += row[d] * 0.0f;
         }
-        s.lo[at] = bad == 0 ? lo : 0.0f;
+        s.lo[at] = bad == 0 ? lo + 0.0f : 0.0f;  // never -0
         s.hi[at] = bad == 0 ? hi : kMost * 2;
         continue;
       }
@@ -280,106 +298,17 @@ void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
   uint8_t* const zeros = arrays + count_all * size;
   const auto top_of = [&](int64_t i) { return top_code(side, part, i < page.n_high * groups); };
   write_scales(fmt.scale, s.lo, count_all, -1, zeros);
-  for (int64_t i = 0; i < count_all; ++i) s.step[i] = (s.hi[i] - s.lo[i]) / top_of(i);
+  for (int64_t i = 0; i < count_all; ++i) s.step[i] = (s.hi[i] - s.lo[i] + 0.0f) / top_of(i);
   write_scales(fmt.scale, s.step, count_all, 1, arrays);
-  for (int64_t i = 0; i < count_all; ++i) {
-    if (s.step[i] != s.step[i]) {
-      s.lo[i] = 0;
-      std::memset(zeros + i * size, 0, size_t(size));
-    }
-    steps.set(i, s.step[i], top_of(i));
+  without_scale(s.step, count_all, s.lo, zeros, size);
+  if (fits_two_bits(side, part)) {
+    for (int64_t i = 0; i < count_all; ++i) s.bounds.set(i, s.step[i]);
+    return;
   }
+  for (int64_t i = 0; i < count_all; ++i) steps.set(i, s.step[i], top_of(i));
 }
 
-// ---- codes ----------------------------------------------------------------------------------------------------------
-
-constexpr float kRound = 0x1p23f;  // adding it rounds to an integer, half to even, which the lowest bits then hold
-
-// The lowest byte of each lane's bits.
-inline void store_low_bytes(uint8_t* out, vf x) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_castps_si512(x)));
-#else
-  uint32_t bits[kLanes];
-  std::memcpy(bits, &x, sizeof bits);
-  for (int l = 0; l < kLanes; ++l) out[l] = uint8_t(bits[l]);
-#endif
-}
-
-// How the parameters of kLanes elements are got: each has its own, or all share them.
-struct OwnParameters {
-  const float *lo, *step, *inverse, *limit, *top;
-
-  OwnParameters(const float* low, const Steps& s)
-      : lo(low), step(s.step), inverse(s.inverse), limit(s.limit), top(s.top) {}
-  static vf vector(const float* p, int64_t i) { return load(p + i); }
-  static float scalar(const float* p, int64_t i) { return p[i]; }
-};
-struct SharedParameters {
-  float lo, step, inverse, limit, top;
-
-  SharedParameters(const float* low, const Steps& s, int64_t i)
-      : lo(low[i]), step(s.step[i]), inverse(s.inverse[i]), limit(s.limit[i]), top(s.top[i]) {}
-  static vf vector(float x, int64_t) { return splat(x); }
-  static float scalar(float x, int64_t) { return x; }
-};
-
-// Of `count` elements. The code is that of (x - lo) / step, rounded. A product with the inverse is nearly that: where
-// it is so close to a half that it might round otherwise, the division is done.
-template <class Parameters>
-void code_affine(const float* x, int64_t count, const Parameters& p, uint8_t* codes) {
-  const vf zero = splat(0.0f), one = splat(1.0f), half = splat(0.5f), round = splat(kRound);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const vf above = load(x + i) - p.vector(p.lo, i), top = p.vector(p.top, i);
-    const auto clamped = [&](vf y) {
-      y = select(greater(y, zero), y, zero);
-      return select(greater(top, y), y, top);
-    };
-    vf y = clamped(above * p.vector(p.inverse, i)), rounded = y + round;
-    const vf from_half = absolute(absolute(y - (rounded - round)) - half);
-    if (any(greater(p.vector(p.limit, i), from_half))) {
-      const vf step = p.vector(p.step, i);
-      rounded = clamped(above / select(greater(step, zero), step, one)) + round;
-    }
-    store_low_bytes(codes + i, rounded);
-  }
-  for (; i < count; ++i) {
-    const float step = p.scalar(p.step, i), top = p.scalar(p.top, i);
-    float y = (x[i] - p.scalar(p.lo, i)) / (step > 0 ? step : 1.0f);
-    y = y > 0 ? y : 0.0f;
-    y = y < top ? y : top;
-    codes[i] = uint8_t(int32_t(y + kRound - kRound));
-  }
-}
-
-// The same for signs and trits, whose threshold is lo. A group with a NaN has no codes: its top is 0.
-template <class Parameters>
-void code_signs(KvKind kind, const float* x, int64_t count, const Parameters& p, uint8_t* codes) {
-  const vf zero = splat(0.0f), one = splat(1.0f), two = splat(2.0f), round = splat(kRound);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const vf value = load(x + i);
-    const vf code = kind == KvKind::sign ? select(greater(zero, value), zero, one)
-                                         : select(greater(absolute(value), p.vector(p.lo, i)),
-                                                  select(greater(value, zero), two, zero), one);
-    store_low_bytes(codes + i, select(greater(p.vector(p.top, i), zero), code, zero) + round);
-  }
-  for (; i < count; ++i) {
-    const int trit = magnitude(x[i]) > p.scalar(p.lo, i) ? (x[i] > 0 ? 2 : 0) : 1;
-    codes[i] = uint8_t(p.scalar(p.top, i) > 0 ? (kind == KvKind::sign ? !(x[i] < 0) : trit) : 0);
-  }
-}
-
-template <class Parameters>
-void code(KvKind kind, const float* x, int64_t count, const Parameters& p, uint8_t* codes) {
-  if (kind == KvKind::affine) return code_affine(x, count, p, codes);
-  code_signs(kind, x, count, p, codes);
-}
-
-struct RowCodes {
-  alignas(64) uint8_t byte[kMostChannels + 64];
-};
+// ---- pages ----------------------------------------------------------------------------------------------------------
 
 void seal_side(const KvFormat& fmt, const KvSide& side, const KvPage& page, KvHalf half, float gamma, Scratch& s) {
   const int64_t pitch = pitch_of(side.width);
@@ -405,15 +334,24 @@ void seal_side(const KvFormat& fmt, const KvSide& side, const KvPage& page, KvHa
                        s);
       const int64_t rank = rank_of[t];
       const float* const xs = x + t * pitch;
+      uint8_t* const to =
+          codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes) + at;
+      if (fits_two_bits(side, part)) {
+        if (side.per_token) {
+          const auto place_of = [&](int64_t c) { return rank * groups + c / side.group; };
+          code_two_bits<true>(xs, part.channels, s.lo, s.bounds, place_of, to);
+        } else {
+          code_two_bits<false>(xs, part.channels, s.lo, s.bounds, [](int64_t c) { return c; }, to);
+        }
+        continue;
+      }
       if (side.per_token) {
         for (int64_t g = 0, d = 0; d < part.channels; ++g, d += side.group)
-          code(part.kind, xs + d, std::min(part.channels - d, side.group),
+          code(part.kind, xs + d, smaller(part.channels - d, side.group),
                SharedParameters(s.lo, s.of_codes[1], rank * groups + g), row.byte + d);
       } else {
         code(part.kind, xs, part.channels, OwnParameters(s.lo, s.of_codes[high]), row.byte);
       }
-      uint8_t* const to =
-          codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes) + at;
       pack_row(row.byte, high ? part.bits : side.low_bits, part.channels, to);
     }
     at += part.bytes();
@@ -432,82 +370,6 @@ void seal(const KvFormat& fmt, Dtype dtype, const KvRows rows[2], const KvChanne
     const KvSide& side = which ? fmt.value : fmt.key;
     read_rows(fmt, side, dtype, rows[which], channels[which], s.line, s.rows);
     seal_side(fmt, side, page, which ? page.value : page.key, gamma[which], s);
-  }
-}
-
-// ---- unpacking ------------------------------------------------------------------------------------------------------
-
-// One row to fp32 in the order and the basis of the codes.
-void dequantize_row(const KvFormat& fmt, const KvSide& side, const KvHalf& half, const uint8_t* codes, bool high,
-                    int64_t rank, const float* scale, const float* zero, float* out) {
-  RowCodes row;
-  for (int i = 0; i < side.n_parts; ++i) {
-    const KvPart& part = side.part[i];
-    expand_row(codes, high ? part.bits : side.low_bits, part.channels, row.byte);
-    codes += part.bytes();
-    float* const to = out + part.first;
-    if (!side.per_token) {
-      for (int64_t d = 0; d < part.channels; ++d)
-        to[d] = float(row.byte[d]) * scale[part.first + d] + zero[part.first + d];
-      continue;
-    }
-    float scales[kMostChannels], zeros[kMostChannels];
-    token_parameters(fmt, side, half, i, rank, scales, zeros);
-    for (int64_t d = 0; d < part.channels; ++d) to[d] = float(row.byte[d]) * scales[d] + zeros[d];
-  }
-}
-
-void write_row(const float* x, int64_t width, Dtype dtype, void* out, int64_t at) {
-  switch (dtype) {
-    case Dtype::f16:
-      for (int64_t d = 0; d < width; ++d) narrow(x[d], static_cast<f16*>(out)[at + d]);
-      return;
-    case Dtype::bf16:
-      for (int64_t d = 0; d < width; ++d) narrow(x[d], static_cast<bf16*>(out)[at + d]);
-      return;
-    default:
-      std::memcpy(static_cast<float*>(out) + at, x, size_t(width) * sizeof(float));
-  }
-}
-
-void unseal(const KvFormat& fmt, const KvPage& page, const uint8_t* data_end, const KvChannels channels[2], Dtype dtype,
-            void* const out[2], int64_t stride, void* memory) {
-  Scratch s(fmt, memory);
-  for (int which = 0; which < 2; ++which) {
-    const KvSide& side = which ? fmt.value : fmt.key;
-    const KvHalf& half = which ? page.value : page.key;
-    const int64_t width = side.width, high_bytes = side.row_bytes(true);
-    const int64_t low_bytes = side.low_bits ? side.row_bytes(false) : 0;
-    int64_t high_rank = 0, low_rank = 0, slot = 0;
-    for (int64_t t = 0; t < page.n; ++t) {
-      const bool high = page.is_high(t);
-      const int64_t rank = high ? high_rank++ : page.n_high + low_rank++;
-      if (!side.per_token) {
-        const bool next = t == page.groups_end[slot];
-        slot += next;
-        if (t == 0 || next || side.low_bits) channel_parameters(fmt, side, half, slot, high, s.step, s.lo);
-      }
-      const int64_t bytes = high ? high_bytes : low_bytes;
-      const uint8_t* codes =
-          half.codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes);
-      uint8_t copy[kMostChannels + 2 * kSlack];
-      if (data_end - codes < bytes + kSlack) codes = static_cast<uint8_t*>(std::memcpy(copy, codes, size_t(bytes)));
-      float* const coded = s.line;
-      dequantize_row(fmt, side, half, codes, high, rank, s.step, s.lo, coded);
-      float* plain = s.line + kMostChannels;
-      const KvChannels& of = channels[which];
-      const int64_t easy = side.part[0].fourier ? side.part[0].channels : 0;
-      for (int64_t i = 0; i < easy; ++i) {
-        float sum = 0;
-        for (int64_t j = 0; j < easy; ++j) sum += of.basis[i * easy + j] * (coded[j] * fourier_weight(easy, j));
-        plain[of.order ? of.order[i] : i] = sum;
-      }
-      for (int64_t d = easy; d < width; ++d) {
-        const int64_t to = of.order ? of.order[d] : d;
-        plain[to] = of.factor ? coded[d] * widen(of.factor[d]) : coded[d];
-      }
-      write_row(plain, width, dtype, out[which], t * stride);
-    }
   }
 }
 

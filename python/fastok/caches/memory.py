@@ -1,5 +1,6 @@
 """Memory for caches, on CPUs in mappings of their own."""
 
+import contextlib
 import math
 import mmap
 
@@ -20,15 +21,9 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     count = math.prod(shape)
     size = count * like.element_size()
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or type(like) is not Tensor or size < LEAST or not _can_map(like.device):
+    if type(like) is not Tensor or size < LEAST or not _can_map(like.device):
         return like.new_empty(shape)
-    mapping = _map(size)
-    try:
-        mapping.madvise(advice)
-    except OSError:  # a kernel without them
-        return like.new_empty(shape)
-    return torch.frombuffer(mapping, dtype=like.dtype, count=count).view(shape)
+    return torch.frombuffer(_map(size), dtype=like.dtype, count=count).view(shape)
 
 
 def records(size: int, device: torch.device) -> Tensor:
@@ -46,4 +41,10 @@ def _can_map(device: torch.device) -> bool:
 
 
 def _map(size: int) -> mmap.mmap:
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """In huge pages, if it is large and the system has them: fewer of them are to be found, and to be cleared."""
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and size >= LEAST:
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(advice)
+    return mapping

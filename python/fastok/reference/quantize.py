@@ -143,12 +143,12 @@ def encode(x: Tensor, part: Part, side: Side, layout: Layout, gamma: float, low:
     if part.kind == "affine":
         least = torch.where(member, grouped, math.inf).amin(-1)
         most = torch.where(member, grouped, -math.inf).amax(-1)
-        zero = round_to(torch.where(finite, least, 0), dtype, -math.inf)
+        zero = round_to(torch.where(finite, least + 0.0, 0), dtype, -math.inf)  # zeros and ranges of -0 are 0
         top = float((1 << part.bits // 100) - 1)
         tops = torch.full((*x.shape[:-1], 1), top, device=x.device)
         if low is not None:
             tops = torch.where(low[..., None], float((1 << side.low_bits // 100) - 1), tops)
-        span = torch.where(finite, most - zero.float(), torch.nan)
+        span = torch.where(finite, most - zero.float() + 0.0, torch.nan)
         # Two classes share the channels' ranges, so the range is what is stored; a token's scale is its own.
         shares = side.axis == CHANNEL and side.low_bits > 0
         scale = round_to(span if shares else span / (tops if side.axis != CHANNEL else top), dtype, math.inf)
