@@ -249,6 +249,12 @@ def test_every_plan_gives_the_same_picks(backend: Backend, start: str, candidate
             assert_same_picks(backend.k_center(*args), reference.k_center_picks(*args), f"k={k}")
 
 
+@over_backends("k_center", without=("reference", "cuda-on-host"))
+def test_some_tokens_too_close_to_call(backend: Backend) -> None:
+    args = arguments(torch.cat([clustered(1, 600, 40, 30), torch.randn(1, 500, 40)], 1), 60)
+    assert_same_picks(backend.k_center(*args), reference.k_center_picks(*args))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @over_backends("k_center", without=("reference",))
 def test_strided_and_misaligned_views(backend: Backend, dtype: torch.dtype) -> None:
@@ -291,6 +297,13 @@ def test_planner() -> None:
     assert plan(576, 1024, 58, start="first") == ("batches", 64, False)
     assert plan(576, 1024, 200, start="first") == ("gram", 576, False)
     assert plan(576, 1024, 4, start="first") == ("exact", 64, False)
+    # Sums of distances: exactly by tile products, where the machine has them.
+    assert plan(576, 4096, 64, objective="max_sum", start="first", tiles=True) == ("tiles", 576, False)
+    assert plan(2880, 4096, 288, objective="max_sum", tiles=True) == ("tiles", 2880, False)
+    assert plan(576, 4096, 8, objective="max_sum", start="first", tiles=True) == ("exact", 64, False)
+    assert plan(16384, 1024, 1024, objective="max_sum", tiles=True) == ("exact", 64, True)
+    assert plan(576, 1024, 58, metric="euclidean", objective="max_sum", tiles=True) == ("exact", 64, False)
+    assert plan(576, 1024, 58, tiles=True) == ("gram", 576, True)
     # As the caller says.
     assert plan(576, 1024, 58, candidates_scored=1) == ("exact", 64, True)
     assert plan(576, 1024, 58, candidates_scored=7) == ("batches", 7, True)

@@ -58,10 +58,10 @@ std::string scores_kernel(int capability, int64_t n_rows, int64_t n_k, int64_t w
 
 std::tuple<std::string, int64_t, bool> plan_k_center(int64_t n, int64_t width, int64_t k, const std::string& metric,
                                                      const std::string& objective, const std::string& start,
-                                                     int64_t candidates_scored) {
+                                                     int64_t candidates_scored, bool tiles) {
   const fastok::CenterChoice choice = fastok::plan_k_center(
-      {n, width, k, metric == "cosine", objective == "max_sum", start == "isolated", candidates_scored});
-  constexpr const char* kNames[] = {"exact", "gram", "batches"};
+      {n, width, k, metric == "cosine", objective == "max_sum", start == "isolated", candidates_scored, tiles});
+  constexpr const char* kNames[] = {"exact", "tiles", "gram", "batches"};
   return {kNames[static_cast<int>(choice.plan)], choice.batch, choice.screened_start};
 }
 
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_native, m) {
         "The same for attention_scores. by_row: heads are reduced within each row, before rows are.");
   m.def("plan_k_center", &plan_k_center, pybind11::arg("n"), pybind11::arg("width"), pybind11::arg("k"),
         pybind11::arg("metric") = "cosine", pybind11::arg("objective") = "max_min", pybind11::arg("start") = "isolated",
-        pybind11::arg("candidates_scored") = 0,
+        pybind11::arg("candidates_scored") = 0, pybind11::arg("tiles") = false,
         "How k_center finds picks on the CPU: the plan, candidates scored at once, whether the start is screened.");
   m.def("plan_kept_columns", &fastok::plan_kept_columns, pybind11::arg("rows"), pybind11::arg("n"),
         "How many columns of a pair's similarities max_coverage keeps.");

@@ -15,6 +15,7 @@ namespace fastok {
 // How picks learn their distances to all tokens. Each gives the same picks.
 enum class CenterPlan {
   exact,    // one exact pass over the tokens per pick
+  tiles,    // all distances exactly, by tile products (cpu/exact_tiles.h)
   gram,     // all products approximately, by one symmetric matrix product; then exactly what is too close to call
   batches,  // as gram, but row by row: candidates in batches, before knowing which of them will be picked
 };
@@ -23,6 +24,7 @@ struct CenterProblem {
   int64_t n, width, k;
   bool cosine, max_sum, isolated;
   int64_t candidates_scored;  // 0: to be planned
+  bool has_tiles = false;     // the machine has tile products for this width
 };
 
 struct CenterChoice {
@@ -35,13 +37,16 @@ struct CenterChoice {
 constexpr int64_t kMostGramBytes = 256 << 20;
 constexpr int64_t kCenterBatch = 64;
 
-// Approximate products pay where exact ones can be left out: with max_min, for the cosine. A batch's products are about
-// ten times as fast as exact passes, and about half of its candidates get picked.
+// Exact products of all pairs by tiles take the time of some n / 20 exact passes. Approximate products pay where exact
+// ones can be left out: with max_min, for the cosine. A batch's products are about ten times as fast as exact passes,
+// and about half of its candidates get picked.
 inline CenterChoice plan_k_center(const CenterProblem& p) {
   const bool screens = p.cosine && !p.max_sum;
   const bool fits = p.n * p.n * int64_t(sizeof(float)) <= kMostGramBytes;
   const bool start = p.isolated && p.cosine && p.n > 1;
   const int64_t batch = p.candidates_scored > 0 ? p.candidates_scored : kCenterBatch;
+  if (p.has_tiles && p.cosine && p.candidates_scored == 0 && fits && p.max_sum && (start || 16 * p.k >= p.n))
+    return {CenterPlan::tiles, p.n, false};
   if (!screens || p.candidates_scored == 1) return {CenterPlan::exact, std::min<int64_t>(kCenterBatch, p.n), start};
   if (p.candidates_scored == 0 && fits && (start || 2 * p.k >= p.n / 2)) return {CenterPlan::gram, p.n, start};
   if (p.candidates_scored == 0 && p.k <= 8) return {CenterPlan::exact, std::min(batch, p.n), start};

@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "common/tensor.h"
+#include "cpu/exact_cosines.h"
 #include "k_center/screen.h"
 
 namespace fastok {
@@ -20,6 +21,7 @@ struct Tokens {
   bool cosine;
   std::vector<TokenScale> scales;
   std::unique_ptr<bool[]> available;  // finite, not masked, not picked
+  Scratch cosines;                    // [count][count], if `compare` made them
 
   Tokens(const CenterKernels& kernels_in, const TokenRows& rows_in, bool cosine_in, const bool* mask)
       : kernels(kernels_in),
@@ -47,8 +49,24 @@ struct Tokens {
       kernels.euclidean_distances(rows, center, begin, end, out);
     }
   }
+  // All cosines by tile products. False if the tokens do not allow it.
+  bool compare() {
+    cosines = allocate(size_t(rows.count * rows.count) * sizeof(float));
+    const ExactTiles& tiles = *exact_tiles_for(rows.width);
+    if (!exact_cosines(tiles, rows, scales.data(), rows, scales.data(), reinterpret_cast<float*>(cosines.get()),
+                       rows.count))
+      cosines.reset();
+    return cosines != nullptr;
+  }
+  const float* cosines_of(int64_t i) const { return reinterpret_cast<const float*>(cosines.get()) + i * rows.count; }
+
   // To all tokens.
   void distances(int64_t i, float* out) const {
+    if (cosines) {
+      const float* const cosine_to = cosines_of(i);
+      for (int64_t j = 0; j < rows.count; ++j) out[j] = 1.0f - cosine_to[j];
+      return;
+    }
     std::vector<double> memory;
     const double* const c = center(i, memory);
     torch::stable::parallel_for(0, rows.count, grain(),
@@ -92,10 +110,49 @@ int64_t best_available(const Tokens& tokens, const Value& value) {
   return best;
 }
 
-Pick isolated(const Tokens& tokens, Screen& screen, bool keep) {
+// The largest x[j] + y[j] of [begin, end), NaN left out; -inf of none.
+float largest_sum(const float* x, const float* y, int64_t begin, int64_t end) {
+  constexpr int64_t kSums = 16;
+  float top[kSums];
+  std::fill(top, top + kSums, -kInfinity);
+  const auto offer = [&](int64_t lane, int64_t j) { top[lane] = x[j] + y[j] > top[lane] ? x[j] + y[j] : top[lane]; };
+  int64_t j = begin;
+  for (; j + kSums <= end; j += kSums)
+    for (int64_t lane = 0; lane < kSums; ++lane) offer(lane, j + lane);
+  for (; j < end; ++j) offer(0, j);
+  return *std::max_element(top, top + kSums);
+}
+
+// From all cosines.
+Pick isolated_compared(const Tokens& tokens) {
+  const int64_t n = tokens.rows.count;
+  std::vector<float> nearest(n), barred(n);
+  for (int64_t j = 0; j < n; ++j) barred[j] = tokens.available[j] ? 0.0f : -kInfinity;
+  torch::stable::parallel_for(0, n, 1 + (1 << 18) / (n + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const cosines = tokens.cosines_of(i);
+      const float before = largest_sum(cosines, barred.data(), 0, i);
+      nearest[i] = 1.0f - std::max(before, largest_sum(cosines, barred.data(), i + 1, n));
+    }
+  });
+  const int64_t pick = best_available(tokens, [&](int64_t i) { return nearest[i]; });
+  return {pick, pick < 0 ? kNaN : nearest[pick]};
+}
+
+// Whether approximate distances to the nearest other tell so few tokens apart that exact ones of all pairs are cheaper.
+bool too_close_to_call(const Tokens& tokens, const std::vector<float>& nearest, float error) {
+  const int64_t n = tokens.rows.count, best = best_available(tokens, [&](int64_t i) { return nearest[i]; });
+  int64_t in_doubt = 0;
+  for (int64_t i = 0; i < n; ++i) in_doubt += tokens.available[i] && nearest[i] + 2 * error >= nearest[best];
+  return in_doubt > n / 2;
+}
+
+// `compare`: all cosines may be made exactly.
+Pick isolated(Tokens& tokens, Screen& screen, bool keep, bool compare) {
   const int64_t n = tokens.rows.count;
   const float error = screen.error();
   const std::vector<float> nearest = screen.nearest(keep);
+  if (compare && too_close_to_call(tokens, nearest, error) && tokens.compare()) return isolated_compared(tokens);
   std::vector<float> upper(padded(n), -kInfinity);
   std::vector<bool> exact(n, false);
   for (int64_t i = 0; i < n; ++i)
@@ -245,17 +302,24 @@ struct Request {
 
 void pick_centers(const Request& request, const TokenRows& rows, const bool* mask, int64_t given, int64_t* index,
                   float* distance) {
-  const CenterProblem& p = request.problem;
-  const CenterChoice choice = plan_k_center(p);
+  CenterProblem p = request.problem;
+  CenterChoice choice = plan_k_center(p);
   Tokens tokens(pick_k_center_kernels(), rows, p.cosine, mask);
+  if (choice.plan == CenterPlan::tiles && !tokens.compare()) {
+    p.has_tiles = false;
+    choice = plan_k_center(p);
+  }
   std::optional<Screen> screen;
-  if (choice.plan != CenterPlan::exact || choice.screened_start)
+  const bool exact = choice.plan == CenterPlan::exact || choice.plan == CenterPlan::tiles;
+  if (!exact || choice.screened_start)
     screen.emplace(tokens.kernels, rows, tokens.scales.data(), tokens.available.get(), choice.batch);
 
   Pick first{-1, kInfinity};
   if (p.isolated) {
     const bool keep = choice.plan == CenterPlan::gram;
-    first = choice.screened_start ? isolated(tokens, *screen, keep) : isolated_exactly(tokens);
+    first = tokens.cosines          ? isolated_compared(tokens)
+            : choice.screened_start ? isolated(tokens, *screen, keep, p.has_tiles && keep)
+                                    : isolated_exactly(tokens);
   } else if (request.start == "norm") {
     first.token = best_available(tokens, [&](int64_t i) { return tokens.scales[i].length; });
   } else {
@@ -281,7 +345,7 @@ void pick_centers(const Request& request, const TokenRows& rows, const bool* mas
     std::fill(index + step, index + p.k, -1);
     std::fill(distance + step, distance + p.k, -kInfinity);
   };
-  if (choice.plan == CenterPlan::exact) {
+  if (exact || tokens.cosines) {
     run(ExactGreedy(tokens, p.max_sum));
   } else {
     run(ScreenedGreedy(tokens, *screen));
@@ -315,8 +379,9 @@ std::tuple<Tensor, Tensor> k_center(Tensor x, int64_t k, std::string metric, std
   const Tensor distance = empty_like_device(x, {batch, k}, ScalarType::Float);
   if (batch * k == 0) return {index, distance};
 
-  const Request request{
-      {n, width, k, metric == "cosine", objective == "max_sum", start == "isolated", candidates_scored}, start};
+  const Request request{{n, width, k, metric == "cosine", objective == "max_sum", start == "isolated",
+                         candidates_scored, exact_tiles_for(width) != nullptr},
+                        start};
   const auto one = [&](int64_t b) {
     const char* const base =
         static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * int64_t(element_size(dtype));
