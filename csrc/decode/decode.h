@@ -27,13 +27,22 @@ struct DecodeState {
   float *peak, *total;
 };
 
-// Keys and values that lie in memory as they are: `place` of each ascends.
+// Keys and values that lie in memory as they are: rows of the first KV head, in the order of reading, which is
+// kDecodeBlock keys, their values, the next keys. kRowsAhead further ones may be fetched.
 struct DenseKeys {
   Dtype dtype;
-  const void *const *k, *const *v;
-  const int32_t* place;
+  const void* const* row;
+  const int32_t* place;  // of each key, ascending
   int64_t count, width, v_width;
-  bool scattered;  // rows do not follow each other in memory
+};
+inline constexpr int64_t kRowsAhead = kDecodeBlock;
+
+// Query rows of a KV head, whose keys and values lie so many elements behind the first head's; they attend to the first
+// `count`.
+struct DenseHead {
+  DecodeRows rows;
+  DecodeState state;
+  int64_t k_at, v_at, count;
 };
 
 // One page, and which of its entries take part: those whose place is in the ascending `listed` (nullptr: all).
@@ -52,7 +61,8 @@ struct DecodeKernels {
   size_t (*scratch_bytes)(int64_t rows, int64_t width);
   // A query row in fp32, times `factor`; for packed keys in the order and the basis of their codes.
   void (*prepare)(const void* q, Dtype, int64_t width, float factor, const KvSide*, const KvChannels&, float* out);
-  void (*dense)(const DecodeRows&, const DenseKeys&, const DecodeState&, void* scratch);
+  // Of heads that are read side by side; each one's results are what they would be alone.
+  void (*dense)(const DenseHead* heads, int64_t n_heads, const DenseKeys&, void* scratch);
   void (*packed)(const DecodeRows&, const PackedKeys&, const DecodeState&, void* scratch);
   // Rows out[row][width] and lse[row] of a state; for packed values back in the order and the basis of the channels.
   void (*finish)(const DecodeState&, int64_t rows, int64_t width, const KvSide*, const KvChannels&, float* out,

@@ -12,7 +12,7 @@ namespace fastok {
 namespace {
 
 // Keys that one task takes; fixed, so that results depend on neither batch nor threads.
-constexpr int64_t kSplitKeys = 2048;
+constexpr int64_t kSplitKeys = 512, kPackedSplitKeys = 2048;
 
 // What all caches have in common: queries, what they may see, results.
 struct DecodeCall {
@@ -74,10 +74,70 @@ struct UnitTask {
   int64_t b, unit, split, n_splits;
 };
 
-// Some keys of a unit: `run` adds them to the state; `sides_of` says in which basis the queries and the sums are.
+// Query rows that a task takes on at most, if they are of several units: they have to stay in the caches.
+constexpr int64_t kRowsTogether = 64;
+
+// Units whose keys a task reads side by side, without any effect on what comes out: several if that is how they lie in
+// memory, but not so many that threads are left idle.
+int64_t units_together(const DecodeCall& call, bool side_by_side, int64_t tasks) {
+  if (!side_by_side) return 1;
+  int64_t most = std::clamp<int64_t>(kRowsTogether / std::max<int64_t>(call.unit_rows(), 1), 1, call.units);
+  const int64_t wanted = 2 * int64_t(torch::stable::get_num_threads());
+  while (most > 1 && tasks < wanted * most) most = (most + 1) / 2;
+  const int64_t parts = (call.units + most - 1) / most;
+  return (call.units + parts - 1) / parts;
+}
+
+// The units of a task, which share a split of a sequence: their queries, and what was found so far.
+struct UnitStates {
+  const DecodeCall& call;
+  int64_t count = 0;
+  std::vector<int64_t> unit;
+  std::vector<DecodeRows> rows;
+  std::vector<DecodeState> state;
+
+  UnitStates(const DecodeCall& call_in, int64_t most)
+      : call(call_in),
+        unit(size_t(most)),
+        rows(size_t(most)),
+        state(size_t(most)),
+        pitch_(decode_pitch(call.width)),
+        v_pitch_(decode_pitch(call.v_width)),
+        memory_(size_t(most * call.unit_rows() * (pitch_ + v_pitch_ + 2)) * sizeof(float)),
+        last_(size_t(most * call.unit_rows())),
+        bias_(size_t(most * call.unit_rows())) {}
+
+  // Another unit; its queries are still to be written.
+  float* add(const UnitTask& t, int64_t length) {
+    const int64_t n = call.unit_rows(), i = count++;
+    float* const q = static_cast<float*>(memory_.get()) + i * n * (pitch_ + v_pitch_ + 2);
+    unit[size_t(i)] = t.unit;
+    state[size_t(i)] = {q + n * pitch_, q + n * (pitch_ + v_pitch_), q + n * (pitch_ + v_pitch_ + 1)};
+    int64_t* const last = last_.data() + i * n;
+    const float** const bias = bias_.data() + i * n;
+    for (int64_t r = 0; r < n; ++r) {
+      last[r] = length - call.rows + r % call.rows;
+      bias[r] = call.bias_of(t.b, t.unit * call.ratio() + r / call.rows);
+    }
+    std::fill_n(state[size_t(i)].sum, n * v_pitch_, 0.0f);
+    std::fill_n(state[size_t(i)].peak, n, -std::numeric_limits<float>::infinity());
+    std::fill_n(state[size_t(i)].total, n, 0.0f);
+    rows[size_t(i)] = {n, q, last, call.has_bias ? bias : nullptr, call.softcap};
+    return q;
+  }
+
+ private:
+  int64_t pitch_, v_pitch_;
+  AlignedMemory memory_;
+  std::vector<int64_t> last_;
+  std::vector<const float*> bias_;
+};
+
+// `run` adds the keys of a split to the states of units that are read side by side, if that is wanted; `sides_of` says
+// in which basis the queries and the sums are.
 template <class Splits, class Length, class Run, class Sides>
-std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& splits_of, const Length& length_of,
-                                       const Run& run, const Sides& sides_of) {
+std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side, const Splits& splits_of,
+                                       const Length& length_of, const Run& run, const Sides& sides_of) {
   const Tensor out = empty_like_device(call.q, {call.batch, call.rows, call.heads, call.v_width}, call.q.scalar_type());
   const Tensor lse = empty_like_device(call.q, {call.batch, call.heads, call.rows}, ScalarType::Float);
   std::vector<UnitTask> tasks;
@@ -91,47 +151,46 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
   // All heads of some tokens, then the next tokens: in caches [B,T,G,D] they share pages of memory.
   std::vector<size_t> order(tasks.size());
   std::iota(order.begin(), order.end(), size_t(0));
-  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) {
-    return std::pair(tasks[x].b, tasks[x].split) < std::pair(tasks[y].b, tasks[y].split);
-  });
-  const int64_t unit_rows = call.unit_rows(), pitch = decode_pitch(call.width), v_pitch = decode_pitch(call.v_width);
-  const int64_t element = int64_t(element_size(call.dtype)), widest = std::max(call.width, call.v_width);
+  const auto split_of = [&](size_t i) { return std::pair(tasks[i].b, tasks[i].split); };
+  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return split_of(x) < split_of(y); });
+  const int64_t together = units_together(call, side_by_side, int64_t(tasks.size()));
+  std::vector<size_t> begins;  // of what is done together, in that order
+  for (size_t i = 0; i < order.size(); ++i) {
+    const bool more = i > 0 && split_of(order[i]) == split_of(order[i - 1]) && int64_t(i - begins.back()) < together;
+    if (!more) begins.push_back(i);
+  }
+  begins.push_back(order.size());
+  const int64_t unit_rows = call.unit_rows(), element = int64_t(element_size(call.dtype));
   std::vector<float> partial(tasks.size() * size_t(unit_rows * call.v_width)),
       partial_lse(tasks.size() * size_t(unit_rows));
   const DecodeKernels& kernels = pick_decode_kernels();
   const AttentionKernels& attention = pick_attention_kernels();
   std::atomic<size_t> taken{0};  // by whoever is free: splits differ in length
-  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t, int64_t) {
-    const size_t floats = size_t(unit_rows * (pitch + v_pitch + 2));
-    const AlignedMemory memory(floats * sizeof(float)), scratch(kernels.scratch_bytes(unit_rows, widest));
-    float* const q = static_cast<float*>(memory.get());
-    const DecodeState state{q + unit_rows * pitch, q + unit_rows * (pitch + v_pitch),
-                            q + unit_rows * (pitch + v_pitch + 1)};
-    std::vector<int64_t> last(size_t(unit_rows), 0);
-    std::vector<const float*> bias(size_t(unit_rows), nullptr);
-    for (size_t i = taken++; i < order.size(); i = taken++) {
-      const size_t task = order[i];
-      const UnitTask& t = tasks[task];
-      float* const part = partial.data() + task * size_t(unit_rows * call.v_width);
-      float* const part_lse = partial_lse.data() + task * size_t(unit_rows);
-      const int64_t g = call.group_of(t.unit), length = length_of(t.b, g);
+  torch::stable::parallel_for(0, int64_t(begins.size()) - 1, 1, [&](int64_t, int64_t) {
+    UnitStates states(call, together);
+    const AlignedMemory scratch(kernels.scratch_bytes(together * unit_rows, std::max(call.width, call.v_width)));
+    for (size_t part = taken++; part + 1 < begins.size(); part = taken++) {
+      const UnitTask& first = tasks[order[begins[part]]];
       const KvSide *key_side = nullptr, *value_side = nullptr;
       KvChannels key_channels{}, value_channels{};
-      sides_of(t.b, g, t.split, key_side, key_channels, value_side, value_channels);
-      for (int64_t r = 0; r < unit_rows; ++r) {
-        const int64_t h = t.unit * call.ratio() + r / call.rows, row = r % call.rows;
-        const int64_t at = t.b * call.q.stride(0) + row * call.q.stride(1) + h * call.q.stride(2);
-        kernels.prepare(static_cast<const char*>(call.q.const_data_ptr()) + at * element, call.dtype, call.width,
-                        call.scale, key_side, key_channels, q + r * pitch);
-        last[size_t(r)] = length - call.rows + row;
-        bias[size_t(r)] = call.bias_of(t.b, h);
-        state.peak[r] = -std::numeric_limits<float>::infinity();
-        state.total[r] = 0;
+      states.count = 0;
+      for (size_t i = begins[part]; i < begins[part + 1]; ++i) {
+        const UnitTask& t = tasks[order[i]];
+        const int64_t g = call.group_of(t.unit);
+        sides_of(t.b, g, t.split, key_side, key_channels, value_side, value_channels);
+        float* const q = states.add(t, length_of(t.b, g));
+        for (int64_t r = 0; r < unit_rows; ++r) {
+          const int64_t h = t.unit * call.ratio() + r / call.rows, row = r % call.rows;
+          const int64_t at = t.b * call.q.stride(0) + row * call.q.stride(1) + h * call.q.stride(2);
+          kernels.prepare(static_cast<const char*>(call.q.const_data_ptr()) + at * element, call.dtype, call.width,
+                          call.scale, key_side, key_channels, q + r * decode_pitch(call.width));
+        }
       }
-      std::fill(state.sum, state.sum + unit_rows * v_pitch, 0.0f);
-      const DecodeRows rows{unit_rows, q, last.data(), call.has_bias ? bias.data() : nullptr, call.softcap};
-      run(t.b, t.unit, t.split, rows, state, scratch.get());
-      kernels.finish(state, unit_rows, call.v_width, value_side, value_channels, part, part_lse);
+      run(first.b, first.split, states, scratch.get());
+      for (size_t i = begins[part]; i < begins[part + 1]; ++i)
+        kernels.finish(states.state[i - begins[part]], unit_rows, call.v_width, value_side, value_channels,
+                       partial.data() + order[i] * size_t(unit_rows * call.v_width),
+                       partial_lse.data() + order[i] * size_t(unit_rows));
     }
   });
   torch::stable::parallel_for(0, call.batch * call.heads * call.rows, 64, [&](int64_t begin, int64_t end) {
@@ -154,32 +213,38 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, const Splits& spl
 
 int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 
-// Places that take part, as rows in memory: all of [begin, end), or those listed, which have to outlive this.
+// Places that take part, as rows in memory in the order of reading: all of [begin, end), or those listed, which have to
+// outlive this.
 struct RowPointers {
-  std::vector<const void*> k, v;
+  std::vector<const void*> row;
   std::vector<int32_t> range;
   const int32_t* place;
-  bool listed;
+  int64_t count;
 
   template <class At>
-  RowPointers(int64_t begin, int64_t end, const At& at) : range(size_t(std::max<int64_t>(end - begin, 0))) {
+  RowPointers(int64_t begin, int64_t end, const At& at)
+      : range(size_t(std::max<int64_t>(end - begin, 0))), count(int64_t(range.size())) {
     std::iota(range.begin(), range.end(), int32_t(begin));
-    place = range.data(), listed = false;
-    point(int64_t(range.size()), at);
+    place = range.data();
+    point(at);
   }
   template <class At>
-  RowPointers(const int32_t* list, int64_t count, const At& at) : place(list), listed(true) {
-    point(count, at);
+  RowPointers(const int32_t* list, int64_t n, const At& at) : place(list), count(n) {
+    point(at);
   }
-  DenseKeys keys(Dtype dtype, int64_t width, int64_t v_width) const {
-    return {dtype, k.data(), v.data(), place, int64_t(k.size()), width, v_width, listed};
+  DenseKeys keys(const DecodeCall& call) const {
+    return {call.dtype, row.data(), place, count, call.width, call.v_width};
   }
 
  private:
   template <class At>
-  void point(int64_t count, const At& at) {
-    k.resize(size_t(count)), v.resize(size_t(count));
-    for (size_t i = 0; i < size_t(count); ++i) at(place[i], k[i], v[i]);
+  void point(const At& at) {
+    row.resize(size_t(2 * count + kRowsAhead));
+    for (int64_t begin = 0; begin < count; begin += kDecodeBlock) {
+      const int64_t n = std::min(kDecodeBlock, count - begin);
+      for (int64_t i = 0; i < n; ++i) at(place[begin + i], row[size_t(2 * begin + i)], row[size_t(2 * begin + n + i)]);
+    }
+    if (count > 0) std::fill(row.end() - kRowsAhead, row.end(), row[size_t(2 * count - 1)]);
   }
 };
 
@@ -242,21 +307,29 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   }
   const TokenRows k_rows(k, element), v_rows(v, element);
   const DecodeKernels& kernels = pick_decode_kernels();
-  const auto run = [&](int64_t b, int64_t unit, int64_t split, const DecodeRows& rows, const DecodeState& state,
-                       void* scratch) {
-    const int64_t g = call.group_of(unit), length = length_of(b, g), begin = split * kSplitKeys;
-    int64_t n_listed;
-    const int32_t* const listed = call.list_of(b, unit, length, n_listed);
+  const auto run = [&](int64_t b, int64_t split, const UnitStates& states, void* scratch) {
+    const int64_t first_group = call.group_of(states.unit[0]), begin = split * kSplitKeys;
     const auto row_of = [&](int64_t i, const void*& key, const void*& value) {
       const int64_t block = blocks_of ? blocks_of[b * table.size(1) + i / page] : b;
       const int64_t token = blocks_of ? i % page : i;
-      key = k_rows.at(block, token, g);
-      value = v_rows.at(block, token, g);
+      key = k_rows.at(block, token, first_group);
+      value = v_rows.at(block, token, first_group);
     };
-    const int64_t count = std::min((listed ? n_listed : length) - begin, kSplitKeys);
+    const int32_t* listed = nullptr;
+    std::vector<DenseHead> heads;
+    int64_t count = 0;
+    for (int64_t i = 0; i < states.count; ++i) {
+      const int64_t unit = states.unit[size_t(i)], g = call.group_of(unit), length = length_of(b, g);
+      int64_t n_listed;
+      listed = call.list_of(b, unit, length, n_listed);
+      const int64_t n = std::min((listed ? n_listed : length) - begin, kSplitKeys);
+      heads.push_back({states.rows[size_t(i)], states.state[size_t(i)], (g - first_group) * k.stride(2),
+                       (g - first_group) * v.stride(2), n});
+      count = std::max(count, n);
+    }
     const RowPointers pointers =
         listed ? RowPointers(listed + begin, count, row_of) : RowPointers(begin, begin + count, row_of);
-    kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
+    kernels.dense(heads.data(), states.count, pointers.keys(call), scratch);
   };
   // As many keys to a split whether they are listed or not: a list of all gives the same bits as none.
   const auto splits_of = [&](int64_t b, int64_t unit) {
@@ -264,7 +337,9 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
     const int64_t length = length_of(b, call.group_of(unit));
     return parts_of(call.list_of(b, unit, length, n_listed) ? n_listed : length);
   };
-  return decode_over(call, splits_of, length_of, run,
+  // Heads whose tokens lie side by side, unless each has tokens of its own listed.
+  const bool side_by_side = !tokens && k.stride(2) < k.stride(1) && v.stride(2) < v.stride(1);
+  return decode_over(call, side_by_side, splits_of, length_of, run,
                      [](int64_t, int64_t, int64_t, const KvSide*&, KvChannels&, const KvSide*&, KvChannels&) {});
 }
 
@@ -278,12 +353,12 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
   STD_TORCH_CHECK(call.batch == cache.batch && call.width == cache.width && call.dtype == cache.dtype,
                   "q must have the batch size, the head dim and the dtype of the cache");
   // Splits of whole pages first, then those of the hot tokens.
-  const int64_t pages_each = kSplitKeys / cache.fmt.page, page_splits = (cache.pages + pages_each - 1) / pages_each;
+  const int64_t pages_each = kPackedSplitKeys / cache.fmt.page,
+                page_splits = (cache.pages + pages_each - 1) / pages_each;
   const auto length_of = [&](int64_t b, int64_t g) { return cache.length(b, g); };
   const DecodeKernels& kernels = pick_decode_kernels();
-  const auto run = [&](int64_t b, int64_t unit, int64_t split, const DecodeRows& rows, const DecodeState& state,
-                       void* scratch) {
-    const int64_t g = call.group_of(unit);
+  const auto run = [&](int64_t b, int64_t split, const UnitStates& states, void* scratch) {
+    const int64_t unit = states.unit[0], g = call.group_of(unit);
     int64_t n_listed;
     const int32_t* const listed = call.list_of(b, unit, length_of(b, g), n_listed);
     if (split < page_splits) {
@@ -294,8 +369,9 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
         const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
         const int64_t left = listed ? listed + n_listed - from : 0;
         if (listed && (left == 0 || *from >= first + page.n)) continue;
-        kernels.packed(rows, {&cache.fmt, page, cache.data_end(), first, from, left, call.dtype != Dtype::f32}, state,
-                       scratch);
+        kernels.packed(states.rows[0],
+                       {&cache.fmt, page, cache.data_end(), first, from, left, call.dtype != Dtype::f32},
+                       states.state[0], scratch);
       }
       return;
     }
@@ -313,11 +389,13 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
     const RowPointers pointers =
         listed ? RowPointers(from, std::lower_bound(from, listed + n_listed, int32_t(last)) - from, rows_of)
                : RowPointers(first, last, rows_of);
-    kernels.dense(rows, pointers.keys(call.dtype, call.width, call.v_width), state, scratch);
+    const DenseHead head{states.rows[0], states.state[0], 0, 0, pointers.count};
+    kernels.dense(&head, 1, pointers.keys(call), scratch);
   };
   return decode_over(
-      call, [&](int64_t b, int64_t unit) { return page_splits + parts_of(cache.hot_len(b, call.group_of(unit))); },
-      length_of, run,
+      call, false,
+      [&](int64_t b, int64_t unit) { return page_splits + parts_of(cache.hot_len(b, call.group_of(unit))); }, length_of,
+      run,
       [&](int64_t b, int64_t g, int64_t split, const KvSide*& key_side, KvChannels& of_keys, const KvSide*& value_side,
           KvChannels& of_values) {
         if (split >= page_splits) return;

@@ -7,35 +7,64 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
+// Keys, and values, of one head that are read at a time, before those of the next head.
+constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
+// How many heads' keys or values further the nearer ones are fetched, and how many rows the farther ones.
+constexpr int64_t kNearHeads = 2, kFarRows = 16;
+
 template <class T>
-void dense(const DecodeRows& rows, const DenseKeys& keys, const DecodeState& state, void* memory) {
-  const Scratch s(rows.count, keys.width > keys.v_width ? keys.width : keys.v_width, memory);
-  const T* const* const k = reinterpret_cast<const T* const*>(keys.k);
-  const T* const* const v = reinterpret_cast<const T* const*>(keys.v);
-  const auto next = [&](const void* const* rows_of, int64_t begin, int64_t width) {
-    const int64_t left = keys.count - begin;
-    return NextRows{rows_of + begin, left < kDecodeBlock ? left : kDecodeBlock, width * int64_t(sizeof(T)),
-                    keys.scattered};
+void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {
+  int64_t n_rows = 0;
+  for (int64_t h = 0; h < n_heads; ++h) n_rows += heads[h].rows.count;
+  const Scratch s(n_rows, keys.width > keys.v_width ? keys.width : keys.v_width, memory);
+  const T* const* const row = reinterpret_cast<const T* const*>(keys.row);
+  const int64_t far = kDecodeBlock / n_heads > kFarRows ? kDecodeBlock / n_heads : kFarRows;
+  // Of row `i` of a head, where so many rows are read at once.
+  const auto ahead = [&](int64_t i, int64_t h, int64_t at_once, int64_t DenseHead::* at, int64_t width) {
+    int64_t near = i, near_head = h + kNearHeads;
+    for (; near_head >= n_heads; near_head -= n_heads) near += at_once;
+    return Ahead{keys.row + i + far, keys.row + near, heads[h].*at * int64_t(sizeof(T)),
+                 heads[near_head].*at * int64_t(sizeof(T)), width * int64_t(sizeof(T))};
   };
-  for (int64_t i = 0; i < kDecodeBlock; ++i) next(keys.k, 0, keys.width).fetch(i);
+  // Calls each(head, row, n, logits) until all heads have had `n` rows.
+  const auto side_by_side = [&](int64_t begin, int64_t n, int64_t at_once, const auto& each) {
+    for (int64_t i = 0; i < n; i += at_once) {
+      float* logits = s.logits + i;
+      for (int64_t h = 0; h < n_heads; logits += heads[h++].rows.count * kDecodeBlock) {
+        const int64_t left = heads[h].count - begin - i;
+        if (left > 0) each(h, i, left < at_once ? left : at_once, logits);
+      }
+    }
+  };
   for (int64_t begin = 0; begin < keys.count; begin += kDecodeBlock) {
     const int64_t left = keys.count - begin, n = left < kDecodeBlock ? left : kDecodeBlock;
-    dots(k + begin, n, 0, rows.q, decode_pitch(keys.width), rows.count, keys.width, s.logits, Scratch::kPitch,
-         next(keys.v, begin, keys.v_width));
-    soften(rows, n, keys.place + begin, keys.place[begin + n - 1], keys.v_width, s.logits, Scratch::kPitch, state);
-    weighted_sum(v + begin, n, 0, s.logits, Scratch::kPitch, rows.count, keys.v_width, state.sum,
-                 decode_pitch(keys.v_width), next(keys.k, begin + n, keys.width));
+    const int64_t k = 2 * begin, v = k + n;
+    side_by_side(begin, n, kKeysAtOnce, [&](int64_t h, int64_t i, int64_t count, float* logits) {
+      const Ahead next = ahead(k + i, h, kKeysAtOnce, &DenseHead::k_at, keys.width);
+      for (int64_t t = 0; t < count; ++t) next.fetch(t);
+      dots(row + k + i, count, heads[h].k_at, heads[h].rows.q, decode_pitch(keys.width), heads[h].rows.count,
+           keys.width, logits, kDecodeBlock);
+    });
+    side_by_side(begin, n, n, [&](int64_t h, int64_t, int64_t count, float* logits) {
+      soften(heads[h].rows, count, keys.place + begin, keys.place[begin + count - 1], keys.v_width, logits,
+             kDecodeBlock, heads[h].state);
+    });
+    side_by_side(begin, n, kValuesAtOnce, [&](int64_t h, int64_t i, int64_t count, float* logits) {
+      weighted_sum(row + v + i, count, heads[h].v_at, logits, kDecodeBlock, heads[h].rows.count, keys.v_width,
+                   heads[h].state.sum, decode_pitch(keys.v_width),
+                   ahead(v + i, h, kValuesAtOnce, &DenseHead::v_at, keys.v_width));
+    });
   }
 }
 
-void dense_keys(const DecodeRows& rows, const DenseKeys& keys, const DecodeState& state, void* memory) {
+void dense_keys(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {
   switch (keys.dtype) {
     case Dtype::f16:
-      return dense<f16>(rows, keys, state, memory);
+      return dense<f16>(heads, n_heads, keys, memory);
     case Dtype::bf16:
-      return dense<bf16>(rows, keys, state, memory);
+      return dense<bf16>(heads, n_heads, keys, memory);
     default:
-      return dense<float>(rows, keys, state, memory);
+      return dense<float>(heads, n_heads, keys, memory);
   }
 }
 

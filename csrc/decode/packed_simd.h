@@ -149,8 +149,6 @@ float sum_of(const float* x, int64_t n) {
   return horizontal_sum(i < n ? sum + load_part(x + i, n - i) : sum);
 }
 
-constexpr NextRows kNoRows = {nullptr, 0, 0};
-
 // Rows x[row * pitch ..] of n numbers as integers, what they stand for to s.step. False if that would not do.
 bool integer_rows(const PackedKeys& keys, const float* x, int64_t pitch, int64_t rows, int64_t n, Scratch& s) {
   if constexpr (kIntegers) {
@@ -171,7 +169,7 @@ void code_dots(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   if constexpr (kIntegers) {
     if (integers) integer_dots(codes, n, first, s.integers, Scratch::kPitch, rows, width, out, Scratch::kPitch);
   }
-  if (!integers) dots(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch, kNoRows);
+  if (!integers) dots(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch);
   for (int64_t r = 0; r < rows && (integers || bias); ++r) {
     const vf unit = splat(integers ? s.step[r] : 1.0f), more = splat(bias ? bias[r] : 0.0f);
     float* const x = out + r * Scratch::kPitch;
@@ -187,7 +185,7 @@ void code_sums(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   if constexpr (kIntegers) {
     if (integers) integer_sums(codes, n, first, s.integers, Scratch::kPitch, s.step, rows, width, out, pitch);
   }
-  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch, kNoRows);
+  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch, kNothingAhead);
 }
 
 // Released numerics code real components 0 or s and imaginary ones +-s/2.

@@ -6,20 +6,21 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
-// Rows that are read next: fetched one by one while others are worked on. They may lie a page apart, which the hardware
-// does not foresee, and more than a few at once would stall.
-struct NextRows {
-  const void* const* row;
-  int64_t count, bytes;
-  bool scattered = false;  // into the second-level cache only: such rows crowd each other out of the first
+// Rows that are read later, fetched one by one while others are worked on, as more than a few at once would stall:
+// `far` ones into the second-level cache, for memory takes long, and `near` ones from there into the first. The bytes
+// wanted of them lie `far_at` and `near_at` behind.
+struct Ahead {
+  const void *const *far, *const *near;
+  int64_t far_at, near_at, bytes;
 
   void fetch(int64_t i) const {
-    if (i >= count) return;
-    const char* const from = static_cast<const char*>(row[i]);
-    for (int64_t byte = 0; byte < bytes; byte += 64)
-      scattered ? __builtin_prefetch(from + byte, 0, 2) : __builtin_prefetch(from + byte);
+    for (int64_t byte = 0; byte < bytes; byte += 64) {
+      __builtin_prefetch(static_cast<const char*>(far[i]) + far_at + byte, 0, 2);
+      __builtin_prefetch(static_cast<const char*>(near[i]) + near_at + byte);
+    }
   }
 };
+constexpr Ahead kNothingAhead = {};
 
 // `count` elements, then zeros.
 template <class T>
@@ -90,10 +91,9 @@ inline __attribute__((always_inline)) void dot_tile(const T* const* keys, int64_
 // out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels.
 template <class T>
 void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows, int64_t width,
-          float* out, int64_t pitch, const NextRows& next) {
+          float* out, int64_t pitch) {
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
-    for (int64_t t = i; t < i + 4; ++t) next.fetch(t);
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
       dot_tile<T, 4, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
@@ -107,14 +107,14 @@ void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_
 
 template <class T, int kRows, int kVectors>
 inline __attribute__((always_inline)) void sum_tile(const T* const* values, int64_t n, int64_t first, const float* p,
-                                                    int64_t p_pitch, float* out, int64_t pitch, const NextRows& next) {
+                                                    int64_t p_pitch, float* out, int64_t pitch, const Ahead& ahead) {
   vf sum[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * pitch + v * kLanes);
   for (int64_t i = 0; i < n; ++i) {
-    next.fetch(i);
+    ahead.fetch(i);
     vf x[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = load(values[i] + first + v * kLanes);
@@ -143,24 +143,24 @@ inline void sum_part(const T* const* values, int64_t n, int64_t first, int64_t c
 // out[row * pitch + d] += sum over i of p[row * p_pitch + i] * values[i][first + d], for d < width, i ascending.
 template <class T, int kRows>
 void weighted_rows(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t width,
-                   float* out, int64_t pitch, NextRows next) {
+                   float* out, int64_t pitch, Ahead ahead) {
   int64_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes, next.count = 0)
-    sum_tile<T, kRows, 4>(values, n, first + d, p, p_pitch, out + d, pitch, next);
-  for (; d + kLanes <= width; d += kLanes, next.count = 0)
-    sum_tile<T, kRows, 1>(values, n, first + d, p, p_pitch, out + d, pitch, next);
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes, ahead.bytes = 0)
+    sum_tile<T, kRows, 4>(values, n, first + d, p, p_pitch, out + d, pitch, ahead);
+  for (; d + kLanes <= width; d += kLanes, ahead.bytes = 0)
+    sum_tile<T, kRows, 1>(values, n, first + d, p, p_pitch, out + d, pitch, ahead);
   for (int64_t row = 0; row < kRows && d < width; ++row)
     sum_part(values, n, first + d, width - d, p + row * p_pitch, out + row * pitch + d);
 }
 
 template <class T>
 void weighted_sum(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t rows,
-                  int64_t width, float* out, int64_t pitch, NextRows next) {
+                  int64_t width, float* out, int64_t pitch, Ahead ahead) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4, next.count = 0)
-    weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, next);
-  for (; r < rows; ++r, next.count = 0)
-    weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, next);
+  for (; r + 4 <= rows; r += 4, ahead.bytes = 0)
+    weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, ahead);
+  for (; r < rows; ++r, ahead.bytes = 0)
+    weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, ahead);
 }
 
 }  // namespace
