@@ -29,7 +29,7 @@ def cases(device: torch.device) -> list[Case]:
         best = fastest(device)
         found.append(
             Case(f"dense decode {where}", dense(total, device), in_torch(best, total, device), best,
-                 bytes_moved=dense_bytes, flops=flops, dtype=torch.bfloat16, target=DENSE_TARGET)
+                 bytes_moved=dense_bytes, only_reads=True, flops=flops, dtype=torch.bfloat16, target=DENSE_TARGET)
         )  # fmt: skip
         for name in PRESETS if total == LENGTHS[0] else PROMISED:
             key, value = KVFormat.preset(name).bits_per_element(WIDTH)
@@ -38,11 +38,11 @@ def cases(device: torch.device) -> list[Case]:
             ours = packed(name, total, device)
             found.append(
                 Case(f"{name} decode {where}", ours, in_torch(best, total, device), best, bytes_moved=moved,
-                     target=BEST_OF_TORCH if promised else None)
+                     only_reads=True, target=BEST_OF_TORCH if promised else None)
             )  # fmt: skip
             found.append(
                 Case(f"{name} decode {where}", ours, dense(total, device), "our own dense", bytes_moved=moved,
-                     target=OWN_DENSE if promised else None)
+                     only_reads=True, target=OWN_DENSE if promised else None)
             )  # fmt: skip
     return found
 

@@ -123,7 +123,14 @@ def cases(device):
     monkeypatch.setattr("fastok.cli.__file__", str(tmp_path / "python" / "fastok" / "cli.py"))
     monkeypatch.setattr("sys.path", list(sys.path))
     results, plot = tmp_path / "idle.json", tmp_path / "idle.png"
-    machine = {"device": "x", "threads": 1, "torch": "2", "copy_gb_per_s": 1.0, "gemm_gflop_per_s": {}}
+    machine = {
+        "device": "x",
+        "threads": 1,
+        "torch": "2",
+        "copy_gb_per_s": 1.0,
+        "read_gb_per_s": 1.0,
+        "gemm_gflop_per_s": {},
+    }
     monkeypatch.setattr("fastok.testing.bench.machine", lambda device: machine)
     assert main(["bench", "idle", "--device", "cpu", "--json", str(results), "--plot", str(plot)]) == 0
     assert json.loads(results.read_text())["results"][0]["name"] == "nothing"

@@ -254,6 +254,30 @@ def test_long_lists_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
 # ---- promises --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_backends("decode", without=("reference", "cuda", "cuda-on-host", "triton-interpreter"))
+def test_heads_read_side_by_side_give_what_each_gives_alone(backend: Backend, dtype: torch.dtype) -> None:
+    """However many there are to a thread: by layout, by lists of all tokens, and by the number of threads."""
+    q, (k, v) = torch.randn(2, 2, 10, 72).to(dtype), torch.randn(2, 2, 2200, 5, 72).to(dtype)
+    lengths = torch.tensor([[2200, 2199, 2049, 2048, 0], [3, 700, 64, 2100, 2200]])
+    how = {"key_bias": torch.randn(2, 10, 2200), "softcap": 3.0}
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    threads = torch.get_num_threads()
+    with through(backend):
+        wanted = check(q, (k, v, lengths), k, v, lengths, **how)
+        others = [attention_decode(q, (*heads_first, lengths), **how),
+                  attention_decode(q, (k, v, lengths), tokens=torch.arange(2200).expand(2, 5, -1), **how)]  # fmt: skip
+        try:
+            for count in range(1, 5):
+                torch.set_num_threads(count)
+                others.append(attention_decode(q, (k, v, lengths), **how))
+        finally:
+            torch.set_num_threads(threads)
+    for other in others:
+        for got, same in zip(other, wanted, strict=True):
+            assert_same(got, same)
+
+
 @over_packed
 def test_results_do_not_depend_on_batch_threads_or_the_order_of_lists(backend: Backend) -> None:
     cache, k, v = packed("kivi-2", 3, 5000, 2, 64)

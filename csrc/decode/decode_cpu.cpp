@@ -12,7 +12,7 @@ namespace fastok {
 namespace {
 
 // Keys that one task takes; fixed, so that results depend on neither batch nor threads.
-constexpr int64_t kSplitKeys = 512, kPackedSplitKeys = 2048;
+constexpr int64_t kSplitKeys = 2048;
 
 // What all caches have in common: queries, what they may see, results.
 struct DecodeCall {
@@ -82,7 +82,7 @@ constexpr int64_t kRowsTogether = 64;
 int64_t units_together(const DecodeCall& call, bool side_by_side, int64_t tasks) {
   if (!side_by_side) return 1;
   int64_t most = std::clamp<int64_t>(kRowsTogether / std::max<int64_t>(call.unit_rows(), 1), 1, call.units);
-  const int64_t wanted = 2 * int64_t(torch::stable::get_num_threads());
+  const int64_t wanted = 4 * int64_t(torch::stable::get_num_threads());
   while (most > 1 && tasks < wanted * most) most = (most + 1) / 2;
   const int64_t parts = (call.units + most - 1) / most;
   return (call.units + parts - 1) / parts;
@@ -353,8 +353,7 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
   STD_TORCH_CHECK(call.batch == cache.batch && call.width == cache.width && call.dtype == cache.dtype,
                   "q must have the batch size, the head dim and the dtype of the cache");
   // Splits of whole pages first, then those of the hot tokens.
-  const int64_t pages_each = kPackedSplitKeys / cache.fmt.page,
-                page_splits = (cache.pages + pages_each - 1) / pages_each;
+  const int64_t pages_each = kSplitKeys / cache.fmt.page, page_splits = (cache.pages + pages_each - 1) / pages_each;
   const auto length_of = [&](int64_t b, int64_t g) { return cache.length(b, g); };
   const DecodeKernels& kernels = pick_decode_kernels();
   const auto run = [&](int64_t b, int64_t split, const UnitStates& states, void* scratch) {

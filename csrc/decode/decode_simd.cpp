@@ -9,7 +9,8 @@ namespace {
 
 // Keys, and values, of one head that are read at a time, before those of the next head.
 constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
-// How many heads' keys or values further the nearer ones are fetched, and how many rows the farther ones.
+// How many heads' keys or values further the nearer ones are fetched, unless a head is alone, and how many rows the
+// farther ones.
 constexpr int64_t kNearHeads = 2, kFarRows = 16;
 
 template <class T>
@@ -23,9 +24,11 @@ void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void*
   const auto ahead = [&](int64_t i, int64_t h, int64_t at_once, int64_t DenseHead::* at, int64_t width) {
     int64_t near = i, near_head = h + kNearHeads;
     for (; near_head >= n_heads; near_head -= n_heads) near += at_once;
-    return Ahead{keys.row + i + far, keys.row + near, heads[h].*at * int64_t(sizeof(T)),
+    return Ahead{keys.row + i + far, n_heads > 1 ? keys.row + near : nullptr, heads[h].*at * int64_t(sizeof(T)),
                  heads[near_head].*at * int64_t(sizeof(T)), width * int64_t(sizeof(T))};
   };
+  // A head alone: the fewer times, the better for many rows.
+  const int64_t values_at_once = n_heads > 1 ? kValuesAtOnce : kDecodeBlock;
   // Calls each(head, row, n, logits) until all heads have had `n` rows.
   const auto side_by_side = [&](int64_t begin, int64_t n, int64_t at_once, const auto& each) {
     for (int64_t i = 0; i < n; i += at_once) {
@@ -49,7 +52,7 @@ void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void*
       soften(heads[h].rows, count, keys.place + begin, keys.place[begin + count - 1], keys.v_width, logits,
              kDecodeBlock, heads[h].state);
     });
-    side_by_side(begin, n, kValuesAtOnce, [&](int64_t h, int64_t i, int64_t count, float* logits) {
+    side_by_side(begin, n, values_at_once, [&](int64_t h, int64_t i, int64_t count, float* logits) {
       weighted_sum(row + v + i, count, heads[h].v_at, logits, kDecodeBlock, heads[h].rows.count, keys.v_width,
                    heads[h].state.sum, decode_pitch(keys.v_width),
                    ahead(v + i, h, kValuesAtOnce, &DenseHead::v_at, keys.v_width));

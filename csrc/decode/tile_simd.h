@@ -13,11 +13,12 @@ struct Ahead {
   const void *const *far, *const *near;
   int64_t far_at, near_at, bytes;
 
-  void fetch(int64_t i) const {
-    for (int64_t byte = 0; byte < bytes; byte += 64) {
+  // A call would cost the caller all its vector registers.
+  inline __attribute__((always_inline)) void fetch(int64_t i) const {
+    for (int64_t byte = 0; byte < bytes; byte += 64)
       __builtin_prefetch(static_cast<const char*>(far[i]) + far_at + byte, 0, 2);
+    for (int64_t byte = 0; byte < bytes && near; byte += 64)
       __builtin_prefetch(static_cast<const char*>(near[i]) + near_at + byte);
-    }
   }
 };
 constexpr Ahead kNothingAhead = {};

@@ -31,6 +31,7 @@ class Case:
             rounds rotate over different memory.
         rival_name: whose code the rival is.
         bytes_moved, flops: what the work must move or compute at least, to compare with the machine's limits.
+        only_reads: hardly any of these bytes are written: they are compared with the limit of reading, not of copying.
         dtype: which GEMM limit ``flops`` is compared with.
         target: the ratio rival/ours that the project promises, if it does.
         target_us: the time of ours in µs that the project promises, if it does.
@@ -47,6 +48,7 @@ class Case:
     target: float | None = None
     target_us: float | None = None
     on_host: bool = False
+    only_reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,15 @@ def copy_limit(device: torch.device) -> float:
 
 
 @cache
+def read_limit(device: torch.device) -> float:
+    """GB/s at which torch sums up integers, of four buffers in turn, each far larger than caches."""
+    size = (1 << 30) if device.type == "cuda" else (128 << 20)
+    sources = [torch.ones(size // 8, dtype=torch.int64, device=device) for _ in range(4)]
+    (us,) = interleaved([[source.sum for source in sources]], device, 0.3)
+    return size / us / 1e3
+
+
+@cache
 def gemm_limit(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of torch's matrix product on random data: 2048³, on a GPU 8192³."""
     n = 8192 if device.type == "cuda" else 2048
@@ -191,6 +202,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "copy_gb_per_s": round(copy_limit(device), 1),
+        "read_gb_per_s": round(read_limit(device), 1),
         "gemm_gflop_per_s": {
             str(dtype).removeprefix("torch."): round(gemm_limit(device, dtype))
             for dtype in (torch.float32, torch.bfloat16)
@@ -233,7 +245,8 @@ def measure(case: Case, device: torch.device, seconds: float = 1.0) -> Result:
         times = interleaved(candidates, device, seconds, on_host=case.on_host)
     ours_us, rival_us = times
     gb_per_s, gflop_per_s = case.bytes_moved / ours_us / 1e3, case.flops / ours_us / 1e3
-    limits = [gb_per_s / copy_limit(device)] if case.bytes_moved else []
+    of_memory = read_limit if case.only_reads else copy_limit
+    limits = [gb_per_s / of_memory(device)] if case.bytes_moved else []
     if case.flops:
         limits.append(gflop_per_s / gemm_limit(device, case.dtype))
     return Result(
@@ -261,7 +274,8 @@ def header(machine: dict[str, Any]) -> str:
     gemm = ", ".join(f"{dtype} {rate}" for dtype, rate in machine["gemm_gflop_per_s"].items())
     title = (
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n"
-        f"limits measured now: copy {machine['copy_gb_per_s']} GB/s, GEMM {gemm} GFLOP/s\n"
+        f"limits measured now: copy {machine['copy_gb_per_s']} GB/s, read {machine['read_gb_per_s']} GB/s, "
+        f"GEMM {gemm} GFLOP/s\n"
     )
     columns = f"{'ours µs':>10}{'rival µs':>10}{'ratio':>8}{'GB/s':>8}{'GFLOP/s':>9}{'of limit':>9}  vs"
     return f"{title}{'case':<58}{columns}"
