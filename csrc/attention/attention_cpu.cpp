@@ -2,12 +2,14 @@
 #include <tuple>
 #include <vector>
 
-#include "attention/call_cpu.h"
+#include "attention/attention_cpu.h"
 
 namespace fastok {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Rows that are taken together to make scores may cost some threads more than others: by up to so many blocks more.
+constexpr int64_t kFewBlocks = 2, kHeadsPerThread = 4;
 // Few rows leave threads idle and caches unused: their keys are taken in parts, and the partial results merged. Fewer
 // still are bound by reading their keys: these are not packed, but read where they lie, once for all query heads that
 // share them. By the shape of the sequence alone, so that results do not depend on batch or threads.
@@ -31,7 +33,7 @@ int64_t heads_together(const AttentionCall& call, int64_t n_q) {
   return (group + parts - 1) / parts;
 }
 
-std::vector<Task> tasks_of(const AttentionCall& call, int64_t row_block) {
+std::vector<Task> tasks_of(const AttentionCall& call, int64_t row_block, int64_t together_begin, int64_t together_end) {
   std::vector<Task> tasks;
   for (int64_t b = 0; b < call.sequences; ++b) {
     const int64_t n_q = call.n_q(b), n_k = call.n_k(b);
@@ -48,12 +50,17 @@ std::vector<Task> tasks_of(const AttentionCall& call, int64_t row_block) {
                              std::min(n_k, (s + 1) * size), splits, step, in_place});
       continue;
     }
-    const int64_t blocks = (n_q + row_block - 1) / row_block;
+    // Blocks of rows, those that hold rows of [together_begin, together_end) as one.
+    std::vector<int64_t> starts;
+    for (int64_t row = 0; row < n_q; row += row_block)
+      if (row <= together_begin || row >= together_end) starts.push_back(row);
+    starts.push_back(n_q);
+    const int64_t blocks = int64_t(starts.size()) - 1;
     for (int64_t h = 0; h < call.heads; ++h) {
       for (int64_t i = 0; i < blocks; ++i) {
         // From both ends in turn: under a causal mask the last rows cost most, and threads take neighbouring tasks.
         const int64_t block = i % 2 == 0 ? i / 2 : blocks - 1 - i / 2;
-        tasks.push_back({b, h, 1, block * row_block, std::min(n_q, (block + 1) * row_block), 0, n_k, 1, 1, false});
+        tasks.push_back({b, h, 1, starts[block], starts[block + 1], 0, n_k, 1, 1, false});
       }
     }
   }
@@ -76,10 +83,15 @@ struct Partial {
   }
 };
 
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale, int64_t left, int64_t right,
-                                     double softcap, std::optional<Tensor> key_bias, std::optional<Tensor> cu_seqlens_q,
-                                     std::optional<Tensor> cu_seqlens_k, int64_t, int64_t) {
-  const AttentionCall call(q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
+}  // namespace
+
+bool rows_fit_one_task(const AttentionCall& call, int64_t begin, int64_t end) {
+  const int64_t block = call.engine().row_block, heads = call.sequences * call.heads;
+  if (call.packed || call.total_q <= kFewRows || begin >= end) return false;
+  return (end - 1) / block - begin / block < kFewBlocks || heads >= kHeadsPerThread * torch::stable::get_num_threads();
+}
+
+std::tuple<Tensor, Tensor> attend(const AttentionCall& call, const RowsTogether* together) {
   const int64_t batch = call.batch(), n_q = call.total_q;
   const Tensor out = call.packed
                          ? empty_like_device(call.q, {n_q, call.heads, call.v_width}, call.q.scalar_type())
@@ -102,7 +114,8 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
 
   const AttentionKernels& kernels = pick_attention_kernels();
   const AttentionEngine& engine = call.engine();
-  const std::vector<Task> tasks = tasks_of(call, engine.row_block);
+  const std::vector<Task> tasks = tasks_of(call, engine.row_block, together ? together->begin : 0,
+                                           together ? together->end : 0);
   Partial partial(tasks, call.v_width);
   double work = 0;
   for (const Task& t : tasks) work += double(t.n_heads * t.n_rows()) * double(t.key_end - t.key_begin);
@@ -131,8 +144,11 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
                        part_lse, scratch.get());
       } else {
         char* const to = outs + (call.row_at(t.b, t.h) + t.row_begin * call.heads) * row_bytes;
+        float* const lse = lses + call.lse_at(t.b, t.h);
         engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, to, call.heads * call.v_width,
-                       false, lses + call.lse_at(t.b, t.h) + t.row_begin, scratch.get());
+                       false, lse + t.row_begin, scratch.get());
+        if (together && t.row_begin < together->end && t.row_end > together->begin)
+          together->finished(t.b, t.h, head, packed.keys, lse, scratch.get());
       }
     }
   });
@@ -153,6 +169,14 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale,
     }
   });
   return {out, lse};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, double scale, int64_t left, int64_t right,
+                                     double softcap, std::optional<Tensor> key_bias, std::optional<Tensor> cu_seqlens_q,
+                                     std::optional<Tensor> cu_seqlens_k, int64_t, int64_t) {
+  return attend({q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k}, nullptr);
 }
 
 }  // namespace

@@ -160,15 +160,32 @@ void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, 
 
 template <class T>
 void dot_products(const float* q, const T* k, int64_t stride, int64_t n_keys, int64_t width, float* out) {
-  for (int64_t j = 0; j < n_keys; ++j, k += stride) {
-    if (j + kAhead < n_keys)
-      for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(k + kAhead * stride + d);
-    vf sum = splat(0.0f);
+  constexpr int kTogether = 16;  // keys, whose sums are combined together
+  for (int64_t j = 0; j < n_keys; j += kTogether) {
+    const int64_t n = n_keys - j < kTogether ? n_keys - j : kTogether;
+    const T* const first = k + j * stride;
+    for (int64_t i = 0; i < kTogether && j + kTogether + i < n_keys; ++i)
+      for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T)))
+        __builtin_prefetch(first + (kTogether + i) * stride + d);
+    vf sum[kTogether];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTogether; ++i) sum[i] = splat(0.0f);
     int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) sum = fma(load(q + d), load(k + d), sum);
-    float total = horizontal_sum(sum);
-    for (; d < width; ++d) total += q[d] * widen(k[d]);
-    out[j] = total;
+    for (; d + kLanes <= width; d += kLanes) {
+      const vf of_query = load(q + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTogether; ++i) sum[i] = fma(of_query, load(first + (i < n ? i : 0) * stride + d), sum[i]);
+    }
+    float total[kTogether];
+#if defined(__AVX512F__)
+    store(total, horizontal_sum(sum));
+#else
+    for (int i = 0; i < kTogether; ++i) total[i] = horizontal_sum(sum[i]);
+#endif
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t rest = d; rest < width; ++rest) total[i] += q[rest] * widen(first[i * stride + rest]);
+      out[j + i] = total[i];
+    }
   }
 }
 

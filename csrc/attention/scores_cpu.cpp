@@ -1,9 +1,11 @@
 // CPU backend of attention_scores: a task holds a block of keys and passes all selected rows over it, so that columns
-// are reduced where they are made. The arithmetic is in attention_simd.cpp.
+// are reduced where they are made. And of attention_with_scores, whose tasks do the same, where they can, with the keys
+// that they have just attended to. The arithmetic is in attention_simd.cpp.
+#include <atomic>
 #include <string>
 #include <vector>
 
-#include "attention/call_cpu.h"
+#include "attention/attention_cpu.h"
 
 namespace fastok {
 namespace {
@@ -55,12 +57,66 @@ struct Job {
   std::vector<Selection> selections;
   int64_t group, n_places, col_begin, col_end;
   Reduce reduce;
-  bool head_max, logits;
-  const float* lse;         // of all rows, [B,H,S]; or nullptr
-  std::vector<float> own;   // of the selected rows, [sequence][H][place in the list]
-  std::vector<int64_t> at;  // where a sequence's begin
-  const float* key_weight;  // [B,G,T]; nullptr: none
-  float* out;               // [B, H / group, (places,) columns]
+  bool head_max, logits, over_cols;
+  Tensor finished, weights, result;
+  const float* lse = nullptr;         // of all rows, [B,H,S]; or nullptr
+  std::vector<float> own;             // of the selected rows, [sequence][H][place in the list]
+  std::vector<int64_t> at;            // where a sequence's begin
+  const float* key_weight = nullptr;  // [B,G,T]; nullptr: none
+  float* out;                         // [B, H / group, (places,) columns]
+
+  Job(const AttentionCall& call_in, const std::optional<Tensor>& lse_in, const std::optional<Tensor>& weight_in,
+      const std::optional<Tensor>& rows, int64_t row_begin, int64_t row_end, int64_t col_begin_in, int64_t col_end_in,
+      bool over_cols_in, const std::string& reduce_name, int64_t head_group, bool head_max_in, bool logits_in)
+      : call(call_in),
+        engine(call_in.engine()),
+        kernels(pick_attention_kernels()),
+        group(head_group),
+        col_begin(col_begin_in),
+        col_end(col_end_in),
+        reduce(reduce_of(reduce_name)),
+        head_max(head_max_in),
+        logits(logits_in),
+        over_cols(over_cols_in) {
+    STD_TORCH_CHECK(group > 0 && call.heads % group == 0, "head_group must divide the heads, ", call.heads);
+    STD_TORCH_CHECK(0 <= col_begin && col_begin <= col_end && col_end <= call.total_k &&
+                        (!call.packed || col_end - col_begin == call.total_k),
+                    "cols must be within [0, T], and all of them for packed sequences");
+    if (lse_in && !over_cols) {
+      finished = checked_contiguous(*lse_in, ScalarType::Float, "lse");
+      STD_TORCH_CHECK(finished.numel() == call.batch() * call.heads * call.total_q, "lse must be [B,H,S]");
+      lse = const_data<float>(finished);
+    }
+    if (weight_in) {
+      weights = checked_contiguous(*weight_in, ScalarType::Float, "key_weight");
+      STD_TORCH_CHECK(weights.numel() == call.batch() * call.groups * call.total_k, "key_weight must be [B,G,T]");
+      key_weight = const_data<float>(weights);
+    }
+    Tensor row_index;
+    if (rows) row_index = checked_contiguous(*rows, ScalarType::Long, "rows");
+    n_places = rows ? row_index.numel() : row_end - row_begin;
+    if (!rows && (row_begin < 0) != (row_end < 0)) n_places = row_begin < 0 ? -row_begin : int64_t(1) << 31;
+    STD_TORCH_CHECK(reduce != Reduce::none || n_places < int64_t(1) << 30,
+                    "rows must be a known number for reduce=none");
+    n_places = reduce == Reduce::none ? std::max<int64_t>(n_places, 0) : 1;
+    for (int64_t b = 0; b < call.sequences; ++b)
+      selections.push_back(select(rows ? const_data<int64_t>(row_index) : nullptr, rows ? row_index.numel() : 0,
+                                  row_begin, row_end, call.n_q(b)));
+
+    const int64_t n_out = call.heads / group, columns = col_end - col_begin;
+    if (call.packed && reduce == Reduce::none) {
+      result = empty_like_device(call.q, {n_out, n_places, columns}, ScalarType::Float);
+    } else if (call.packed) {
+      result = empty_like_device(call.q, {n_out, columns}, ScalarType::Float);
+    } else if (reduce == Reduce::none) {
+      result = empty_like_device(call.q, {call.sequences, n_out, n_places, columns}, ScalarType::Float);
+    } else {
+      result = empty_like_device(call.q, {call.sequences, n_out, columns}, ScalarType::Float);
+    }
+    out = data<float>(result);
+    // What no row of a sequence reaches.
+    std::fill_n(out, result.numel(), logits && reduce != Reduce::sum ? -kInfinity : 0.0f);
+  }
 
   int64_t n_cols(int64_t b) const { return call.packed ? call.n_k(b) : col_end - col_begin; }
   int64_t first_col() const { return call.packed ? 0 : col_begin; }
@@ -68,6 +124,16 @@ struct Job {
   // Heads can be reduced one after the other.
   bool heads_commute() const {
     return reduce == Reduce::sum ? !head_max || group == 1 : reduce == Reduce::max && one_by_one();
+  }
+
+  // Few rows are multiplied with the keys where these lie.
+  bool few_rows(int64_t b) const { return selections[b].rows.count <= kFewRows; }
+  bool sums_probabilities(int64_t b) const { return reduce == Reduce::sum && !logits && !few_rows(b); }
+  float nothing() const { return reduce == Reduce::max && logits ? -kInfinity : 0.0f; }
+
+  // Of each key of the head's sequence.
+  const float* weight_of(int64_t b, int64_t h) const {
+    return key_weight + call.key_at(b, h / (call.heads / call.groups), call.groups);
   }
 
   const float* lse_of(int64_t b, int64_t h, const RowList& rows, int64_t first, float* gathered) const {
@@ -85,6 +151,37 @@ bool any_sees(const AttentionHead& head, const RowList& rows, int64_t begin, int
   return false;
 }
 
+// Scores of up to row_block rows of a head; `keys` are packed from `begin` on, unless the rows are few.
+void make_scores(const Job& job, int64_t b, const AttentionHead& head, const void* keys, int64_t begin, int64_t end,
+                 const RowList& rows, const float* lse, float* out, int64_t pitch, void* scratch) {
+  if (job.few_rows(b)) {
+    job.kernels.few_scores(head, begin, end, rows, lse, out, pitch);
+  } else {
+    job.engine.scores(head, keys, begin, end, rows, lse, out, pitch, scratch);
+  }
+}
+
+// The same, added to a head's columns or their maximum taken, in the order of the rows. `block` is for scores on the way.
+void reduce_rows(const Job& job, int64_t b, const AttentionHead& head, const void* keys, int64_t begin, int64_t end,
+                 const RowList& rows, const float* lse, float* total, float* block, int64_t pitch, void* scratch) {
+  if (job.sums_probabilities(b)) {
+    job.engine.sum_scores(head, keys, begin, end, rows, lse, total, scratch);
+    return;
+  }
+  make_scores(job, b, head, keys, begin, end, rows, lse, block, pitch, scratch);
+  job.kernels.fold_rows(block, rows.count, pitch, pitch, job.reduce == Reduce::max, total);
+}
+
+// One head's columns [begin, end), weighted, to those of its group. The first head of a group finds zeros there.
+void add_head(const Job& job, int64_t b, int64_t h, const float* of_head, int64_t begin, int64_t end, float* total) {
+  const float* const weight = job.key_weight ? job.weight_of(b, h) + begin : nullptr;
+  if (job.one_by_one()) {
+    std::copy_n(of_head, end - begin, total);
+  } else {
+    for (int64_t j = 0; j < end - begin; ++j) total[j] += weight ? of_head[j] * weight[j] : of_head[j];
+  }
+}
+
 // One block of keys [begin, end) of one output head.
 class Block {
  public:
@@ -97,7 +194,7 @@ class Block {
         pitch_((end - begin + job.engine.key_step - 1) / job.engine.key_step * job.engine.key_step),
         scratch_(job.engine.scratch_bytes(job.call.width, 0)),
         scores_(std::make_unique<AlignedMemory>(block_bytes())),
-        total_(size_t(pitch_), job.reduce == Reduce::max && job.logits ? -kInfinity : 0.0f) {}
+        total_(size_t(pitch_), job.nothing()) {}
 
   void run() {
     if (job_.heads_commute()) {
@@ -116,27 +213,20 @@ class Block {
   size_t block_bytes() const { return size_t(job_.engine.row_block * pitch_) * sizeof(float); }
   float* scores() const { return static_cast<float*>(scores_->get()); }
 
-  // Sums over rows and heads in any order.
+  // Each head's rows first.
   void head_by_head() {
     const RowList& all = job_.selections[b_].rows;
-    std::vector<float> lse(job_.engine.row_block), of_head(job_.key_weight ? pitch_ : 0);
+    std::vector<float> lse(job_.engine.row_block), of_head(pitch_);
     for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
       const AttentionHead head = job_.call.head(b_, h);
-      float* const total = job_.key_weight ? of_head.data() : total_.data();
-      std::fill(of_head.begin(), of_head.end(), 0.0f);
+      std::fill(of_head.begin(), of_head.end(), job_.nothing());
       for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
         const RowList rows = all.part(done, job_.engine.row_block);
         if (!any_sees(head, rows, begin_, end_)) continue;
-        if (job_.reduce == Reduce::sum && !job_.logits && all.count > kFewRows) {
-          job_.engine.sum_scores(head, keys_of(h, head, true), begin_, end_, rows,
-                                 job_.lse_of(b_, h, rows, done, lse.data()), total, scratch_.get());
-          continue;
-        }
-        make_scores(head, h, rows, done, lse.data(), true);
-        job_.kernels.fold_rows(scores(), rows.count, pitch_, pitch_, job_.reduce == Reduce::max, total);
+        reduce_rows(job_, b_, head, job_.few_rows(b_) ? nullptr : keys_of(h, head, true), begin_, end_, rows,
+                    job_.lse_of(b_, h, rows, done, lse.data()), of_head.data(), scores(), pitch_, scratch_.get());
       }
-      for (size_t j = 0; j < of_head.size() && j < size_t(end_ - begin_); ++j)
-        total_[j] += of_head[j] * weight_of(h)[j];
+      add_head(job_, b_, h, of_head.data(), begin_, end_, total_.data());
     }
   }
 
@@ -149,8 +239,9 @@ class Block {
       const RowList rows = all.part(done, job_.engine.row_block);
       for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
         const AttentionHead head = job_.call.head(b_, h);
-        make_scores(head, h, rows, done, lse.data(), false);
-        if (job_.key_weight) std::copy_n(weight_of(h), end_ - begin_, weight.begin());
+        make_scores(job_, b_, head, job_.few_rows(b_) ? nullptr : keys_of(h, head, false), begin_, end_, rows,
+                    job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_, scratch_.get());
+        if (job_.key_weight) std::copy_n(job_.weight_of(b_, h) + begin_, end_ - begin_, weight.begin());
         job_.kernels.fold_blocks(scores(), rows.count, pitch_, pitch_, job_.key_weight ? weight.data() : nullptr,
                                  h == o_ * job_.group, job_.head_max, static_cast<float*>(combined.get()));
       }
@@ -169,22 +260,6 @@ class Block {
     const int64_t place = job_.selections[b_].place_of(i);
     float* const to = job_.out + (((job_.call.packed ? 0 : b_ * n_out) + o_) * job_.n_places + place) * n_cols;
     std::copy_n(row, end_ - begin_, to + first + begin_);
-  }
-
-  const float* weight_of(int64_t h) const {
-    const int64_t g = h / (job_.call.heads / job_.call.groups);
-    return job_.key_weight + job_.call.key_at(b_, g, job_.call.groups) + begin_;
-  }
-
-  // Of a part of the rows, which begins at `first`.
-  void make_scores(const AttentionHead& head, int64_t h, const RowList& rows, int64_t first, float* gathered,
-                   bool in_turn) {
-    const float* const lse = job_.lse_of(b_, h, rows, first, gathered);
-    if (job_.selections[b_].rows.count <= kFewRows) {
-      job_.kernels.few_scores(head, begin_, end_, rows, lse, scores(), pitch_);
-    } else {
-      job_.engine.scores(head, keys_of(h, head, in_turn), begin_, end_, rows, lse, scores(), pitch_, scratch_.get());
-    }
   }
 
   // The block's packed keys of a head: packed when first asked for, or (`in_turn`) when the KV head changes.
@@ -233,64 +308,10 @@ void compute_lse(Job& job, int64_t begin, int64_t end) {
   });
 }
 
-Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::optional<Tensor> key_weight, double scale,
-                        int64_t left, int64_t right, double softcap, std::optional<Tensor> key_bias,
-                        std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, int64_t, int64_t,
-                        std::optional<Tensor> rows, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                        int64_t col_end, bool over_cols, std::string reduce_name, int64_t head_group, bool head_max,
-                        bool logits) {
-  const AttentionCall call(q, k, std::nullopt, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
-  const Reduce reduce = reduce_of(reduce_name);
-  STD_TORCH_CHECK(head_group > 0 && call.heads % head_group == 0, "head_group must divide the heads, ", call.heads);
-  STD_TORCH_CHECK(0 <= col_begin && col_begin <= col_end && col_end <= call.total_k &&
-                      (!call.packed || col_end - col_begin == call.total_k),
-                  "cols must be within [0, T], and all of them for packed sequences");
-  Tensor row_index, finished, weight;
-  if (rows) row_index = checked_contiguous(*rows, ScalarType::Long, "rows");
-  if (lse && !over_cols) {
-    finished = checked_contiguous(*lse, ScalarType::Float, "lse");
-    STD_TORCH_CHECK(finished.numel() == call.batch() * call.heads * call.total_q, "lse must be [B,H,S]");
-  }
-  if (key_weight) {
-    weight = checked_contiguous(*key_weight, ScalarType::Float, "key_weight");
-    STD_TORCH_CHECK(weight.numel() == call.batch() * call.groups * call.total_k, "key_weight must be [B,G,T]");
-  }
-  int64_t n_places = rows ? row_index.numel() : row_end - row_begin;
-  if (!rows && (row_begin < 0) != (row_end < 0)) n_places = row_begin < 0 ? -row_begin : int64_t(1) << 31;
-  STD_TORCH_CHECK(reduce != Reduce::none || n_places < int64_t(1) << 30, "rows must be a known number for reduce=none");
-  n_places = reduce == Reduce::none ? std::max<int64_t>(n_places, 0) : 1;
-
-  const int64_t n_out = call.heads / head_group, n_cols = col_end - col_begin;
-  const Tensor out =
-      call.packed ? (reduce == Reduce::none ? empty_like_device(call.q, {n_out, n_places, n_cols}, ScalarType::Float)
-                                            : empty_like_device(call.q, {n_out, n_cols}, ScalarType::Float))
-                  : (reduce == Reduce::none
-                         ? empty_like_device(call.q, {call.sequences, n_out, n_places, n_cols}, ScalarType::Float)
-                         : empty_like_device(call.q, {call.sequences, n_out, n_cols}, ScalarType::Float));
-  // What no row of a sequence reaches.
-  std::fill_n(data<float>(out), out.numel(), logits && reduce != Reduce::sum ? -kInfinity : 0.0f);
-
-  Job job{call,
-          call.engine(),
-          pick_attention_kernels(),
-          {},
-          head_group,
-          n_places,
-          col_begin,
-          col_end,
-          reduce,
-          head_max,
-          logits,
-          finished.defined() ? const_data<float>(finished) : nullptr,
-          {},
-          {},
-          weight.defined() ? const_data<float>(weight) : nullptr,
-          data<float>(out)};
-  for (int64_t b = 0; b < call.sequences; ++b)
-    job.selections.push_back(select(rows ? const_data<int64_t>(row_index) : nullptr, rows ? row_index.numel() : 0,
-                                    row_begin, row_end, call.n_q(b)));
-  if (!logits && !job.lse) compute_lse(job, over_cols ? col_begin : 0, over_cols ? col_end : call.total_k);
-
+// All blocks of keys, once the log-sum-exps are there.
+void run_blocks(const Job& job) {
+  const AttentionCall& call = job.call;
+  const int64_t n_out = call.heads / job.group, n_cols = job.col_end - job.col_begin;
   // A block's size changes no result, so that threads may decide it.
   struct Task {
     int64_t b, o, begin, end;
@@ -314,10 +335,94 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
       Block(job, t.b, t.o, t.begin, t.end).run();
     }
   });
-  return out;
+}
+
+Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::optional<Tensor> key_weight, double scale,
+                        int64_t left, int64_t right, double softcap, std::optional<Tensor> key_bias,
+                        std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, int64_t, int64_t,
+                        std::optional<Tensor> rows, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                        int64_t col_end, bool over_cols, std::string reduce, int64_t head_group, bool head_max,
+                        bool logits) {
+  const AttentionCall call(q, k, std::nullopt, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
+  Job job(call, lse, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, head_group, head_max,
+          logits);
+  if (!logits && !job.lse) compute_lse(job, over_cols ? col_begin : 0, over_cols ? col_end : call.total_k);
+  run_blocks(job);
+  return job.result;
+}
+
+// ---- attention_with_scores ------------------------------------------------------------------------------------------
+
+// Whether a task of attention can make a head's scores with what it has at hand: the same numbers as a pass of their own.
+bool fits_attention(const Job& job, bool listed_rows) {
+  const AttentionCall& call = job.call;
+  if (call.packed || call.sequences == 0 || listed_rows || job.over_cols || call.total_k == 0 ||
+      job.col_end - job.col_begin != call.total_k || !job.heads_commute())
+    return false;
+  const RowList& rows = job.selections[0].rows;
+  return (job.sums_probabilities(0) || job.few_rows(0)) &&
+         rows_fit_one_task(call, rows.first, rows.first + rows.count);
+}
+
+std::tuple<Tensor, Tensor> attend_with_scores(const Job& job) {
+  const AttentionCall& call = job.call;
+  const RowList& all = job.selections[0].rows;
+  const AttentionEngine& engine = job.engine;
+  const int64_t n_keys = call.total_k, step = engine.key_step, pitch = (n_keys + step - 1) / step * step;
+  const int64_t n_out = call.heads / job.group, most = job.few_rows(0) ? kManyKeys : n_keys;
+  const AlignedMemory columns(size_t(call.sequences * call.heads * pitch) * sizeof(float));  // of each head
+  // Whoever finishes a group's last head adds them up, in their own order.
+  std::vector<std::atomic<int64_t>> unfinished(size_t(call.sequences * n_out));
+  for (auto& heads : unfinished) heads = job.group;
+  const auto columns_of = [&](int64_t b, int64_t h) {
+    return static_cast<float*>(columns.get()) + (b * call.heads + h) * pitch;
+  };
+  const auto finished = [&](int64_t b, int64_t h, const AttentionHead& head, const void* keys, const float* lse,
+                            void* scratch) {
+    float* const total = columns_of(b, h);
+    std::fill_n(total, pitch, job.nothing());
+    for (int64_t begin = 0; begin < n_keys; begin += most) {
+      const int64_t end = std::min(n_keys, begin + most), width = (end - begin + step - 1) / step * step;
+      for (int64_t done = 0; done < all.count; done += engine.row_block) {
+        const RowList rows = all.part(done, engine.row_block);
+        if (any_sees(head, rows, begin, end))
+          reduce_rows(job, b, head, keys, begin, end, rows, job.logits ? nullptr : lse + rows.first, total + begin,
+                      static_cast<float*>(scratch), width, scratch);
+      }
+    }
+    const int64_t o = b * n_out + h / job.group, first = h / job.group * job.group;
+    if (unfinished[o].fetch_sub(1) > 1) return;
+    for (int64_t other = first; other < first + job.group; ++other)
+      add_head(job, b, other, columns_of(b, other), 0, n_keys, job.out + o * n_keys);
+  };
+  const RowsTogether together{all.first, all.first + all.count, finished};
+  return attend(call, &together);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_with_scores(
+    Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_weight, double scale, int64_t left, int64_t right,
+    double softcap, std::optional<Tensor> key_bias, std::optional<Tensor> cu_seqlens_q,
+    std::optional<Tensor> cu_seqlens_k, int64_t, int64_t, std::optional<Tensor> rows, int64_t row_begin,
+    int64_t row_end, int64_t col_begin, int64_t col_end, bool over_cols, std::string reduce, int64_t head_group,
+    bool head_max, bool logits) {
+  const AttentionCall call(q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
+  Job job(call, std::nullopt, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, head_group,
+          head_max, logits);
+  if (fits_attention(job, rows.has_value())) {
+    const auto [out, lse] = attend_with_scores(job);
+    return {out, lse, job.result};
+  }
+  const auto [out, lse] = attend(call, nullptr);
+  job.lse = over_cols ? nullptr : const_data<float>(lse);
+  if (!logits && !job.lse) compute_lse(job, col_begin, col_end);
+  run_blocks(job);
+  return {out, lse, job.result};
 }
 
 }  // namespace
 }  // namespace fastok
 
-STABLE_TORCH_LIBRARY_IMPL(fastok, CPU, m) { m.impl("attention_scores", TORCH_BOX(&fastok::attention_scores)); }
+STABLE_TORCH_LIBRARY_IMPL(fastok, CPU, m) {
+  m.impl("attention_scores", TORCH_BOX(&fastok::attention_scores));
+  m.impl("attention_with_scores", TORCH_BOX(&fastok::attention_with_scores));
+}

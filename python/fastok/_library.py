@@ -3,12 +3,13 @@
 import ctypes
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import reference, triton
 from .reference import decode, quantize, sparse
-from .reference.attention import attention, attention_backward, attention_scores
+from .reference.attention import attention, attention_backward, attention_scores, attention_with_scores
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -30,6 +31,7 @@ REFERENCE = {
     "attention": attention,
     "attention_backward": attention_backward,
     "attention_scores": attention_scores,
+    "attention_with_scores": attention_with_scores,
     "kv_seal": quantize.kv_seal,
     "kv_unseal": quantize.kv_unseal,
     "decode": decode.decode,
@@ -39,6 +41,17 @@ REFERENCE = {
 }
 # Plain PyTorch on every device, autograd included.
 COMPOSITE = {"merge_states": reference.merge_states}
+
+
+def _attention_with_scores(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_weight: torch.Tensor | None, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.fastok.attention(q, k, v, *rest[:9])
+    return out, lse, torch.ops.fastok.attention_scores(q, k, lse, key_weight, *rest)
+
+
+# Where an op has no kernel of its own: one after the other, the ops that it consists of, and the one that takes longest.
+IN_PARTS = {"attention_with_scores": (_attention_with_scores, "attention_scores")}
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")
 
@@ -62,7 +75,11 @@ def load() -> None:
     NATIVE["CPU"].update(op for op in REFERENCE if _has_kernel(op, "CPU"))
     for op, specification in REFERENCE.items():
         for device in ("CPU", "CUDA", *OTHER_DEVICES):
-            if op not in NATIVE.get(device, ()):
+            if op in NATIVE.get(device, ()):
+                continue
+            if op in IN_PARTS:
+                _registrations.impl(op, IN_PARTS[op][0], device)
+            else:
                 on_triton = device == "CUDA" and cuda_backend(op) == "triton"
                 _registrations.impl(op, triton.OPS[op] if on_triton else specification, device)
     for op, function in COMPOSITE.items():
@@ -77,6 +94,8 @@ def cuda_backend(op: str) -> str:
     """What serves ``op`` on CUDA tensors here: ``"cuda"``, ``"triton"`` or ``"reference"``."""
     if op in NATIVE["CUDA"]:
         return "cuda"
+    if op in IN_PARTS:
+        return cuda_backend(IN_PARTS[op][1])
     has_triton = op in triton.OPS and importlib.util.find_spec("triton") is not None
     return "triton" if has_triton else "reference"
 

@@ -163,8 +163,12 @@ def attention_with_scores(
         raise TypeError(f"scores must be a tuple of fastok.ScoreSpec, got {type(scores).__name__} {scores!r}")
     for spec in scores:
         _check_spec("scores", spec)
-    out, lse = torch.ops.fastok.attention(q, k, v, *masking)
-    return out, lse, tuple(_scores(q, k, v, lse, spec, masking) for spec in scores)
+    if not scores:
+        return *torch.ops.fastok.attention(q, k, v, *masking), ()
+    weight, which = _statistic(q, k, v, scores[0], masking)
+    out, lse, raw = torch.ops.fastok.attention_with_scores(q, k, v, weight, *masking, *which)
+    first = _finished(q, k, scores[0], raw, masking)
+    return out, lse, (first, *(_scores(q, k, v, lse, spec, masking) for spec in scores[1:]))
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,14 +203,24 @@ def _check_spec(name: str, spec: object) -> None:
 
 
 def _scores(q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, spec: ScoreSpec, masking: Masking) -> Tensor:
-    packed = masking.cu_seqlens_q is not None
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    n_q, n_k = q.shape[-3], k.shape[-3]
+    heads, n_q = q.shape[-2], q.shape[-3]
     if lse is not None:
         check_dtype("lse", lse, (torch.float32,))
-        check_shape("lse", lse, (heads, n_q) if packed else (q.shape[0], heads, n_q), "[B,H,S] of q")
+        check_shape("lse", lse, (heads, n_q) if q.dim() == 3 else (q.shape[0], heads, n_q), "[B,H,S] of q")
         check_same_device("lse", lse, "q", q.device)
         lse = lse.detach()
+    weight, which = _statistic(q, k, v, spec, masking)
+    masking = masking._replace(key_bias=None if masking.key_bias is None else masking.key_bias.detach())
+    raw = torch.ops.fastok.attention_scores(q.detach(), k.detach(), lse, weight, *masking, *which)
+    return _finished(q, k, spec, raw, masking)
+
+
+def _statistic(
+    q: Tensor, k: Tensor, v: Tensor | None, spec: ScoreSpec, masking: Masking
+) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """The weights of keys and the last arguments, ``rows`` to ``logits``, of the ops that make scores."""
+    packed = masking.cu_seqlens_q is not None
+    n_q, n_k = q.shape[-3], k.shape[-3]
     weight = None
     if spec.value_norm is not None:
         if v is None:
@@ -232,15 +246,21 @@ def _scores(q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, spec: Sc
     if packed and spec.cols is not None:
         raise NotImplementedError("cols of packed sequences: required, one slice of all; supported, cols=None")
     col_begin, col_end = statistics.resolve(spec.cols or (0, None), n_k)
-    group = spec.head_group(heads, kv_heads)
+    group = spec.head_group(q.shape[-2], k.shape[-2])
     reduce = "sum" if spec.reduce == "mean" else spec.reduce
-    masking = masking._replace(key_bias=None if masking.key_bias is None else masking.key_bias.detach())
-    raw = torch.ops.fastok.attention_scores(
-        q.detach(), k.detach(), lse, weight, *masking, rows, row_begin, row_end, col_begin, col_end,
-        spec.normalize == "cols", reduce, group, spec.heads == "max", spec.logits,
-    )  # fmt: skip
-    sequences = statistics.sequences_of(n_q, n_k, masking.cu_seqlens_q, masking.cu_seqlens_k, q.device)
-    return statistics.finish(spec, raw, group, sequences, slice(col_begin, col_end), masking.left, masking.right)
+    over_cols, head_max = spec.normalize == "cols", spec.heads == "max"
+    return weight, (rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, group, head_max, spec.logits)
+
+
+def _finished(q: Tensor, k: Tensor, spec: ScoreSpec, raw: Tensor, masking: Masking) -> Tensor:
+    """The statistic, of columns as the ops have reduced them."""
+    n_q, n_k = q.shape[-3], k.shape[-3]
+    cols = slice(*statistics.resolve(spec.cols or (0, None), n_k))
+    group = spec.head_group(q.shape[-2], k.shape[-2])
+    sequences = None
+    if spec.by_position():
+        sequences = statistics.sequences_of(n_q, n_k, masking.cu_seqlens_q, masking.cu_seqlens_k, q.device)
+    return statistics.finish(spec, raw, group, sequences, cols, masking.left, masking.right)
 
 
 def _places(begin: int, end: int) -> int:
@@ -361,6 +381,13 @@ def _attention_scores_fake(
     return q.new_empty(*lead, q.shape[-2] // head_group, *middle, col_end - col_begin, dtype=torch.float32)
 
 
+@torch.library.register_fake("fastok::attention_with_scores")
+def _attention_with_scores_fake(
+    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_attention_fake(q, k, v), _attention_scores_fake(q, k, None, key_weight, *rest)
+
+
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, scale, left, right, softcap, key_bias, cu_q, cu_k, max_q, max_k = inputs
     ctx.save_for_backward(q, k, v, *output, key_bias, cu_q, cu_k)
@@ -377,3 +404,21 @@ def _attention_autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[T
 
 
 torch.library.register_autograd("fastok::attention", _attention_autograd, setup_context=_attention_setup)
+
+
+def _with_scores_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, _, *rest = inputs
+    _attention_setup(ctx, (q, k, v, *rest[:9]), output[:2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _with_scores_autograd(
+    ctx: Any, grad_out: Tensor, grad_lse: Tensor, grad_scores: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grad_q, grad_k, grad_v, *of_masking = _attention_autograd(ctx, grad_out, grad_lse)
+    return grad_q, grad_k, grad_v, None, *of_masking, *[None] * 10
+
+
+torch.library.register_autograd(
+    "fastok::attention_with_scores", _with_scores_autograd, setup_context=_with_scores_setup
+)

@@ -86,6 +86,10 @@ class ScoreSpec:
             return self.rows
         return (-1, None) if isinstance(self.rows, str) and self.rows == "last" else (0, None)
 
+    def by_position(self) -> bool:
+        """Whether finishing it takes to know where each key stands."""
+        return self.reduce == "mean" or self.normalize in ("visible", "causal") or self.pool is not None
+
     def head_group(self, heads: int, kv_heads: int) -> int:
         """How many query heads make one of the result."""
         if self.heads == "none":
@@ -159,11 +163,22 @@ def selected_rows(spec: ScoreSpec, sequences: Sequences, left: int, right: int, 
 
 
 def finish(
-    spec: ScoreSpec, scores: Tensor, head_group: int, sequences: Sequences, cols: slice, left: int, right: int
+    spec: ScoreSpec, scores: Tensor, head_group: int, sequences: Sequences | None, cols: slice, left: int, right: int
 ) -> Tensor:
-    """Means, normalisation and pooling of reduced columns ``[…, heads, (R,) T']``; one head is no axis."""
+    """Means, normalisation and pooling of reduced columns ``[…, heads, (R,) T']``; one head is no axis.
+
+    ``sequences`` may be None unless ``spec.by_position()``.
+    """
     if spec.heads in ("mean", "group_mean"):
         scores = scores / head_group
+    if sequences is not None:
+        scores = _placed(spec, scores, sequences, cols, left, right)
+    if spec.heads in ("mean", "sum", "max"):
+        scores = scores.squeeze(-3 if spec.reduce == "none" else -2)
+    return scores
+
+
+def _placed(spec: ScoreSpec, scores: Tensor, sequences: Sequences, cols: slice, left: int, right: int) -> Tensor:
     if spec.reduce == "mean":
         scores = scores / selected_rows(spec, sequences, left, right, seeing=False)[cols].clamp(min=1)
     if spec.normalize == "visible":
@@ -172,8 +187,6 @@ def finish(
         scores = scores / (sequences.n_k - sequences.position)[cols].clamp(min=1)
     if spec.pool is not None and spec.pool > 1 and scores.numel() > 0:
         scores = _pooled(scores, spec.pool, sequences.number)
-    if spec.heads in ("mean", "sum", "max"):
-        scores = scores.squeeze(-3 if spec.reduce == "none" else -2)
     return scores
 
 

@@ -3,6 +3,7 @@ chunks, so that memory grows with S + T, not with S x T (beyond what ``reduce="n
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,6 +212,18 @@ def attention_scores(
             total = total + values.masked_fill(values == -INFINITY, 0).sum((2, 3))
     result = (torch.cat(kept, 2) if reduce == "none" else total).to(_score_dtype(q))
     return result if q.dim() == 4 else result[0]
+
+
+def attention_with_scores(
+    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, scale: float, left: int, right: int, softcap: float,
+    key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
+    max_seqlen_k: int, *which: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.attention_with_scores``: :func:`attention`, and with its lse :func:`attention_scores`."""
+    masking = scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    out, lse = attention(q, k, v, *masking)
+    return out, lse, attention_scores(q, k, lse, key_weight, *masking, *which)
+
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ ROUNDING: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention": attention.rounding_of_attention,
     "attention_backward": attention.rounding_of_backward,
     "attention_scores": attention.rounding_of_scores,
+    "attention_with_scores": attention.rounding_of_both,
     "decode": cache.rounding_of_decode,
     "decode_packed": cache.rounding_of_decode_packed,
 }

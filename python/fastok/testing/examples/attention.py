@@ -137,6 +137,11 @@ def rounding_of_scores(
     return (torch.tensor(most),)
 
 
+def rounding_of_both(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """Of attention, and of its scores."""
+    return *rounding_of_attention(q, k, v, *rest[:9]), *rounding_of_scores(q, k, None, key_weight, *rest)
+
+
 # ---- attention: q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 
 
@@ -264,3 +269,29 @@ for _title, _build, _n in (("(8,577,12,64)", _vit, 577), ("(1,2048,16/4,128) cau
     example("attention_scores", "large", _title, flops=FLOPS[_title] / 2)(
         _scores(_build, None, 0, _n, 0, _n, False, "sum", 1, False, False)
     )
+
+
+# ---- attention_with_scores: q, k, v, key_weight, scale, … logits, as above --------------------------------------------
+
+
+def _both(build: Any, *which: Any, weigh: bool = False) -> Any:
+    def both(dtype: torch.dtype) -> Arguments:
+        q, k, v, *mask = build(dtype)
+        weight = torch.rand(*k.shape[:-3], k.shape[-2], k.shape[-3]) if weigh else None
+        return q, k, v, weight, *mask, *which
+
+    return both
+
+
+example("attention_with_scores", "small", "sum over all rows and heads")(
+    _both(_causal, None, 0, 17, 0, 23, False, "sum", 4, False, False)
+)
+example("attention_with_scores", "awkward", "the last of many rows, each head, logits")(
+    _both(_window, None, 149, 150, 0, 97, False, "max", 1, False, True)
+)
+example("attention_with_scores", "awkward", "sums over some rows of several blocks, weights")(
+    _both(_tails, None, 60, 290, 0, 197, False, "sum", 4, False, False, weigh=True)
+)
+example("attention_with_scores", "awkward", "packed sequences")(
+    _both(_packed, None, 0, LAST, 0, 120, False, "sum", 2, False, False)
+)
