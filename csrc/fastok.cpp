@@ -46,8 +46,7 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "attention_with_scores(Tensor q, Tensor k, Tensor v, Tensor? key_weight, float scale, SymInt left, SymInt right, "
       "float softcap, Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
       "SymInt max_seqlen_k, Tensor? rows, SymInt row_begin, SymInt row_end, SymInt col_begin, SymInt col_end, "
-      "bool over_cols, str reduce, SymInt head_group, bool head_max, bool logits) -> "
-      "(Tensor out, Tensor lse, Tensor scores)");
+      "bool over_cols, str reduce, str heads, bool logits) -> (Tensor out, Tensor lse, Tensor scores)");
   m.def(
       "label_scores(Tensor q, Tensor data, Tensor? scale, Tensor channels, int kv_heads, bool shared, Tensor? "
       "seq_lens) "

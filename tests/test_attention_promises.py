@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # ---- opcheck ---------------------------------------------------------------------------------------------------------
 
-OPS = ("attention", "attention_backward", "attention_scores")
+OPS = ("attention", "attention_backward", "attention_scores", "attention_with_scores")
 EXAMPLES = [one for one in examples("small", "awkward") if one.op in OPS]
 
 
@@ -33,6 +33,8 @@ def test_opcheck_with_gradients() -> None:
     case = sized(s=5, t=7, width=8, causal=True, softcap=2.0, key_bias=torch.randn(2, 7).requires_grad_())
     q, k, v = (x.requires_grad_() for x in case.qkv)
     torch.library.opcheck(torch.ops.fastok.attention.default, flat(fastok.attention, q, k, v, **case.mask))
+    both = flat(fastok.attention_with_scores, q, k, v, **case.mask)
+    torch.library.opcheck(torch.ops.fastok.attention_with_scores.default, both)
     out, lse = (x.detach().requires_grad_() for x in fastok.attention(*case.qkv))
     torch.library.opcheck(torch.ops.fastok.merge_states.default, (out, lse, out, lse))
 
@@ -138,6 +140,7 @@ def test_specification_never_holds_the_matrix(op: str) -> None:
             "attention": (q, k, v, *mask),
             "attention_backward": (grad, None, q, k, v, out, lse, *mask),
             "attention_scores": (q, k, None, None, *mask, *which),
+            "attention_with_scores": (q, k, v, None, *mask, *which[:-3], "mean", False),
         }
         with Largest() as largest:
             _library.REFERENCE[op](*arguments[op])

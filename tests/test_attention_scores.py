@@ -287,6 +287,30 @@ def test_with_scores_is_attention_and_scores(backend: Backend, mask: str) -> Non
         assert fastok.attention_with_scores(*case.qkv, scores=(), **case.mask)[2] == ()
 
 
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window": (70, 5), "softcap": 4.0}], ids=("causal", "window"))
+@over_dtypes
+@over_backends("attention_with_scores", without=("reference", "triton-interpreter", "cuda-on-host"))
+def test_scores_made_while_attending_are_the_same(backend: Backend, dtype: torch.dtype, mask: dict[str, Any]) -> None:
+    """On the CPU the first statistic may come from the tasks that attend: all rows of a head, or a window of them."""
+    case = sized(s=200, t=230, heads=4, groups=2, width=64, **mask).to(dtype)
+    specs = [
+        ScoreSpec(rows, heads=heads, value_norm=norm)
+        for rows, heads, norm in (
+            ("all", "mean", None), ("last", "none", None), ((-64, None), "group_sum", "l2"), ((40, 150), "sum", "l1"),
+            ((0, 1), "group_mean", None), ((60, 70), "none", "l1"), ((5, 5), "mean", None),
+        )
+    ]  # fmt: skip
+    for threads in (1, 2, 3):  # the first two have enough heads each for a task to take all rows of one
+        torch.set_num_threads(threads)  # and afterwards what it was: one_thread
+        with through(backend, check=False):
+            wanted_out, wanted_lse = fastok.attention(*case.qkv, **case.mask)
+            for spec in specs:
+                out, lse, (scores,) = fastok.attention_with_scores(*case.qkv, scores=(spec,), **case.mask)
+                assert_same(out, wanted_out)
+                assert_same(lse, wanted_lse)
+                assert_same(scores, scores_of(case, spec, lse=lse))
+
+
 @over_scores
 def test_packed_equals_each_sequence(backend: Backend) -> None:
     case = packed((5, 0, 33, 8), (9, 12, 40, 8), behind=3, causal=True)

@@ -1,28 +1,12 @@
 // Attention's bf16 engine, on AMX tiles: packing, and the two products of a block of rows with a block of keys.
 #pragma once
 #include "attention/bf16_simd.h"
+#include "cpu/amx_simd.h"
 
-#if defined(__AMX_BF16__)
-#define FASTOK_AMX 1
+#if defined(FASTOK_AMX)
 
 namespace fastok::FASTOK_ISA {
 namespace {
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// A constant: the compiler takes only the first bytes of what _tile_loadconfig is given for read, and may not have
-// written the others of a variable by then.
-constexpr TileConfig kTileConfig;
-
-// The tile registers, for as long as it lives.
-struct Tiles {
-  Tiles() { _tile_loadconfig(&kTileConfig); }
-  ~Tiles() { _tile_release(); }
-};
 
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;

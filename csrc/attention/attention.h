@@ -77,7 +77,7 @@ struct AttentionEngine {
 };
 
 struct AttentionKernels {
-  // The engines' `scores`, for few rows: from keys that are not packed.
+  // The engines' `scores`, where there are few rows at all: from keys that are not packed.
   void (*few_scores)(const AttentionHead&, int64_t key_begin, int64_t key_end, const RowList&, const float* lse,
                      float* out, int64_t pitch);
   // Attention of few rows: all rows of query heads that share a KV head, up to `decode_rows` together, over the keys

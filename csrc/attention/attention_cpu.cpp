@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor> attend(const AttentionCall& call, const RowsTogether*
 
   const AttentionKernels& kernels = pick_attention_kernels();
   const AttentionEngine& engine = call.engine();
-  const std::vector<Task> tasks = tasks_of(call, engine.row_block, together ? together->begin : 0,
-                                           together ? together->end : 0);
+  const std::vector<Task> tasks =
+      tasks_of(call, engine.row_block, together ? together->begin : 0, together ? together->end : 0);
   Partial partial(tasks, call.v_width);
   double work = 0;
   for (const Task& t : tasks) work += double(t.n_heads * t.n_rows()) * double(t.key_end - t.key_begin);

@@ -13,8 +13,9 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Keys of a task: as many as leave each thread several.
 constexpr int64_t kManyKeys = 1024, kFewKeys = 128, kTasksPerThread = 2;
-// Up to so many rows, packing the keys costs more than it saves.
-constexpr int64_t kFewRows = 4;
+
+// For up to so many queries, packing the keys costs more than it saves.
+constexpr int64_t kFewQueries = 4;
 
 enum class Reduce { sum, max, none };
 
@@ -67,7 +68,8 @@ struct Job {
 
   Job(const AttentionCall& call_in, const std::optional<Tensor>& lse_in, const std::optional<Tensor>& weight_in,
       const std::optional<Tensor>& rows, int64_t row_begin, int64_t row_end, int64_t col_begin_in, int64_t col_end_in,
-      bool over_cols_in, const std::string& reduce_name, int64_t head_group, bool head_max_in, bool logits_in)
+      bool over_cols_in, const std::string& reduce_name, int64_t head_group, bool head_axis, bool head_max_in,
+      bool logits_in)
       : call(call_in),
         engine(call_in.engine()),
         kernels(pick_attention_kernels()),
@@ -103,16 +105,12 @@ struct Job {
       selections.push_back(select(rows ? const_data<int64_t>(row_index) : nullptr, rows ? row_index.numel() : 0,
                                   row_begin, row_end, call.n_q(b)));
 
-    const int64_t n_out = call.heads / group, columns = col_end - col_begin;
-    if (call.packed && reduce == Reduce::none) {
-      result = empty_like_device(call.q, {n_out, n_places, columns}, ScalarType::Float);
-    } else if (call.packed) {
-      result = empty_like_device(call.q, {n_out, columns}, ScalarType::Float);
-    } else if (reduce == Reduce::none) {
-      result = empty_like_device(call.q, {call.sequences, n_out, n_places, columns}, ScalarType::Float);
-    } else {
-      result = empty_like_device(call.q, {call.sequences, n_out, columns}, ScalarType::Float);
-    }
+    std::vector<int64_t> shape;
+    if (!call.packed) shape.push_back(call.sequences);
+    if (head_axis) shape.push_back(call.heads / group);
+    if (reduce == Reduce::none) shape.push_back(n_places);
+    shape.push_back(col_end - col_begin);
+    result = torch::stable::empty(shape, ScalarType::Float, std::nullopt, call.q.device());
     out = data<float>(result);
     // What no row of a sequence reaches.
     std::fill_n(out, result.numel(), logits && reduce != Reduce::sum ? -kInfinity : 0.0f);
@@ -126,9 +124,8 @@ struct Job {
     return reduce == Reduce::sum ? !head_max || group == 1 : reduce == Reduce::max && one_by_one();
   }
 
-  // Few rows are multiplied with the keys where these lie.
-  bool few_rows(int64_t b) const { return selections[b].rows.count <= kFewRows; }
-  bool sums_probabilities(int64_t b) const { return reduce == Reduce::sum && !logits && !few_rows(b); }
+  bool few_queries(int64_t b) const { return call.n_q(b) <= kFewQueries; }
+  bool sums_probabilities() const { return reduce == Reduce::sum && !logits; }
   float nothing() const { return reduce == Reduce::max && logits ? -kInfinity : 0.0f; }
 
   // Of each key of the head's sequence.
@@ -149,27 +146,6 @@ bool any_sees(const AttentionHead& head, const RowList& rows, int64_t begin, int
   for (int64_t i = 0; i < rows.count; ++i)
     if (head.first_key(rows.at(i)) < end && head.last_key(rows.at(i)) > begin) return true;
   return false;
-}
-
-// Scores of up to row_block rows of a head; `keys` are packed from `begin` on, unless the rows are few.
-void make_scores(const Job& job, int64_t b, const AttentionHead& head, const void* keys, int64_t begin, int64_t end,
-                 const RowList& rows, const float* lse, float* out, int64_t pitch, void* scratch) {
-  if (job.few_rows(b)) {
-    job.kernels.few_scores(head, begin, end, rows, lse, out, pitch);
-  } else {
-    job.engine.scores(head, keys, begin, end, rows, lse, out, pitch, scratch);
-  }
-}
-
-// The same, added to a head's columns or their maximum taken, in the order of the rows. `block` is for scores on the way.
-void reduce_rows(const Job& job, int64_t b, const AttentionHead& head, const void* keys, int64_t begin, int64_t end,
-                 const RowList& rows, const float* lse, float* total, float* block, int64_t pitch, void* scratch) {
-  if (job.sums_probabilities(b)) {
-    job.engine.sum_scores(head, keys, begin, end, rows, lse, total, scratch);
-    return;
-  }
-  make_scores(job, b, head, keys, begin, end, rows, lse, block, pitch, scratch);
-  job.kernels.fold_rows(block, rows.count, pitch, pitch, job.reduce == Reduce::max, total);
 }
 
 // One head's columns [begin, end), weighted, to those of its group. The first head of a group finds zeros there.
@@ -223,8 +199,14 @@ class Block {
       for (int64_t done = 0; done < all.count; done += job_.engine.row_block) {
         const RowList rows = all.part(done, job_.engine.row_block);
         if (!any_sees(head, rows, begin_, end_)) continue;
-        reduce_rows(job_, b_, head, job_.few_rows(b_) ? nullptr : keys_of(h, head, true), begin_, end_, rows,
-                    job_.lse_of(b_, h, rows, done, lse.data()), of_head.data(), scores(), pitch_, scratch_.get());
+        const float* const of_rows = job_.lse_of(b_, h, rows, done, lse.data());
+        if (job_.sums_probabilities() && !job_.few_queries(b_)) {
+          job_.engine.sum_scores(head, keys_of(h, head, true), begin_, end_, rows, of_rows, of_head.data(),
+                                 scratch_.get());
+        } else {
+          make_scores(head, h, rows, of_rows, true);
+          job_.kernels.fold_rows(scores(), rows.count, pitch_, pitch_, job_.reduce == Reduce::max, of_head.data());
+        }
       }
       add_head(job_, b_, h, of_head.data(), begin_, end_, total_.data());
     }
@@ -239,8 +221,7 @@ class Block {
       const RowList rows = all.part(done, job_.engine.row_block);
       for (int64_t h = o_ * job_.group; h < (o_ + 1) * job_.group; ++h) {
         const AttentionHead head = job_.call.head(b_, h);
-        make_scores(job_, b_, head, job_.few_rows(b_) ? nullptr : keys_of(h, head, false), begin_, end_, rows,
-                    job_.lse_of(b_, h, rows, done, lse.data()), scores(), pitch_, scratch_.get());
+        make_scores(head, h, rows, job_.lse_of(b_, h, rows, done, lse.data()), false);
         if (job_.key_weight) std::copy_n(job_.weight_of(b_, h) + begin_, end_ - begin_, weight.begin());
         job_.kernels.fold_blocks(scores(), rows.count, pitch_, pitch_, job_.key_weight ? weight.data() : nullptr,
                                  h == o_ * job_.group, job_.head_max, static_cast<float*>(combined.get()));
@@ -260,6 +241,14 @@ class Block {
     const int64_t place = job_.selections[b_].place_of(i);
     float* const to = job_.out + (((job_.call.packed ? 0 : b_ * n_out) + o_) * job_.n_places + place) * n_cols;
     std::copy_n(row, end_ - begin_, to + first + begin_);
+  }
+
+  void make_scores(const AttentionHead& head, int64_t h, const RowList& rows, const float* lse, bool in_turn) {
+    if (job_.few_queries(b_)) {
+      job_.kernels.few_scores(head, begin_, end_, rows, lse, scores(), pitch_);
+    } else {
+      job_.engine.scores(head, keys_of(h, head, in_turn), begin_, end_, rows, lse, scores(), pitch_, scratch_.get());
+    }
   }
 
   // The block's packed keys of a head: packed when first asked for, or (`in_turn`) when the KV head changes.
@@ -344,8 +333,8 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
                         int64_t col_end, bool over_cols, std::string reduce, int64_t head_group, bool head_max,
                         bool logits) {
   const AttentionCall call(q, k, std::nullopt, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
-  Job job(call, lse, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, head_group, head_max,
-          logits);
+  Job job(call, lse, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, head_group, true,
+          head_max, logits);
   if (!logits && !job.lse) compute_lse(job, over_cols ? col_begin : 0, over_cols ? col_end : call.total_k);
   run_blocks(job);
   return job.result;
@@ -353,23 +342,22 @@ Tensor attention_scores(Tensor q, Tensor k, std::optional<Tensor> lse, std::opti
 
 // ---- attention_with_scores ------------------------------------------------------------------------------------------
 
-// Whether a task of attention can make a head's scores with what it has at hand: the same numbers as a pass of their own.
+// Whether a task of attention can make a head's scores with what it has at hand: the same numbers as a pass of their
+// own.
 bool fits_attention(const Job& job, bool listed_rows) {
   const AttentionCall& call = job.call;
   if (call.packed || call.sequences == 0 || listed_rows || job.over_cols || call.total_k == 0 ||
-      job.col_end - job.col_begin != call.total_k || !job.heads_commute())
+      job.col_end - job.col_begin != call.total_k || !job.sums_probabilities() || !job.heads_commute())
     return false;
   const RowList& rows = job.selections[0].rows;
-  return (job.sums_probabilities(0) || job.few_rows(0)) &&
-         rows_fit_one_task(call, rows.first, rows.first + rows.count);
+  return rows_fit_one_task(call, rows.first, rows.first + rows.count);
 }
 
 std::tuple<Tensor, Tensor> attend_with_scores(const Job& job) {
   const AttentionCall& call = job.call;
   const RowList& all = job.selections[0].rows;
-  const AttentionEngine& engine = job.engine;
-  const int64_t n_keys = call.total_k, step = engine.key_step, pitch = (n_keys + step - 1) / step * step;
-  const int64_t n_out = call.heads / job.group, most = job.few_rows(0) ? kManyKeys : n_keys;
+  const int64_t n_keys = call.total_k, step = job.engine.key_step, pitch = (n_keys + step - 1) / step * step;
+  const int64_t n_out = call.heads / job.group;
   const AlignedMemory columns(size_t(call.sequences * call.heads * pitch) * sizeof(float));  // of each head
   // Whoever finishes a group's last head adds them up, in their own order.
   std::vector<std::atomic<int64_t>> unfinished(size_t(call.sequences * n_out));
@@ -380,15 +368,11 @@ std::tuple<Tensor, Tensor> attend_with_scores(const Job& job) {
   const auto finished = [&](int64_t b, int64_t h, const AttentionHead& head, const void* keys, const float* lse,
                             void* scratch) {
     float* const total = columns_of(b, h);
-    std::fill_n(total, pitch, job.nothing());
-    for (int64_t begin = 0; begin < n_keys; begin += most) {
-      const int64_t end = std::min(n_keys, begin + most), width = (end - begin + step - 1) / step * step;
-      for (int64_t done = 0; done < all.count; done += engine.row_block) {
-        const RowList rows = all.part(done, engine.row_block);
-        if (any_sees(head, rows, begin, end))
-          reduce_rows(job, b, head, keys, begin, end, rows, job.logits ? nullptr : lse + rows.first, total + begin,
-                      static_cast<float*>(scratch), width, scratch);
-      }
+    std::fill_n(total, pitch, 0.0f);
+    for (int64_t done = 0; done < all.count; done += job.engine.row_block) {
+      const RowList rows = all.part(done, job.engine.row_block);
+      if (any_sees(head, rows, 0, n_keys))
+        job.engine.sum_scores(head, keys, 0, n_keys, rows, lse + rows.first, total, scratch);
     }
     const int64_t o = b * n_out + h / job.group, first = h / job.group * job.group;
     if (unfinished[o].fetch_sub(1) > 1) return;
@@ -399,23 +383,29 @@ std::tuple<Tensor, Tensor> attend_with_scores(const Job& job) {
   return attend(call, &together);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_with_scores(
-    Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_weight, double scale, int64_t left, int64_t right,
-    double softcap, std::optional<Tensor> key_bias, std::optional<Tensor> cu_seqlens_q,
-    std::optional<Tensor> cu_seqlens_k, int64_t, int64_t, std::optional<Tensor> rows, int64_t row_begin,
-    int64_t row_end, int64_t col_begin, int64_t col_end, bool over_cols, std::string reduce, int64_t head_group,
-    bool head_max, bool logits) {
+std::tuple<Tensor, Tensor, Tensor> attention_with_scores(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_weight,
+                                                         double scale, int64_t left, int64_t right, double softcap,
+                                                         std::optional<Tensor> key_bias,
+                                                         std::optional<Tensor> cu_seqlens_q,
+                                                         std::optional<Tensor> cu_seqlens_k, int64_t, int64_t,
+                                                         std::optional<Tensor> rows, int64_t row_begin, int64_t row_end,
+                                                         int64_t col_begin, int64_t col_end, bool over_cols,
+                                                         std::string reduce, std::string heads, bool logits) {
   const AttentionCall call(q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
-  Job job(call, std::nullopt, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, head_group,
-          head_max, logits);
+  const bool by_group = heads.rfind("group_", 0) == 0, mean = heads == "mean" || heads == "group_mean";
+  const int64_t group = heads == "none" ? 1 : by_group ? call.heads / call.groups : call.heads;
+  Job job(call, std::nullopt, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, group,
+          heads == "none" || by_group, heads == "max", logits);
+  Tensor out, lse;
   if (fits_attention(job, rows.has_value())) {
-    const auto [out, lse] = attend_with_scores(job);
-    return {out, lse, job.result};
+    std::tie(out, lse) = attend_with_scores(job);
+  } else {
+    std::tie(out, lse) = attend(call, nullptr);
+    job.lse = over_cols ? nullptr : const_data<float>(lse);
+    if (!logits && !job.lse) compute_lse(job, col_begin, col_end);
+    run_blocks(job);
   }
-  const auto [out, lse] = attend(call, nullptr);
-  job.lse = over_cols ? nullptr : const_data<float>(lse);
-  if (!logits && !job.lse) compute_lse(job, col_begin, col_end);
-  run_blocks(job);
+  for (int64_t i = 0; mean && i < job.result.numel(); ++i) job.out[i] /= float(group);
   return {out, lse, job.result};
 }
 

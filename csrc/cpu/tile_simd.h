@@ -1,11 +1,7 @@
 // Matrix products of packed panels, one register tile at a time: fp32 vectors, and bf16 tiles where the machine has
 // AMX. See cpu/dispatch.h for the rule about linkage.
 #pragma once
-#include "cpu/simd.h"
-
-#if defined(__AMX_BF16__)
-#define FASTOK_AMX 1
-#endif
+#include "cpu/amx_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
@@ -70,18 +66,6 @@ inline void place_depth(const bf16 (&depth)[kDepth], int i, bf16* block) {
   } else {
     std::memcpy(block + i * kDepth, depth, sizeof depth);
   }
-}
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Constant, as the compiler believes that only its first bytes are read and leaves out writing the others.
-inline void configure_tiles() {
-  static constexpr TileConfig config;
-  _tile_loadconfig(&config);
 }
 
 // Products of the rows of panel `a` with the columns of panel `b`, fp32 sums.

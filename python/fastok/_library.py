@@ -9,7 +9,7 @@ import torch
 
 from . import reference, triton
 from .reference import decode, quantize, sparse
-from .reference.attention import attention, attention_backward, attention_scores, attention_with_scores
+from .reference.attention import attention, attention_backward, attention_scores, attention_with_scores, with_scores
 
 FOLDER = Path(__file__).parent
 CPU_LIBRARY = FOLDER / "libfastok_cpu.so"
@@ -43,14 +43,12 @@ REFERENCE = {
 COMPOSITE = {"merge_states": reference.merge_states}
 
 
-def _attention_with_scores(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_weight: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.fastok.attention(q, k, v, *rest[:9])
-    return out, lse, torch.ops.fastok.attention_scores(q, k, lse, key_weight, *rest)
+def _attention_with_scores(*arguments: Any) -> Any:
+    ops = torch.ops.fastok
+    return with_scores(ops.attention, ops.attention_scores, *arguments)
 
 
-# Where an op has no kernel of its own: one after the other, the ops that it consists of, and the one that takes longest.
+# Where an op has no kernel of its own: the ops that it consists of, one after the other, and the slowest.
 IN_PARTS = {"attention_with_scores": (_attention_with_scores, "attention_scores")}
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")

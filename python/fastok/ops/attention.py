@@ -154,7 +154,9 @@ def attention_with_scores(
     """:func:`attention` and, with its log-sum-exp, the statistics that ``scores`` asks for.
 
     Returns ``(out, lse, tensors)``, one tensor per spec as :func:`attention_scores` gives it. ``out`` and ``lse`` are
-    differentiable, the scores are not. Memory O(S + T) per head unless ``reduce="none"`` asks for rows.
+    differentiable, the scores are not. Memory O(S + T) per head unless ``reduce="none"`` asks for rows. On the CPU, sums
+    of probabilities over all keys and a range of rows cost least as the first of ``scores``: the threads make them from
+    the keys that they have just attended to. The numbers are the same.
     """
     check_tensor("v", v)
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
@@ -165,9 +167,10 @@ def attention_with_scores(
         _check_spec("scores", spec)
     if not scores:
         return *torch.ops.fastok.attention(q, k, v, *masking), ()
-    weight, which = _statistic(q, k, v, scores[0], masking)
-    out, lse, raw = torch.ops.fastok.attention_with_scores(q, k, v, weight, *masking, *which)
-    first = _finished(q, k, scores[0], raw, masking)
+    spec = scores[0]
+    weight, which = _statistic(q, k, v, spec, masking)
+    out, lse, raw = torch.ops.fastok.attention_with_scores(q, k, v, weight, *masking, *which, spec.heads, spec.logits)
+    first = _finished(q, k, spec, raw, masking)
     return out, lse, (first, *(_scores(q, k, v, lse, spec, masking) for spec in scores[1:]))
 
 
@@ -211,14 +214,18 @@ def _scores(q: Tensor, k: Tensor, v: Tensor | None, lse: Tensor | None, spec: Sc
         lse = lse.detach()
     weight, which = _statistic(q, k, v, spec, masking)
     masking = masking._replace(key_bias=None if masking.key_bias is None else masking.key_bias.detach())
-    raw = torch.ops.fastok.attention_scores(q.detach(), k.detach(), lse, weight, *masking, *which)
+    group = spec.head_group(heads, k.shape[-2])
+    raw = torch.ops.fastok.attention_scores(
+        q.detach(), k.detach(), lse, weight, *masking, *which, group, spec.heads == "max", spec.logits
+    )
+    raw = statistics.over_heads(spec.heads, raw, group, spec.reduce == "none")
     return _finished(q, k, spec, raw, masking)
 
 
 def _statistic(
     q: Tensor, k: Tensor, v: Tensor | None, spec: ScoreSpec, masking: Masking
 ) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """The weights of keys and the last arguments, ``rows`` to ``logits``, of the ops that make scores."""
+    """The weights of keys and, ``rows`` to ``reduce``, arguments of the ops that make scores."""
     packed = masking.cu_seqlens_q is not None
     n_q, n_k = q.shape[-3], k.shape[-3]
     weight = None
@@ -246,21 +253,18 @@ def _statistic(
     if packed and spec.cols is not None:
         raise NotImplementedError("cols of packed sequences: required, one slice of all; supported, cols=None")
     col_begin, col_end = statistics.resolve(spec.cols or (0, None), n_k)
-    group = spec.head_group(q.shape[-2], k.shape[-2])
     reduce = "sum" if spec.reduce == "mean" else spec.reduce
-    over_cols, head_max = spec.normalize == "cols", spec.heads == "max"
-    return weight, (rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, group, head_max, spec.logits)
+    return weight, (rows, row_begin, row_end, col_begin, col_end, spec.normalize == "cols", reduce)
 
 
 def _finished(q: Tensor, k: Tensor, spec: ScoreSpec, raw: Tensor, masking: Masking) -> Tensor:
-    """The statistic, of columns as the ops have reduced them."""
+    """The statistic, of columns that are reduced over rows and heads."""
+    if not spec.by_position():
+        return raw
     n_q, n_k = q.shape[-3], k.shape[-3]
+    sequences = statistics.sequences_of(n_q, n_k, masking.cu_seqlens_q, masking.cu_seqlens_k, q.device)
     cols = slice(*statistics.resolve(spec.cols or (0, None), n_k))
-    group = spec.head_group(q.shape[-2], k.shape[-2])
-    sequences = None
-    if spec.by_position():
-        sequences = statistics.sequences_of(n_q, n_k, masking.cu_seqlens_q, masking.cu_seqlens_k, q.device)
-    return statistics.finish(spec, raw, group, sequences, cols, masking.left, masking.right)
+    return statistics.finish(spec, raw, sequences, cols, masking.left, masking.right)
 
 
 def _places(begin: int, end: int) -> int:
@@ -385,7 +389,13 @@ def _attention_scores_fake(
 def _attention_with_scores_fake(
     q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_attention_fake(q, k, v), _attention_scores_fake(q, k, None, key_weight, *rest)
+    *same, heads, logits = rest
+    group = statistics.head_group(heads, q.shape[-2], k.shape[-2])
+    raw = _attention_scores_fake(q, k, None, key_weight, *same, group, heads == "max", logits)
+    keeps_rows = same[-1] == "none"
+    if heads in ("mean", "sum", "max"):
+        raw = raw.new_empty(raw.squeeze(-3 if keeps_rows else -2).shape)
+    return *_attention_fake(q, k, v), raw
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -416,7 +426,7 @@ def _with_scores_autograd(
     ctx: Any, grad_out: Tensor, grad_lse: Tensor, grad_scores: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     grad_q, grad_k, grad_v, *of_masking = _attention_autograd(ctx, grad_out, grad_lse)
-    return grad_q, grad_k, grad_v, None, *of_masking, *[None] * 10
+    return grad_q, grad_k, grad_v, None, *of_masking, *[None] * 9
 
 
 torch.library.register_autograd(

@@ -92,9 +92,14 @@ class ScoreSpec:
 
     def head_group(self, heads: int, kv_heads: int) -> int:
         """How many query heads make one of the result."""
-        if self.heads == "none":
-            return 1
-        return heads // kv_heads if self.heads.startswith("group") else heads
+        return head_group(self.heads, heads, kv_heads)
+
+
+def head_group(which: str, heads: int, kv_heads: int) -> int:
+    """How many query heads make one of the result, for ``ScoreSpec.heads``."""
+    if which == "none":
+        return 1
+    return heads // kv_heads if which.startswith("group") else heads
 
 
 def _check_slice(name: str, value: int | Slice) -> None:
@@ -162,23 +167,17 @@ def selected_rows(spec: ScoreSpec, sequences: Sequences, left: int, right: int, 
     return counts.clamp(min=0)
 
 
-def finish(
-    spec: ScoreSpec, scores: Tensor, head_group: int, sequences: Sequences | None, cols: slice, left: int, right: int
-) -> Tensor:
-    """Means, normalisation and pooling of reduced columns ``[…, heads, (R,) T']``; one head is no axis.
-
-    ``sequences`` may be None unless ``spec.by_position()``.
-    """
-    if spec.heads in ("mean", "group_mean"):
-        scores = scores / head_group
-    if sequences is not None:
-        scores = _placed(spec, scores, sequences, cols, left, right)
-    if spec.heads in ("mean", "sum", "max"):
-        scores = scores.squeeze(-3 if spec.reduce == "none" else -2)
+def over_heads(which: str, scores: Tensor, group: int, keeps_rows: bool) -> Tensor:
+    """Means of reduced columns ``[…, heads, (R,) T']`` for ``ScoreSpec.heads``; one head is no axis."""
+    if which in ("mean", "group_mean"):
+        scores = scores / group
+    if which in ("mean", "sum", "max"):
+        scores = scores.squeeze(-3 if keeps_rows else -2)
     return scores
 
 
-def _placed(spec: ScoreSpec, scores: Tensor, sequences: Sequences, cols: slice, left: int, right: int) -> Tensor:
+def finish(spec: ScoreSpec, scores: Tensor, sequences: Sequences, cols: slice, left: int, right: int) -> Tensor:
+    """What is left to do ``by_position``: means over rows, normalisation and pooling of columns ``[…, T']``."""
     if spec.reduce == "mean":
         scores = scores / selected_rows(spec, sequences, left, right, seeing=False)[cols].clamp(min=1)
     if spec.normalize == "visible":

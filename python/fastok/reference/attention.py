@@ -1,12 +1,14 @@
 """Specification of attention, its gradient, and what is exported of the attention matrix. Rows of queries are taken in
 chunks, so that memory grows with S + T, not with S x T (beyond what ``reduce="none"`` asks for)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..ops.scores import head_group, over_heads
 
 CHUNK = 256
 INFINITY = float("inf")
@@ -215,15 +217,25 @@ def attention_scores(
 
 
 def attention_with_scores(
-    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, scale: float, left: int, right: int, softcap: float,
-    key_bias: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, *which: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``torch.ops.fastok.attention_with_scores``: :func:`attention`, and with its lse :func:`attention_scores`."""
-    masking = scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    out, lse = attention(q, k, v, *masking)
-    return out, lse, attention_scores(q, k, lse, key_weight, *masking, *which)
+    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.ops.fastok.attention_with_scores``: :func:`attention`, and with its lse :func:`attention_scores`.
 
+    ``rest`` is what they take from ``scale`` to ``reduce``, then ``heads`` as of :class:`ScoreSpec`, and ``logits``.
+    """
+    return with_scores(attention, attention_scores, q, k, v, key_weight, *rest)
+
+
+def with_scores(
+    attend: Callable[..., Any], score: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``attention_with_scores`` by the ops that it consists of."""
+    *same, heads, logits = rest
+    group = head_group(heads, q.shape[-2], k.shape[-2])
+    out, lse = attend(q, k, v, *same[:9])
+    raw = score(q, k, lse, key_weight, *same, group, heads == "max", logits)
+    return out, lse, over_heads(heads, raw, group, same[-1] == "none")
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

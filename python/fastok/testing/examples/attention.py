@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.scores import head_group, over_heads
 from ...reference.attention import (
     Problem,
     _grouped,
@@ -139,7 +140,12 @@ def rounding_of_scores(
 
 def rounding_of_both(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """Of attention, and of its scores."""
-    return *rounding_of_attention(q, k, v, *rest[:9]), *rounding_of_scores(q, k, None, key_weight, *rest)
+    *same, which, logits = rest
+    group = head_group(which, q.shape[-2], k.shape[-2])
+    (scores,) = rounding_of_scores(q, k, None, key_weight, *same, group, which == "max", logits)
+    if scores.dim():
+        scores = over_heads(which, scores, group, same[-1] == "none")
+    return *rounding_of_attention(q, k, v, *same[:9]), scores
 
 
 # ---- attention: q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -271,7 +277,7 @@ for _title, _build, _n in (("(8,577,12,64)", _vit, 577), ("(1,2048,16/4,128) cau
     )
 
 
-# ---- attention_with_scores: q, k, v, key_weight, scale, … logits, as above --------------------------------------------
+# ---- attention_with_scores: q, k, v, key_weight, scale, … reduce, heads, logits --------------------------------------
 
 
 def _both(build: Any, *which: Any, weigh: bool = False) -> Any:
@@ -284,14 +290,14 @@ def _both(build: Any, *which: Any, weigh: bool = False) -> Any:
 
 
 example("attention_with_scores", "small", "sum over all rows and heads")(
-    _both(_causal, None, 0, 17, 0, 23, False, "sum", 4, False, False)
+    _both(_causal, None, 0, 17, 0, 23, False, "sum", "mean", False)
 )
 example("attention_with_scores", "awkward", "the last of many rows, each head, logits")(
-    _both(_window, None, 149, 150, 0, 97, False, "max", 1, False, True)
+    _both(_window, None, 149, 150, 0, 97, False, "max", "none", True)
 )
 example("attention_with_scores", "awkward", "sums over some rows of several blocks, weights")(
-    _both(_tails, None, 60, 290, 0, 197, False, "sum", 4, False, False, weigh=True)
+    _both(_tails, None, 60, 290, 0, 197, False, "sum", "mean", False, weigh=True)
 )
 example("attention_with_scores", "awkward", "packed sequences")(
-    _both(_packed, None, 0, LAST, 0, 120, False, "sum", 2, False, False)
+    _both(_packed, None, 0, LAST, 0, 120, False, "sum", "group_sum", False)
 )
