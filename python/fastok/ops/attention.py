@@ -154,9 +154,9 @@ def attention_with_scores(
     """:func:`attention` and, with its log-sum-exp, the statistics that ``scores`` asks for.
 
     Returns ``(out, lse, tensors)``, one tensor per spec as :func:`attention_scores` gives it. ``out`` and ``lse`` are
-    differentiable, the scores are not. Memory O(S + T) per head unless ``reduce="none"`` asks for rows. On the CPU, sums
-    of probabilities over all keys and a range of rows cost least as the first of ``scores``: the threads make them from
-    the keys that they have just attended to. The numbers are the same.
+    differentiable, the scores are not. Memory O(S + T) per head unless ``reduce="none"`` asks for rows. On the CPU,
+    sums of probabilities over all keys and a range of rows cost least as the first of ``scores``: the threads make them
+    from the keys that they have just attended to. The numbers are the same.
     """
     check_tensor("v", v)
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
