@@ -301,3 +301,7 @@ example("attention_with_scores", "awkward", "sums over some rows of several bloc
 example("attention_with_scores", "awkward", "packed sequences")(
     _both(_packed, None, 0, LAST, 0, 120, False, "sum", "group_sum", False)
 )
+for _title, _build, _n in (("(8,577,12,64)", _vit, 577), ("(1,2048,16/4,128) causal", _prompt, 2048)):
+    example("attention_with_scores", "large", _title, flops=1.5 * FLOPS[_title])(
+        _both(_build, None, 0, _n, 0, _n, False, "sum", "mean", False)
+    )
