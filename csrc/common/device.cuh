@@ -12,10 +12,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-// The block's dynamic shared memory: the only kind that kernels use.
+// The block's dynamic shared memory.
 #define FASTOK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 // The same where tiles begin at multiples of what their swizzling repeats after.
 #define FASTOK_SHARED_TILES(name) extern __shared__ __align__(1024) unsigned char name[]
+// An array of static shared memory.
+#define FASTOK_STATIC_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #endif
 
 namespace fastok::cuda {

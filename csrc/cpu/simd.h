@@ -66,6 +66,30 @@ inline void unzip(vf a, vf b, vf& even, vf& odd) {
   even = _mm512_permutex2var_ps(a, places, b);
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(places, _mm512_set1_epi32(1)), b);
 }
+// Two vectors of neighbouring elements, in whichever order the type unpacks best: here the even places and the odd
+// ones.
+inline void load_pair(const bf16* p, vf& even, vf& odd) {
+  const vi words = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000))));
+}
+inline void store_pair(bf16* p, vf even, vf odd) {
+  const auto rounded = [](vf x) {
+    const vi bits = _mm512_castps_si512(x);
+    const vmask up = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const vi half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(half, up, half, _mm512_set1_epi32(1));
+  };
+  const auto quieted = [](vf x, vi out) {
+    return _mm512_mask_or_epi32(out, unordered(x), _mm512_castps_si512(x), _mm512_set1_epi32(0x400000));
+  };
+  vi low = rounded(even), high = rounded(odd);
+  if (__builtin_expect(_mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q) != 0, 0)) {
+    low = quieted(even, low);
+    high = quieted(odd, high);
+  }
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+}
 
 #elif defined(__AVX2__)
 
@@ -117,6 +141,24 @@ inline void unzip(vf a, vf b, vf& even, vf& odd) {
   };
   even = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
   odd = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+}
+// Two vectors of neighbouring elements, in whichever order the type unpacks best: here the even places and the odd
+// ones.
+inline void load_pair(const bf16* p, vf& even, vf& odd) {
+  const vi words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
+inline void store_pair(bf16* p, vf even, vf odd) {
+  const auto rounded = [](vf x) {
+    const vi bits = _mm256_castps_si256(x);
+    const vi up = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const vi out = _mm256_add_epi32(bits, _mm256_add_epi32(up, _mm256_set1_epi32(0x7fff)));
+    const vi quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_blendv_epi8(out, quiet, _mm256_castps_si256(unordered(x)));
+  };
+  const vi out = _mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xaa);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
 }
 
 #else  // 128-bit vectors in the compiler's own notation: SSE2, NEON, anything.
@@ -223,6 +265,26 @@ inline void store(T* p, vf x) {
   for (int i = 0; i < kLanes; ++i) narrow(x[i], p[i]);
 }
 #endif
+
+// In order, for types without a way of their own.
+template <class T>
+inline void load_pair(const T* p, vf& first, vf& second) {
+  first = load(p);
+  second = load(p + kLanes);
+}
+template <class T>
+inline void store_pair(T* p, vf first, vf second) {
+  store(p, first);
+  store(p + kLanes, second);
+}
+inline void load_pair(const double* p, double& first, double& second) {
+  first = p[0];
+  second = p[1];
+}
+inline void store_pair(double* p, double first, double second) {
+  p[0] = first;
+  p[1] = second;
+}
 
 #if defined(__AVX512F__)
 // In the same order as below.

@@ -1,5 +1,6 @@
 // Similarity fused with the running best, over panels that fit the caches: the score matrix is never written.
 #include "cpu/tile_simd.h"
+#include "cpu/transpose_simd.h"
 #include "match/match.h"
 
 namespace fastok::FASTOK_ISA {
@@ -91,6 +92,33 @@ float clamped_norm(float* x, int64_t width) {
 size_t row_panel_bytes(int64_t width) { return size_t(width) * kRows * sizeof(float); }
 size_t col_panel_bytes(int64_t width) { return size_t(width) * kCols * sizeof(float); }
 
+// Rows [kPanel][width] to a panel [width][kPanel], a few channels at a time, so that the lines written stay in the
+// first-level cache until they are full.
+template <int kPanel>
+void interleave(const float* x, int64_t width, float* out) {
+  constexpr int64_t kChannels = 16;
+  int64_t begin = 0;
+#if defined(__AVX512F__)
+  for (; begin + kChannels <= width; begin += kChannels) {
+    for (int first = 0; first < kPanel; first += kLanes) {
+      const int count = kPanel - first < kLanes ? kPanel - first : kLanes;
+      vf r[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) r[i] = i < count ? load(x + (first + i) * width + begin) : splat(0.0f);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int d = 0; d < kLanes; ++d)
+        _mm512_mask_storeu_ps(out + (begin + d) * kPanel + first, vmask((1u << count) - 1), r[d]);
+    }
+  }
+#endif
+  for (; begin < width; begin += kChannels) {
+    const int64_t end = begin + kChannels < width ? begin + kChannels : width;
+    for (int i = 0; i < kPanel; ++i)
+      for (int64_t d = begin; d < end; ++d) out[d * kPanel + i] = x[i * width + d];
+  }
+}
+
 template <int kPanel>
 void pack(const Rows& rows, int64_t panel, Similarity similarity, float filler, float* out, float* scratch) {
   for (int i = 0; i < kPanel; ++i) {
@@ -103,13 +131,7 @@ void pack(const Rows& rows, int64_t panel, Similarity similarity, float filler, 
     widen_row(rows, row, x);
     if (similarity == Similarity::cosine) divide_row(x, rows.width, clamped_norm(x, rows.width));
   }
-  // Transposed a few channels at a time, so that the lines written stay in the first-level cache until they are full.
-  constexpr int64_t kChannels = 16;
-  for (int64_t begin = 0; begin < rows.width; begin += kChannels) {
-    const int64_t end = begin + kChannels < rows.width ? begin + kChannels : rows.width;
-    for (int i = 0; i < kPanel; ++i)
-      for (int64_t d = begin; d < end; ++d) out[d * kPanel + i] = scratch[i * rows.width + d];
-  }
+  interleave<kPanel>(scratch, rows.width, out);
 }
 
 void pack_rows(const Rows& rows, int64_t panel, Similarity similarity, void* out, float* scratch) {
@@ -142,14 +164,15 @@ struct Running {
     store(score[i], select(better, s, before));
     store(column[i], select(better, c, load(column[i])));
   }
+  // A lane that holds more than -inf holds a column too.
   void finish(int i, float& best, int32_t& mate) const {
-    best = -kInfinity;
-    mate = -1;
+    best = horizontal_max(load(score[i]));
+    int32_t lowest = std::numeric_limits<int32_t>::max();
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float s = score[i][lane];
-      const int32_t c = column[i][lane];
-      if (c >= 0 && (s > best || (s == best && c < mate) || mate < 0)) best = s, mate = c;
+      const int32_t c = score[i][lane] == best ? column[i][lane] : lowest;
+      lowest = c < lowest ? c : lowest;
     }
+    mate = best > -kInfinity ? lowest : -1;
   }
 };
 

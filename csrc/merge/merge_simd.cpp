@@ -41,42 +41,30 @@ void clear_row(T* out, int64_t channels) {
   if (channels > 0) std::memset(out, 0, size_t(channels) * sizeof(T));
 }
 
-// Reduces columns [c, c + kVectors * width) of a slot's members into y.
-template <class T, MergeMode kMode, int kVectors>
-inline __attribute__((always_inline)) void reduce_vectors(const Tokens& x, int64_t b, const int32_t* members,
-                                                          int64_t count, const float* size, float total, T* y,
-                                                          int64_t c) {
-  constexpr int width = Lane<T>::width;
-  typename Lane<T>::Vec acc[kVectors] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    const T* source = row<T>(x, b, members[j]) + c;
-    const auto share = spread<T>(kMode == MergeMode::mean ? (size ? size[members[j]] : 1.0f) / total : 1.0f);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const auto value = load(source + v * width);
-      if constexpr (kMode == MergeMode::max) {
-        acc[v] = j == 0 ? value : select(either(greater(value, acc[v]), unordered(value)), value, acc[v]);
-      } else if constexpr (kMode == MergeMode::sum) {
-        acc[v] = acc[v] + value;
-      } else {
-        acc[v] = fma(value, share, acc[v]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store(y + c + v * width, acc[v]);
+// How much of the mean a member makes up; 1 in the other modes.
+template <MergeMode kMode>
+inline float share_of(const float* size, int32_t member, float total) {
+  return kMode == MergeMode::mean ? (size ? size[member] : 1.0f) / total : 1.0f;
 }
 
+// One member more: `acc` is what those before it (none if `first`) came to.
+template <MergeMode kMode, class V>
+inline __attribute__((always_inline)) V joined(V acc, V value, V share, bool first) {
+  if constexpr (kMode == MergeMode::max) {
+    return first ? value : select(either(greater(value, acc), unordered(value)), value, acc);
+  } else if constexpr (kMode == MergeMode::sum) {
+    return acc + value;
+  } else {
+    return fma(value, share, acc);
+  }
+}
+
+// Columns [begin, channels) one by one: what is left of a row beside whole vectors.
 template <class T, MergeMode kMode>
-void reduce(const Tokens& x, int64_t b, const int32_t* members, int64_t count, const float* size, float total, T* y,
-            int64_t channels) {
+void reduce_rest(const Tokens& x, int64_t b, const int32_t* members, int64_t count, const float* size, float total,
+                 T* y, int64_t begin, int64_t channels) {
   using Acc = typename Lane<T>::Acc;
-  constexpr int width = Lane<T>::width;
-  int64_t c = 0;
-  for (; c + 8 * width <= channels; c += 8 * width)
-    reduce_vectors<T, kMode, 8>(x, b, members, count, size, total, y, c);
-  for (; c + width <= channels; c += width) reduce_vectors<T, kMode, 1>(x, b, members, count, size, total, y, c);
-  for (; c < channels; ++c) {
+  for (int64_t c = begin; c < channels; ++c) {
     Acc acc = 0;
     for (int64_t j = 0; j < count; ++j) {
       const Acc value = widen(row<T>(x, b, members[j])[c]);
@@ -85,41 +73,109 @@ void reduce(const Tokens& x, int64_t b, const int32_t* members, int64_t count, c
       } else if constexpr (kMode == MergeMode::sum) {
         acc += value;
       } else {
-        acc += value * Acc((size ? size[members[j]] : 1.0f) / total);
+        acc += value * Acc(share_of<kMode>(size, members[j], total));
       }
     }
     narrow(acc, y[c]);
   }
 }
 
-// Asks for the beginnings of the rows that a slot soon to come will read: short rows in no order are more than the
-// hardware's own prefetcher foresees.
+// A slot of kCount members. Most slots have few, in no order that a processor foresees: a loop over members within one
+// over columns would end by a mispredicted branch at every turn.
+template <class T, MergeMode kMode, int kCount>
+void reduce_few(const Tokens& x, int64_t b, const int32_t* members, const float* size, float total, T* y,
+                int64_t channels) {
+  constexpr int width = Lane<T>::width;
+  const T* source[kCount];
+  typename Lane<T>::Vec share[kCount];
+#pragma GCC unroll 4
+  for (int j = 0; j < kCount; ++j) {
+    source[j] = row<T>(x, b, members[j]);
+    share[j] = spread<T>(share_of<kMode>(size, members[j], total));
+  }
+  int64_t c = 0;
+  for (; c + 2 * width <= channels; c += 2 * width) {
+    typename Lane<T>::Vec first = {}, second = {}, low, high;
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      load_pair(source[j] + c, low, high);
+      first = joined<kMode>(first, low, share[j], j == 0);
+      second = joined<kMode>(second, high, share[j], j == 0);
+    }
+    store_pair(y + c, first, second);
+  }
+  if (c + width <= channels) {
+    typename Lane<T>::Vec acc = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) acc = joined<kMode>(acc, load(source[j] + c), share[j], j == 0);
+    store(y + c, acc);
+    c += width;
+  }
+  reduce_rest<T, kMode>(x, b, members, kCount, size, total, y, c, channels);
+}
+
+// Columns [c, c + kVectors * width) of a slot of many members.
+template <class T, MergeMode kMode, int kVectors>
+inline __attribute__((always_inline)) void reduce_vectors(const Tokens& x, int64_t b, const int32_t* members,
+                                                          int64_t count, const float* size, float total, T* y,
+                                                          int64_t c) {
+  constexpr int width = Lane<T>::width;
+  typename Lane<T>::Vec acc[kVectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    const T* source = row<T>(x, b, members[j]) + c;
+    const auto share = spread<T>(share_of<kMode>(size, members[j], total));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc[v] = joined<kMode>(acc[v], load(source + v * width), share, j == 0);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) store(y + c + v * width, acc[v]);
+}
+
+template <class T, MergeMode kMode>
+void reduce(const Tokens& x, int64_t b, const int32_t* members, int64_t count, const float* size, float total, T* y,
+            int64_t channels) {
+  constexpr int width = Lane<T>::width;
+  switch (count) {
+    case 2:
+      return reduce_few<T, kMode, 2>(x, b, members, size, total, y, channels);
+    case 3:
+      return reduce_few<T, kMode, 3>(x, b, members, size, total, y, channels);
+    case 4:
+      return reduce_few<T, kMode, 4>(x, b, members, size, total, y, channels);
+  }
+  int64_t c = 0;
+  for (; c + 8 * width <= channels; c += 8 * width)
+    reduce_vectors<T, kMode, 8>(x, b, members, count, size, total, y, c);
+  for (; c + width <= channels; c += width) reduce_vectors<T, kMode, 1>(x, b, members, count, size, total, y, c);
+  reduce_rest<T, kMode>(x, b, members, count, size, total, y, c, channels);
+}
+
+// Asks for the beginning of a row that will soon be read: short rows in no order are more than the hardware's own
+// prefetcher foresees.
 template <class T>
-void prefetch_rows(const Tokens& x, int64_t b, const int32_t* begin, const int32_t* end, int64_t channels) {
+void prefetch_row(const Tokens& x, int64_t b, int32_t token, int64_t channels) {
   constexpr int64_t kLine = 64, kMostBytes = 16 * kLine;
   const int64_t row_bytes = channels * int64_t(sizeof(T)), bytes = row_bytes < kMostBytes ? row_bytes : kMostBytes;
-  for (; begin < end; ++begin)
-    for (int64_t at = 0; at < bytes; at += kLine)
-      __builtin_prefetch(reinterpret_cast<const char*>(row<T>(x, b, *begin)) + at);
+  const char* begin = reinterpret_cast<const char*>(row<T>(x, b, token));
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
 }
 
 template <class T>
 void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y, float* size_out,
                 int64_t channels, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / map.n_out, slot = i % map.n_out;
+  int64_t b = begin / map.n_out, slot = begin % map.n_out;
+  for (int64_t i = begin; i < end; ++i, ++slot) {
+    if (slot == map.n_out) ++b, slot = 0;
     const int32_t* offsets = map.offsets + b * (map.n_out + 1) + slot;
     const int32_t* members = map.members + b * map.n + offsets[0];
-    const int64_t count = offsets[1] - offsets[0];
+    const int64_t count = offsets[1] - offsets[0], left = map.offsets[(b + 1) * (map.n_out + 1) - 1] - offsets[0];
     const float* sizes = size ? size + b * map.n : nullptr;
     float total = 0;
     for (int64_t j = 0; j < count; ++j) total += sizes ? sizes[members[j]] : 1.0f;
     size_out[i] = total;
     T* out = row<T>(y, b, slot);
-    constexpr int kAhead = 2;
-    if (slot + kAhead < map.n_out)
-      prefetch_rows<T>(x, b, members + offsets[kAhead] - offsets[0], members + offsets[kAhead + 1] - offsets[0],
-                       channels);
+    constexpr int kAhead = 3;
+    for (int64_t j = kAhead; j < kAhead + count && j < left; ++j) prefetch_row<T>(x, b, members[j], channels);
     if (count == 0 || (mode == MergeMode::mean && total == 0)) {
       clear_row(out, channels);
     } else if (count == 1 || mode == MergeMode::first) {

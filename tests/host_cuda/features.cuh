@@ -104,6 +104,23 @@ __global__ void arrive(Sample s) {
   }
 }
 
+// A static array is the block's, wherever its function is called from, and stays as it is when the dynamic memory is
+// divided anew.
+__device__ inline int* static_values() {
+  FASTOK_STATIC_SHARED(int, values, 64);
+  return values;
+}
+__global__ void static_arrays(Sample s) {
+  FASTOK_SHARED(shared);
+  const int t = int(threadIdx.x);
+  static_values()[t] = s.from()[t];
+  SharedMemory(shared).take<int>(s.n, "before")[t] = 0;
+  __syncthreads();
+  int* const after = SharedMemory(shared).take<int>(s.n, "after");
+  after[t] = static_values()[s.n - 1 - t];
+  s.to()[t] = after[t];
+}
+
 // Two groups of copies: the first is waited for while the second is under way.
 __global__ void copy_groups(Sample s) {
   FASTOK_SHARED(shared);

@@ -455,6 +455,9 @@ void start_sharing() { Machine::get().memory().start_sharing(); }
 unsigned char* share(size_t bytes, const char* name, size_t alignment) {
   return Machine::get().memory().share(bytes, name, alignment);
 }
+unsigned char* share_static(size_t bytes, const char* name, const char* function) {
+  return Machine::get().memory().share_static(bytes, name, function);
+}
 void launch(const Launch& launch) { Machine::get().launch(launch); }
 void zero(void* p, size_t bytes) { Machine::get().memory().zero(p, bytes); }
 

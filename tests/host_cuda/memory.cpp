@@ -17,7 +17,11 @@ namespace {
 constexpr size_t kRedZone = 64, kMostArrays = 64;
 // Of shared memory, and what the red zones before arrays so aligned take besides.
 constexpr size_t kMostAlignment = 1024, kMostAligned = 4;
-constexpr uint8_t kInFlight = 0xff;
+// What CUDA grants static arrays, and what the red zones between them take besides.
+constexpr size_t kStaticShared = 48 << 10, kMostStatic = 16;
+constexpr uint8_t kInFlight = 0xff, kStaticPhase = 0xfe;
+
+size_t rounded_up(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // Where this module lies: its constants may be read, and its addresses count from its beginning.
 struct Module {
@@ -125,7 +129,9 @@ void Memory::end_call() {
 
 void Memory::begin_block(size_t shared_bytes) {
   released_in_block_.clear();
-  const size_t room = shared_bytes + kMostArrays * (kRedZone + 16) + kMostAligned * kMostAlignment;
+  static_arrays_.clear();
+  static_begin_ = rounded_up(shared_bytes) + kMostArrays * (kRedZone + 16) + kMostAligned * kMostAlignment;
+  const size_t room = static_begin_ + kStaticShared + kMostStatic * kRedZone;
   if (room > arena_room_) {
     arena_room_ = room;
     arena_.reset(static_cast<unsigned char*>(
@@ -155,15 +161,14 @@ void Memory::zero(void* p, size_t bytes) {
 
 void Memory::start_sharing() {
   SharedLayout& layout = current->shared;
-  layout.phase = layout.phase == kInFlight - 1 ? 1 : uint8_t(layout.phase + 1);
+  layout.phase = layout.phase == kStaticPhase - 1 ? 1 : uint8_t(layout.phase + 1);
   layout.used = 0;
   layout.arrays.clear();
 }
 
 unsigned char* Memory::share(size_t bytes, const char* name, size_t alignment) {
   SharedLayout& layout = current->shared;
-  const size_t rounded = (bytes + 15) / 16 * 16;
-  layout.used += rounded;
+  layout.used += rounded_up(bytes);
   if (layout.used > granted_)
     Machine::get().fail("shared memory exceeded: with '" + std::string(name) + "' the block uses " +
                         bytes_text(layout.used) + ", and the launch asked for " + bytes_text(granted_));
@@ -171,16 +176,37 @@ unsigned char* Memory::share(size_t bytes, const char* name, size_t alignment) {
   size_t begin = 0;
   if (!layout.arrays.empty()) {
     const SharedArray& last = layout.arrays.back();
-    begin = last.begin + (last.bytes + 15) / 16 * 16 + kRedZone;
+    begin = last.begin + rounded_up(last.bytes) + kRedZone;
     begin = (begin + alignment - 1) / alignment * alignment;
   }
   layout.arrays.push_back({name, begin, bytes});
   return arena_.get() + begin;
 }
 
+unsigned char* Memory::share_static(size_t bytes, const char* name, const char* function) {
+  size_t begin = static_begin_, used = 0;
+  for (const StaticArray& array : static_arrays_) {
+    if (std::strcmp(array.name, name) == 0 && std::strcmp(array.function, function) == 0)
+      return arena_.get() + array.begin;
+    begin = array.begin + rounded_up(array.bytes) + kRedZone;
+    used += rounded_up(array.bytes);
+  }
+  if (used + bytes > kStaticShared || static_arrays_.size() == kMostStatic)
+    Machine::get().fail("static shared memory exceeded: with '" + std::string(name) + "' the block uses " +
+                        bytes_text(used + bytes) + " in " + std::to_string(static_arrays_.size() + 1) +
+                        " arrays; CUDA grants 48 KiB, this machine 16 arrays");
+  static_arrays_.push_back({{name, begin, bytes}, function});
+  return arena_.get() + begin;
+}
+
 const SharedArray* Memory::shared_array_at(size_t offset, size_t size) const {
+  const auto holds = [&](const SharedArray& array) {
+    return offset >= array.begin && offset + size <= array.begin + array.bytes;
+  };
   for (const SharedArray& array : current->shared.arrays)
-    if (offset >= array.begin && offset + size <= array.begin + array.bytes) return &array;
+    if (holds(array)) return &array;
+  for (const SharedArray& array : static_arrays_)
+    if (holds(array)) return &array;
   return nullptr;
 }
 
@@ -252,18 +278,19 @@ void Memory::touch(const void* p, size_t size, Access access, Pc pc) {
 void Memory::touch_shared(size_t offset, size_t size, Access access, Pc pc) {
   const unsigned char* const p = arena_.get() + offset;
   const SharedLayout& layout = current->shared;
-  if (layout.arrays.empty() ? offset + size > granted_ : !shared_array_at(offset, size))
-    fail_outside(p, size, access, pc);
+  const bool undivided = layout.arrays.empty() && !is_static(offset);
+  if (undivided ? offset + size > granted_ : !shared_array_at(offset, size)) fail_outside(p, size, access, pc);
+  const uint8_t phase = is_static(offset) ? kStaticPhase : layout.phase;
   uint8_t* const state = state_.data() + offset;
   for (size_t i = 0; i < size; ++i) {
-    if (state[i] == layout.phase) continue;
+    if (state[i] == phase) continue;
     if (state[i] == kInFlight)
       fail("access to shared memory that cp.async is still writing", p + i, 1, access, pc,
            "\n  hint      the thread that began the copy has not waited for it");
     if (access != Access::write)
       fail("read of uninitialised shared memory", p + i, size, access, pc,
            "\n  hint      nobody has written it since it was divided, or not yet: a barrier may be missing");
-    state[i] = layout.phase;
+    state[i] = phase;
   }
   stamp(cells_.get(), true, p, offset, size, access, pc);
 }
@@ -345,13 +372,15 @@ std::string Memory::describe(const void* p) {
   };
   if (is_shared(p)) {
     const auto offset = size_t(address - arena_.get());
-    if (!current || current->shared.arrays.empty()) return "shared memory at byte " + std::to_string(offset);
-    for (const SharedArray& array : current->shared.arrays) {
-      if (offset >= array.begin && offset < array.begin + array.bytes)
-        return "shared array '" + std::string(array.name) + "' at byte " + std::to_string(offset - array.begin) +
-               " of " + std::to_string(array.bytes);
+    if (current)
+      if (const SharedArray* array = shared_array_at(offset, 1))
+        return "shared array '" + std::string(array->name) + "' at byte " + std::to_string(offset - array->begin) +
+               " of " + std::to_string(array->bytes);
+    if (!current || (current->shared.arrays.empty() && !is_static(offset)))
+      return "shared memory at byte " + std::to_string(offset);
+    for (const SharedArray& array : current->shared.arrays)
       consider(array.name, arena_.get() + array.begin, array.bytes);
-    }
+    for (const SharedArray& array : static_arrays_) consider(array.name, arena_.get() + array.begin, array.bytes);
     return "shared memory, " + nearest;
   }
   for (const Array& array : arrays_) {

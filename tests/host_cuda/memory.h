@@ -72,6 +72,9 @@ struct SharedArray {
   const char* name;
   size_t begin, bytes;
 };
+struct StaticArray : SharedArray {
+  const char* function;
+};
 struct SharedLayout {
   uint8_t phase = 1;  // divisions so far
   size_t used = 0;    // of what was asked for, without red zones
@@ -102,6 +105,7 @@ class Memory {
   unsigned char* shared() { return arena_.get(); }
   void start_sharing();
   unsigned char* share(size_t bytes, const char* name, size_t alignment);
+  unsigned char* share_static(size_t bytes, const char* name, const char* function);
 
   void touch(const void* p, size_t size, Access access, Pc pc);
   void require_aligned(const void* p, size_t alignment, const char* what, Pc pc);
@@ -127,6 +131,7 @@ class Memory {
                          const std::string& more = "");
   [[noreturn]] void fail_race(const Stamp& other, int lane, bool shared, const void* p, Access access, Pc pc);
   [[noreturn]] void fail_outside(const void* p, size_t size, Access access, Pc pc);
+  bool is_static(size_t offset) const { return offset >= static_begin_; }
   const SharedArray* shared_array_at(size_t offset, size_t size) const;
 
   std::vector<Array> arrays_;
@@ -138,8 +143,11 @@ class Memory {
   };
   std::unique_ptr<unsigned char[], Free> arena_;
   std::unique_ptr<Cell[], Free> cells_;
-  std::vector<uint8_t> state_;  // of each byte: the phase it was written in, or kInFlight
+  std::vector<uint8_t> state_;  // of each byte: the phase it was written in, kStaticPhase or kInFlight
   size_t arena_bytes_ = 0, arena_room_ = 0, granted_ = 0;
+  // Static arrays, as far as the block has come to them: behind the dynamic ones.
+  std::vector<StaticArray> static_arrays_;
+  size_t static_begin_ = 0;
 };
 
 }  // namespace simt

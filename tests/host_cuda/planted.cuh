@@ -27,6 +27,15 @@ __global__ void missing_barrier(Sample s) {
   s.to()[thread()] = values[s.n - 1 - thread()];
 }
 
+// The same in static shared memory.
+template <bool kCorrect>
+__global__ void missing_barrier_static(Sample s) {
+  FASTOK_STATIC_SHARED(int, values, 64);
+  values[thread()] = s.from()[thread()];
+  if (kCorrect) __syncthreads();
+  s.to()[thread()] = values[s.n - 1 - thread()];
+}
+
 // The same in each warp. A vote lets the lanes meet, but orders nothing.
 template <bool kCorrect>
 __global__ void missing_syncwarp(Sample s) {
@@ -200,6 +209,15 @@ __global__ void shared_overrun(Sample s) {
   int* const second = memory.take<int>(s.n, "second");
   first[thread() + (kCorrect ? 0 : 4)] = thread();
   second[thread()] = 0;
+  s.to()[thread()] = 0;
+}
+
+template <bool kCorrect>
+__global__ void static_overrun(Sample s) {
+  FASTOK_STATIC_SHARED(int, low, 64);
+  FASTOK_STATIC_SHARED(int, high, 64);
+  low[thread() + (kCorrect ? 0 : 4)] = thread();
+  high[thread()] = 0;
   s.to()[thread()] = 0;
 }
 

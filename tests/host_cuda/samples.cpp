@@ -16,6 +16,7 @@ using Kernel = void (*)(Sample);
   {#name, planted::name<false>}, { #name " (correct)", planted::name<true> }
 const std::map<std::string, Kernel> kKernels{
     TWINS(missing_barrier),
+    TWINS(missing_barrier_static),
     TWINS(missing_syncwarp),
     TWINS(partial_syncwarp),
     TWINS(arrive_without_wait),
@@ -33,6 +34,7 @@ const std::map<std::string, Kernel> kKernels{
     TWINS(unequal_collectives),
     TWINS(absent_source),
     TWINS(shared_overrun),
+    TWINS(static_overrun),
     TWINS(global_overrun),
     TWINS(view_overrun),
     TWINS(library_overrun),
@@ -69,6 +71,7 @@ const std::map<std::string, Kernel> kKernels{
     {"named_barriers", features::named_barriers},
     {"arrive", features::arrive},
     {"copy_groups", features::copy_groups},
+    {"static_arrays", features::static_arrays},
     {"flag", features::flag},
     {"wide_ticket", features::wide_ticket},
     {"matrices", features::matrices},

@@ -18,6 +18,8 @@
 #define __align__(bytes) alignas(bytes)
 #define FASTOK_SHARED(name) unsigned char* const name = simt::shared_memory()
 #define FASTOK_SHARED_TILES(name) FASTOK_SHARED(name)
+#define FASTOK_STATIC_SHARED(type, name, count) \
+  type* const name = reinterpret_cast<type*>(simt::share_static(sizeof(type) * (count), #name, __PRETTY_FUNCTION__))
 
 #if defined(__SANITIZE_THREAD__)
 extern "C" {
@@ -46,6 +48,9 @@ __attribute__((const)) dim3 grid_dim();
 unsigned char* shared_memory();
 void start_sharing();
 unsigned char* share(size_t bytes, const char* name, size_t alignment);
+// A static array: one in the block for each function (and its template arguments) and name, however the dynamic memory
+// is divided.
+unsigned char* share_static(size_t bytes, const char* name, const char* function);
 
 // A place in the source, as the default value of a parameter: where the function was called.
 struct Site {

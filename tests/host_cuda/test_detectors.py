@@ -29,6 +29,7 @@ def line_of(kernel, text):
 # to be caught, the pattern leaves the number open.
 BUGS = {
     "missing_barrier": (r"data race in shared memory\n  place .*'values'", "values[s.n - 1", {}),
+    "missing_barrier_static": (r"data race in shared memory\n  place .*'values'", "values[s.n - 1", {}),
     "missing_syncwarp": (r"data race in shared memory\n  place .*'values'", "values[thread() ^ 31]", {}),
     "partial_syncwarp": (
         r"data race in shared memory\n  place     shared array 'values' at byte 0 of 4\n"
@@ -88,6 +89,11 @@ BUGS = {
         r"access out of bounds\n  place     shared memory, \d+ bytes behind 'first' of 256 bytes\n  write     4 bytes",
         "first[thread()",
         {"shared_bytes": 512},
+    ),
+    "static_overrun": (
+        r"access out of bounds\n  place     shared memory, \d+ bytes behind 'low' of 256 bytes\n  write     4 bytes",
+        "low[thread()",
+        {},
     ),
     "global_overrun": (
         r"access out of bounds\n  place     0 bytes behind 'in' of 256 bytes\n"
@@ -196,6 +202,7 @@ def test_bug_is_found(kernel):
 # Where the result is more than that nothing was found.
 RESULTS = {
     "missing_barrier": torch.arange(N - 1, -1, -1),
+    "missing_barrier_static": torch.arange(N - 1, -1, -1),
     "missing_syncwarp": torch.arange(N) ^ 31,
     "partial_syncwarp": torch.full((32,), 7),
     "same_value": torch.ones(N),

@@ -129,6 +129,12 @@ def test_copy_groups():
     assert torch.equal(out, x)
 
 
+def test_static_arrays():
+    x = torch.randint(1, 100, (64,)).int()
+    out = run("static_arrays", x, ints(64), block=(64, 1, 1), shared_bytes=256)
+    assert torch.equal(out, x.flip(0))
+
+
 def test_matrices():
     x = torch.randint(-(2**15), 2**15, (4, 8, 8)).short()
     out = run("matrices", x, torch.empty((7, 8, 8), dtype=torch.int16), block=(32, 1, 1), shared_bytes=1024)

@@ -1,0 +1,22 @@
+"""Calls of differentiable ops: past torch.library's Python layer where no gradient is asked for."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def call(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)``, for an op with a formula registered by ``torch.library.register_autograd``.
+
+    That formula is a Python function, which every call passes through, with a gradient to come or without. Beside small
+    inputs and cold caches it costs as much as the work, so calls that need no gradient go below it.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(_asks_gradient(x) for x in args):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _asks_gradient(x: object) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
