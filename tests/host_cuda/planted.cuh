@@ -31,6 +31,8 @@ __global__ void missing_barrier(Sample s) {
 template <bool kCorrect>
 __global__ void missing_barrier_static(Sample s) {
   FASTOK_STATIC_SHARED(int, values, 64);
+  values[thread()] = 0;
+  __syncthreads();
   values[thread()] = s.from()[thread()];
   if (kCorrect) __syncthreads();
   s.to()[thread()] = values[s.n - 1 - thread()];
