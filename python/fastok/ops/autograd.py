@@ -12,7 +12,7 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     That formula is a Python function, which every call passes through, with a gradient to come or without. Beside small
     inputs and cold caches it costs as much as the work, so calls that need no gradient go below it.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(_asks_gradient(x) for x in args):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(_asks_gradient(x) for x in args)):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
