@@ -301,7 +301,7 @@ def test_sample_cdf_of_more_heights_than_tokens(backend: Backend) -> None:
             check_map(backend.sample_cdf(scores, k, min(n, 1)), rows, n, min(k, n), f"{name}, k={k}")
 
 
-@over_backends("sample_cdf", without=("cuda", "cuda-on-host"))
+@over_backends("sample_cdf")
 def test_sample_cdf_never_takes_heights_one_by_one(backend: Backend) -> None:
     scores = torch.stack([torch.randperm(200), torch.randperm(200)]).float() + 1
     rows = [[0, *(int(i) for i in row.argsort() if i != 0)] for row in scores]

@@ -67,7 +67,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_cdf(Tensor scores, int64_t k, 
                   protect);
   STD_TORCH_CHECK(n - protect <= kMostSampled, "scores must have at most ", kMostSampled,
                   " unprotected tokens on CUDA, got ", n - protect);
-  check_countable(k, "k");
   check_grid(batch, "scores");
   const Tensor assign = empty_like_device(scores, {batch, n}, ScalarType::Int);
   const Tensor counts = empty_like_device(scores, {batch}, ScalarType::Int);
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_cdf(Tensor scores, int64_t k, 
   SampleParams p{};
   std::vector<Tensor> held;
   p.scores = scores.const_data_ptr(), p.batch_stride = scores.stride(0), p.stride = scores.stride(1);
-  p.n = int(n), p.n_out = int(n_out), p.protect = int(protect), p.heights = int(k - protect);
+  p.n = int(n), p.n_out = int(n_out), p.protect = int(protect), p.heights = k - protect;
   if (n - protect > kSampledInBlock) {
     const int64_t width = power_of_two(n - protect);
     p.order = reinterpret_cast<uint64_t*>(working<int64_t>(held, scores, batch * width, ScalarType::Long));

@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(const TopParams p,
 struct SampleParams {
   const void* scores;
   int64_t batch_stride, stride;
-  int n, n_out, protect, heights, sort_width;
+  int n, n_out, protect, sort_width;
+  int64_t heights;
   uint64_t* order;  // [B, sort_width] and
   double* total;    // [B, sort_width], where shared memory is too small; else nullptr
   int32_t *assign, *counts, *offsets, *members;
@@ -278,6 +279,33 @@ __device__ inline int first_from(const double* total, int n, double height, bool
   }
   return low;
 }
+
+// `count` evenly spaced heights. They ascend, and so do the ranks that they are nearest to.
+struct Heights {
+  double low, high;
+  int64_t count;
+
+  __device__ double at(int64_t step) const {
+    return low + (high - low) * double(step) / double(count > 1 ? count - 1 : 1);
+  }
+  // Whether a height is nearer to the sum of `rank` (or to a later one) than to the one before.
+  __device__ static bool reaches(const double* total, int rank, double height) {
+    return rank == 0 || height - total[rank - 1] > total[rank] - height;
+  }
+  // Whether `rank` is the nearest of any: the first that reaches it does not reach the next one.
+  __device__ bool any_of(const double* total, int ranks, int rank) const {
+    int64_t first = 0, end = count;
+    while (first < end) {
+      const int64_t middle = first + (end - first) / 2;
+      if (reaches(total, rank, at(middle))) {
+        end = middle;
+      } else {
+        first = middle + 1;
+      }
+    }
+    return first < count && (rank + 1 == ranks || !reaches(total, rank + 1, at(first)));
+  }
+};
 
 // Grid: one block per sample.
 template <class T>
@@ -322,12 +350,17 @@ __global__ void __launch_bounds__(1024, 1) sample_kernel(const SampleParams p) {
 
   // The ranks nearest to the heights.
   if (ranks > 0) {
-    const double high = total[ranks - 1], low = total[min(first_from(total, ranks, 0.0, true), ranks - 1)];
-    for (int step = thread; step < p.heights; step += threads) {
-      const double height = low + (high - low) * double(step) / double(max(p.heights - 1, 1));
-      const int upper = min(first_from(total, ranks, height, false), ranks - 1), lower = max(upper - 1, 0);
-      const int pick = height - total[lower] <= total[upper] - height ? lower : upper;
-      atomicOr(&bits[pick / 32], 1u << (pick % 32));
+    const Heights heights{total[min(first_from(total, ranks, 0.0, true), ranks - 1)], total[ranks - 1], p.heights};
+    if (p.heights <= ranks) {
+      for (int step = thread; step < int(p.heights); step += threads) {
+        const double height = heights.at(step);
+        const int upper = min(first_from(total, ranks, height, false), ranks - 1), lower = max(upper - 1, 0);
+        const int pick = height - total[lower] <= total[upper] - height ? lower : upper;
+        atomicOr(&bits[pick / 32], 1u << (pick % 32));
+      }
+    } else {
+      for (int rank = thread; rank < ranks; rank += threads)
+        if (heights.any_of(total, ranks, rank)) atomicOr(&bits[rank / 32], 1u << (rank % 32));
     }
   }
   __syncthreads();

@@ -34,7 +34,7 @@ void sample_cdf(const Call& call) {
   SampleParams p{};
   p.scores = scores.data, p.batch_stride = scores.strides[0], p.stride = scores.strides[1];
   p.n = int(scores.shape[1]), p.n_out = int(call.array("offsets").shape[1] - 1);
-  p.protect = int(call.integer("protect")), p.heights = int(call.integer("k")) - p.protect;
+  p.protect = int(call.integer("protect")), p.heights = call.integer("k") - p.protect;
   const int64_t n_free = p.n - p.protect, width = n_free > kSampledInBlock ? power_of_two(n_free) : 0;
   Working<uint64_t> order("order", scores.shape[0] * width);
   Working<double> total("total", scores.shape[0] * width);
