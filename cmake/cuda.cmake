@@ -9,7 +9,8 @@ add_library(fastok_cuda SHARED csrc/attention/attention_cuda.cu csrc/attention/a
             csrc/attention/attention_f16.cu csrc/attention/attention_f32.cu csrc/attention/backward_cuda.cu
             csrc/attention/backward_bf16.cu csrc/attention/backward_f16.cu csrc/attention/backward_f32.cu
             csrc/k_center/k_center_cuda.cu csrc/match/match_cuda.cu csrc/max_coverage/max_coverage_cuda.cu
-            csrc/merge/merge_cuda.cu csrc/select/select_cuda.cu csrc/sparse/sparse_cuda.cu csrc/decode/decode_cuda.cu)
+            csrc/merge/merge_cuda.cu csrc/select/select_cuda.cu csrc/sparse/sparse_cuda.cu csrc/decode/decode_cuda.cu
+            csrc/decode/packed_cuda.cu csrc/quantize/kv_format.cpp csrc/quantize/quantize_cuda.cu)
 set_target_properties(fastok_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_libraries(fastok_cuda PRIVATE fastok_torch)
 # Python loads torch's libraries privately, so that fastok_cuda must name the one its CUDA symbols come from. A torch for

@@ -28,8 +28,8 @@ NAMES = tuple(FORMATS)
 @contextmanager
 def through(backend: Backend) -> Iterator[None]:
     """``attention_decode`` runs on ``backend``."""
-    # Made on demand; CUDA on the host has no kernel for packed caches.
-    dense, packed_ = getattr(backend, "decode"), getattr(backend, "decode_packed", None)  # noqa: B009
+    # Made on demand, before they are replaced; Triton has no kernel for packed caches.
+    dense, packed_ = backend.decode, None if "triton" in backend.name else backend.decode_packed
     with patch.object(torch.ops.fastok, "decode", dense), patch.object(torch.ops.fastok, "decode_packed", packed_):
         yield
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 over_formats = pytest.mark.parametrize("name", NAMES)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-over_packed = over_backends("decode_packed", without=("cuda-on-host",))
+over_packed = over_backends("decode_packed")
 over_dense = over_backends("decode")
 EPS = torch.finfo(torch.float32).eps
 
@@ -69,9 +69,6 @@ def test_query_groups_and_rows(backend: Backend, ratio: int, rows: int) -> None:
     q = torch.randn(1, rows, 2 * ratio, 128)
     with through(backend):
         check(q, cache, *exactly(cache), cache.seq_lens)
-        single = [attention_decode(q[:, : i + 1], cache) for i in range(rows)]
-    # Row i of S sees what the only row of a shorter cache would.
-    assert single[-1][0].shape == (1, rows, 2 * ratio, 128)
 
 
 @over_formats
@@ -181,6 +178,7 @@ def test_decode_makes_no_copy_of_the_cache() -> None:
 ])  # fmt: skip
 @over_dense
 def test_dense(backend: Backend, total: int, ratio: int, rows: int, width: int, v_width: int, dtype) -> None:
+    total = min(total, 300) if "triton" in backend.name else total  # the interpreter is slow
     k = torch.randn(2, 3, total, width).to(dtype).transpose(1, 2)  # heads first, as Hugging Face has it
     v = torch.randn(2, total + 1, 4, v_width + 3).to(dtype)[:, 1:, 1:, 3:]
     q = torch.randn(2, rows, 3 * ratio, width).to(dtype)
@@ -228,7 +226,7 @@ def test_paged_is_contiguous(backend: Backend, page: int) -> None:
     batch=st.integers(0, 3), groups=st.integers(1, 3), ratio=st.integers(1, 8), rows=st.integers(0, 16),
     total=st.integers(0, 200), width=st.integers(1, 32), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
 )  # fmt: skip
-@over_backends("decode", without=("reference", "cuda", "cuda-on-host"))
+@over_backends("decode", without=("reference", "cuda", "cuda-on-host", "triton-interpreter"))
 def test_any_dense_cache(backend: Backend, batch, groups, ratio, rows, total, width, dtype, seed) -> None:
     torch.manual_seed(seed)
     k, v = (torch.randn(batch, total, groups, 8 * width).to(dtype) for _ in range(2))

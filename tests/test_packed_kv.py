@@ -66,7 +66,7 @@ def test_any_shape(name, batch, groups, total, eighth, dtype, seed) -> None:
 
 @pytest.mark.parametrize("width", [64, 80])  # all easy channels of a head are a power of two, or not
 @over_formats
-@over_backends("kv_unseal", without=("reference", "cuda-on-host"))
+@over_backends("kv_unseal", without=("reference",))
 def test_unpacking(backend: Backend, name: str, width: int) -> None:
     cache, _, _ = packed(name, 2, 2 * FORMATS[name].page + FORMATS[name].hot + 5, 2, width, torch.float32)
     cache.keep(torch.arange(0, int(cache.seq_lens.max()), 3).expand(2, 2, -1))

@@ -69,7 +69,7 @@ def test_golden_page() -> None:
 
 
 @over_formats
-@over_backends("kv_seal", without=("reference", "cuda-on-host"))
+@over_backends("kv_seal", without=("reference",))
 def test_bytes_are_those_of_the_specification(backend: Backend, name: str) -> None:
     fmt = FORMATS[name]
     for width, dtype in ((64, torch.float32), (128, torch.bfloat16), (80, torch.float16)):
@@ -95,7 +95,7 @@ def test_bytes_are_those_of_the_specification(backend: Backend, name: str) -> No
 
 
 @pytest.mark.parametrize("scale_dtype", ["fp16", "bf16", "fp32"])
-@over_backends("kv_seal", without=("reference", "cuda-on-host"))
+@over_backends("kv_seal", without=("reference",))
 def test_two_bit_codes_next_to_half_steps(backend: Backend, scale_dtype: str) -> None:
     """Groups whose elements are half steps and their neighbours in fp32; steps of any size, subnormal ones too."""
     fmt = KVFormat(Code(2, "channel"), Code(2, "token"), 64, 64, 0, scale_dtype)

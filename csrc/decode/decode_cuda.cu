@@ -1,34 +1,10 @@
 // CUDA backend of decode over dense and paged caches: checks and launches. Kernels are in decode_kernel.cuh.
 #include <tuple>
 
-#include "attention/call_cuda.h"
-#include "decode/decode_launch.h"
+#include "decode/decode_call_cuda.h"
 
 namespace fastok::cuda {
 namespace {
-
-// Token lists as the kernel reads them: ascending, none twice.
-struct OrderedTokens {
-  Tensor held, ordered, counts, bits;
-
-  ListParams from(const Tensor& tokens, const Tensor& q, int64_t total) {
-    ListParams list{};
-    check_on_device(tokens, "tokens", q, "q");
-    const ScalarType dtype = tokens.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Long || dtype == ScalarType::Int, "tokens must be int64 or int32");
-    list.tokens = {tokens.const_data_ptr(), dtype == ScalarType::Long};
-    list.batch_stride = tokens.stride(0), list.list_stride = tokens.stride(1), list.stride = tokens.stride(2);
-    list.lists = int(tokens.size(1)), list.size = int(tokens.size(2)), list.total = int(total);
-    list.words = list_words(total);
-    const int64_t lists = tokens.size(0) * tokens.size(1);
-    ordered = empty_like_device(q, {lists * list.size + 1}, ScalarType::Int);  // never without an address
-    counts = empty_like_device(q, {lists}, ScalarType::Int);
-    bits = empty_like_device(q, {lists * list.words}, ScalarType::Int);
-    list.ordered = data<int>(ordered), list.counts = data<int>(counts);
-    list.bits = reinterpret_cast<uint32_t*>(data<int>(bits));
-    return list;
-  }
-};
 
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seq_lens,
                                   std::optional<Tensor> block_table, double scale, double softcap,
@@ -91,23 +67,10 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   }
   Launcher launch(q);
   OrderedTokens ordered;
-  if (tokens) {
-    STD_TORCH_CHECK(
-        tokens->dim() == 3 && tokens->size(0) == batch && (tokens->size(1) == groups || tokens->size(1) == heads),
-        "tokens must be [B,G,K] or [B,H,K]");
-    check_countable(tokens->size(2), "K");
-    const ListParams list = ordered.from(*tokens, q, total);
-    run_order_tokens(launch, batch, list);
-    p.tokens = list.ordered, p.token_counts = list.counts, p.lists = list.lists, p.list_size = list.size;
-  }
-
+  if (tokens) ordered.order(launch, *tokens, q, p);
   p.out = out.mutable_data_ptr(), p.lse = data<float>(lse), p.lse_rows = lse.numel();
   const DecodePlan plan = plan_for(p, dtype);
-  Tensor split_out, split_lse;
-  if (plan.splits > 1) {
-    split_out = floats(q, plan.splits * p.lse_rows * v_width), split_lse = floats(q, plan.splits * p.lse_rows);
-    p.split_out = data<float>(split_out), p.split_lse = data<float>(split_lse);
-  }
+  SplitParts parts(q, plan.splits, p);
   run_decode(launch, dtype, batch, plan, p);
   return {out, lse};
 }

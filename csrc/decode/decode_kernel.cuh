@@ -54,7 +54,7 @@ struct ListParams {
 
 // Grid: one block per list. Ascending lists without repetitions, with what is no token behind them, are copied; others
 // are put in order by the set of their tokens.
-__global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const ListParams p) {
+static __global__ void __launch_bounds__(kOrderThreads) order_tokens_kernel(const ListParams p) {
   FASTOK_SHARED(shared);
   SharedMemory memory(shared);
   int* const scratch = memory.take<int>(32, "scratch");
@@ -128,6 +128,67 @@ __device__ __forceinline__ void put_four(void* out, int64_t at, const Pack<float
 #pragma unroll
   for (int j = 0; j < 4; ++j) narrow(x.at[j], four.at[j]);
   *reinterpret_cast<Pack<T, 4>*>(static_cast<T*>(out) + at) = four;
+}
+
+// What the warps of a block have summed up of their keys: side by side, then one after the other.
+template <class T, int kWidth>
+struct WarpSums {
+  static constexpr int kPitch = decode_result_pitch(kWidth);
+  float *partial, *peaks, *sums;  // partial: [warps, rows, kPitch]
+
+  __device__ explicit WarpSums(SharedMemory& memory)
+      : partial(memory.take<float>(kDecodeWarps * kDecodeRows * kPitch, "partial")),
+        peaks(memory.take<float>(kDecodeWarps * kDecodeRows, "peaks")),
+        sums(memory.take<float>(kDecodeWarps * kDecodeRows, "sums")) {}
+
+  __device__ void hold(const OnlineSoftmax<1>& softmax, const float (&out)[1][kWidth / 8][4]) const {
+    const int lane = lane_index();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_index() * kDecodeRows + 8 * half + lane / 4;
+      if (lane % 4 == 0) peaks[row] = softmax.peak[0][half], sums[row] = softmax.sum[0][half];
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n)
+        *reinterpret_cast<Pack<float, 2>*>(partial + row * kPitch +
+                                           value_column<T>(n, 0)) = {{out[0][n][2 * half], out[0][n][2 * half + 1]}};
+    }
+  }
+
+  // After a barrier: four neighbours of a row, normalised, and the logarithm of its normalizer to base 2.
+  __device__ Pack<float, 4> merge(int row, int column, float& log_sum) const {
+    float peak = -kUnbounded, sum = 0;
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) peak = fmaxf(peak, peaks[w * kDecodeRows + row]);
+    const float base = peak == -kUnbounded ? 0.0f : peak;
+    Pack<float, 4> total{};
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      const float weight = exp2f(peaks[w * kDecodeRows + row] - base);
+      sum += weight * sums[w * kDecodeRows + row];
+      const auto part = *reinterpret_cast<const Pack<float, 4>*>(partial + (w * kDecodeRows + row) * kPitch + column);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total.at[j] += weight * part.at[j];
+    }
+    const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total.at[j] *= inverse;
+    log_sum = sum == 0 ? -kUnbounded : peak == kUnbounded ? kUnbounded : peak + log2f(sum);
+    return total;
+  }
+};
+
+// Row `at` of out, `index` of lse: four neighbours, as a split's part or as they are.
+template <class T>
+__device__ __forceinline__ void put_result(const DecodeParams& p, int split, int64_t at, int64_t index, int column,
+                                           const Pack<float, 4>& total, float log_sum) {
+  if (p.splits > 1) {
+    if (column == 0) p.split_lse[split * p.lse_rows + index] = log_sum;
+    if (column < p.v_width)
+      *reinterpret_cast<Pack<float, 4>*>(p.split_out + (split * p.lse_rows + index) * p.v_width + column) = total;
+  } else {
+    if (column == 0) p.lse[index] = log_sum * kLn2;
+    if (column < p.v_width) put_four<T>(p.out, at * p.v_width + column, total);
+  }
 }
 
 constexpr int decode_blocks(int width, size_t element_size) { return width * int(element_size) <= 256 ? 3 : 2; }
@@ -251,53 +312,17 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, sizeof(T
   ptx::cp_async_wait_all();
   __syncthreads();  // shared memory is about to be divided anew
 
-  // Warps side by side, then one after the other.
-  constexpr int kPitch = decode_result_pitch(kWidth);
   SharedMemory results(shared);
-  float* const partial = results.take<float>(kDecodeWarps * kDecodeRows * kPitch, "partial");  // [warps, rows, kPitch]
-  float* const peaks = results.take<float>(kDecodeWarps * kDecodeRows, "peaks");
-  float* const sums = results.take<float>(kDecodeWarps * kDecodeRows, "sums");
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp * kDecodeRows + 8 * half + lane / 4;
-    if (lane % 4 == 0) peaks[row] = softmax.peak[0][half], sums[row] = softmax.sum[0][half];
-#pragma unroll
-    for (int n = 0; n < kValueColumns; ++n)
-      *reinterpret_cast<Pack<float, 2>*>(partial + row * kPitch +
-                                         value_column<T>(n, 0)) = {{out[0][n][2 * half], out[0][n][2 * half + 1]}};
-  }
+  const WarpSums<T, kWidth> warps(results);
+  warps.hold(softmax, out);
   __syncthreads();
-  constexpr int kEach = 4, kParts = kWidth / kEach;
+  constexpr int kParts = kWidth / 4;
   for (int i = int(threadIdx.x); i < row_count * kParts; i += kDecodeThreads) {
-    const int row = i / kParts, column = i % kParts * kEach;
-    float peak = -kUnbounded, sum = 0;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) peak = fmaxf(peak, peaks[w * kDecodeRows + row]);
-    const float base = peak == -kUnbounded ? 0.0f : peak;
-    Pack<float, kEach> total{};
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
-      const float weight = exp2f(peaks[w * kDecodeRows + row] - base);
-      sum += weight * sums[w * kDecodeRows + row];
-      const auto part =
-          *reinterpret_cast<const Pack<float, kEach>*>(partial + (w * kDecodeRows + row) * kPitch + column);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) total.at[j] += weight * part.at[j];
-    }
-    const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) total.at[j] *= inverse;
-    const float log_sum = sum == 0 ? -kUnbounded : peak == kUnbounded ? kUnbounded : peak + log2f(sum);
-    const int64_t index = lse_index(row);
-    if (p.splits > 1) {
-      if (column == 0) p.split_lse[split * p.lse_rows + index] = log_sum;
-      if (column < p.v_width)
-        *reinterpret_cast<Pack<float, kEach>*>(p.split_out + (split * p.lse_rows + index) * p.v_width + column) = total;
-    } else {
-      if (column == 0) p.lse[index] = log_sum * kLn2;
-      if (column < p.v_width)
-        put_four<T>(p.out, ((b * p.rows + query_of(row)) * p.heads + head_of(row)) * p.v_width + column, total);
-    }
+    const int row = i / kParts, column = i % kParts * 4;
+    float log_sum;
+    const Pack<float, 4> total = warps.merge(row, column, log_sum);
+    const int64_t at = (b * p.rows + query_of(row)) * p.heads + head_of(row);
+    put_result<T>(p, split, at, lse_index(row), column, total, log_sum);
   }
 }
 

@@ -44,6 +44,14 @@ inline DecodePlan plan_for(const DecodeParams& p, Dtype dtype) {
                      element_size(dtype));
 }
 
+// Puts the splits together, if there are several.
+template <class T, class Launch>
+void run_combine(Launch& launch, const DecodeParams& p) {
+  if (p.splits == 1) return;
+  constexpr size_t kBytes = shared_bytes<float>(kMostDecodeSplits) + shared_bytes<float>(4 * kDecodeThreads);
+  launch(dim3(unsigned(p.lse_rows)), dim3(kDecodeThreads), kBytes, combine_splits_kernel<T>, p);
+}
+
 // p holds the problem, the results, and split_out and split_lse if the plan has several splits.
 template <class T, class Launch>
 void run_decode_of(Launch& launch, int64_t batch, const DecodePlan& plan, DecodeParams p) {
@@ -51,9 +59,7 @@ void run_decode_of(Launch& launch, int64_t batch, const DecodePlan& plan, Decode
   p.steps = depth_steps(p.width, sizeof(T)), p.pitch = tile_pitch(p.width, sizeof(T));
   const dim3 grid(unsigned(batch * (p.heads / plan.pack) * plan.row_tiles), unsigned(plan.splits));
   launch(grid, dim3(kDecodeThreads), plan.bytes, decode_kernel_of<T>(plan.width), p);
-  if (plan.splits == 1) return;
-  constexpr size_t kBytes = shared_bytes<float>(kMostDecodeSplits) + shared_bytes<float>(4 * kDecodeThreads);
-  launch(dim3(unsigned(p.lse_rows)), dim3(kDecodeThreads), kBytes, combine_splits_kernel<T>, p);
+  run_combine<T>(launch, p);
 }
 
 template <class Launch>

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "common/plan.h"
 
 namespace fastok {
 
@@ -13,9 +14,18 @@ enum class KvScale { f16, bf16, f32 };
 
 inline constexpr int64_t kMostChannels = 256, kMostPage = 256, kMostTokenGroups = 32;
 
-FASTOK_INLINE int64_t kv_aligned(int64_t size) { return (size + 15) / 16 * 16; }
-FASTOK_INLINE int64_t kv_code_bytes(int bits, int64_t channels) {  // bits 0: trits
+FASTOK_HOST_DEVICE FASTOK_INLINE int64_t kv_aligned(int64_t size) { return (size + 15) / 16 * 16; }
+FASTOK_HOST_DEVICE FASTOK_INLINE int64_t kv_code_bytes(int bits, int64_t channels) {  // bits 0: trits
   return bits == 0 ? (channels + 4) / 5 : (channels * bits + 7) / 8;
+}
+
+// One step towards -inf (direction < 0) or inf, on sign-and-magnitude bits.
+template <class Bits>
+FASTOK_HOST_DEVICE FASTOK_INLINE Bits next_bits(Bits bits, int direction) {
+  constexpr Bits kSign = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
+  const bool negative = bits & kSign;
+  if ((bits & Bits(~kSign)) == 0) return direction < 0 ? Bits(kSign | 1) : Bits(1);
+  return negative == (direction < 0) ? Bits(bits + 1) : Bits(bits - 1);
 }
 
 // Some channels of a row that share a code.
@@ -25,8 +35,8 @@ struct KvPart {
   int64_t first, channels;
   bool fourier;
 
-  FASTOK_INLINE int arrays() const { return kind == KvKind::affine ? 2 : 1; }
-  FASTOK_INLINE int64_t bytes() const { return kv_code_bytes(bits, channels); }
+  FASTOK_HOST_DEVICE FASTOK_INLINE int arrays() const { return kind == KvKind::affine ? 2 : 1; }
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t bytes() const { return kv_code_bytes(bits, channels); }
 };
 
 // The keys' or the values' half.
@@ -37,24 +47,24 @@ struct KvSide {
   int n_parts;
   KvPart part[2];
 
-  FASTOK_INLINE bool needs_channels() const { return channel_scale || hard > 0; }
-  FASTOK_INLINE int64_t row_bytes(bool high) const {
+  FASTOK_HOST_DEVICE FASTOK_INLINE bool needs_channels() const { return channel_scale || hard > 0; }
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t row_bytes(bool high) const {
     if (!high) return kv_code_bytes(low_bits, width);
     return part[0].bytes() + (n_parts > 1 ? part[1].bytes() : 0);
   }
   // Entries of one row of a parameter array.
-  FASTOK_INLINE int64_t groups_of(const KvPart& p) const {
-    return per_token ? (p.channels + group - 1) / group : p.channels;
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t groups_of(const KvPart& p) const {
+    return per_token ? int(p.channels + group - 1) / int(group) : p.channels;  // GPUs divide 32 bits
   }
-  FASTOK_INLINE int64_t arrays_width() const {
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t arrays_width() const {
     int64_t width_sum = 0;
     for (int i = 0; i < n_parts; ++i) width_sum += part[i].arrays() * groups_of(part[i]);
     return width_sum;
   }
-  FASTOK_INLINE int64_t codes_size(int64_t high, int64_t low) const {
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t codes_size(int64_t high, int64_t low) const {
     return kv_aligned(high * row_bytes(true) + (low_bits ? low * row_bytes(false) : 0));
   }
-  FASTOK_INLINE int64_t size(int64_t high, int64_t low, int64_t token_groups) const {
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t size(int64_t high, int64_t low, int64_t token_groups) const {
     return codes_size(high, low) + kv_aligned((per_token ? high + low : token_groups) * arrays_width() * scale_bytes);
   }
 };

@@ -1,25 +1,11 @@
 // CPU backend of kv_seal and kv_unseal: one task per page. The arithmetic is in quantize_simd.cpp.
-#include <cmath>
 #include <mutex>
 #include <tuple>
 
 #include "quantize/cache_cpu.h"
+#include "quantize/spectrum.h"
 
 namespace fastok {
-namespace {
-
-// cos(2 pi turn / n), by symmetry from the first eighth of a turn: the same bits as the specification's.
-double cosine(int64_t turn, int64_t n) {
-  constexpr double kTurn = 2 * 3.141592653589793;
-  turn %= n;
-  turn = std::min(turn, n - turn);
-  double sign = 1;
-  if (4 * turn > n) turn = n / 2 - turn, sign = -1;
-  const double angle = kTurn * double(turn) / double(n);
-  return sign * (8 * turn <= n ? std::cos(angle) : std::sin(kTurn * (double(n) / 4 - double(turn)) / double(n)));
-}
-
-}  // namespace
 
 const float* fourier_basis(int64_t n) {
   static std::mutex mutex;

@@ -99,15 +99,6 @@ void read_rows(const KvFormat& fmt, const KvSide& side, Dtype dtype, const KvRow
 
 // ---- parameters -----------------------------------------------------------------------------------------------------
 
-// One step towards -inf (direction < 0) or inf, on sign-and-magnitude bits.
-template <class Bits>
-inline Bits next_bits(Bits bits, int direction) {
-  constexpr Bits kSign = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
-  const bool negative = bits & kSign;
-  if ((bits & Bits(~kSign)) == 0) return direction < 0 ? Bits(kSign | 1) : Bits(1);
-  return negative == (direction < 0) ? Bits(bits + 1) : Bits(bits - 1);
-}
-
 // x in the scale dtype, rounded to nearest (0) or in a direction, NaN where out of range; `x` becomes what is stored.
 template <class S, class Bits>
 void write_scales(float* x, int64_t count, int direction, Bits infinity, Bits nan, uint8_t* out) {

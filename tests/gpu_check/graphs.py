@@ -16,7 +16,7 @@ from .device import attempt, has_kernel
 from .record import Record
 
 WORKING_MEMORY = {
-    "attention", "attention_backward", "attention_scores", "decode", "density_peaks", "k_center",
+    "attention", "attention_backward", "attention_scores", "decode", "decode_packed", "density_peaks", "k_center",
     "max_coverage", "sample_cdf", "select_tokens", "top_tokens",
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from fastok.reference.attention import slice_length
+from fastok.reference.kv_layout import Addresses, Layout
 from torch import Tensor
 
 from .report import KernelError as KernelError
@@ -356,6 +357,75 @@ def decode(
         **{f"{name}_wide": _wide(x) for name, x in integers.items()},
     )  # fmt: skip
     return out, lse
+
+
+def decode_packed(
+    q: Tensor, data: Tensor, offset: Tensor, counts: Tensor, classes: Tensor | None, key_channels: Tensor | None,
+    value_channels: Tensor | None, hot_k: Tensor, hot_v: Tensor, hot_len: Tensor, fmt: list[int], scale: float,
+    softcap: float, key_bias: Tensor | None, tokens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.decode_packed``."""
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    cache = _cache(data, offset, counts, classes, key_channels, value_channels, hot_k, hot_v, hot_len)
+    call(
+        "decode_packed", {"q": _aligned(q), **cache, "key_bias": key_bias, "tokens": tokens},
+        {"out": out, "lse": lse}, dtype=_name(q), scale=scale, softcap=softcap, tokens_wide=_wide(tokens),
+        **_format(fmt),
+    )  # fmt: skip
+    return out, lse
+
+
+def kv_seal(
+    data: Tensor, offset: Tensor, k: Tensor, v: Tensor, classes: Tensor | None, key_channels: Tensor | None,
+    value_channels: Tensor | None, fmt: list[int], key_gamma: float, value_gamma: float,
+) -> None:  # fmt: skip
+    """``torch.ops.fastok.kv_seal``, by way of an array that records fill: so every byte of them must be written."""
+    layout = Layout.of(fmt, k.shape[3])
+    counts = torch.full((*offset.shape, layout.token_groups), layout.page // layout.token_groups)
+    size = Addresses.of(layout, offset, counts, classes).size.flatten()
+    begin = size.cumsum(0) - size
+    records = torch.empty(int(size.sum()), dtype=torch.uint8)
+    call(
+        "kv_seal", {
+            "offset": begin.view_as(offset).contiguous(), "k": _dense(k), "v": _dense(v),
+            "classes": _contiguous(classes), "key_channels": _contiguous(key_channels),
+            "value_channels": _contiguous(value_channels),
+        },
+        {"data": records}, dtype=_name(k), key_gamma=key_gamma, value_gamma=value_gamma, **_format(fmt),
+    )  # fmt: skip
+    for to, at, count in zip(offset.flatten().tolist(), begin.tolist(), size.tolist(), strict=True):
+        data[to : to + count] = records[at : at + count]
+
+
+def kv_unseal(
+    data: Tensor, offset: Tensor, counts: Tensor, classes: Tensor | None, key_channels: Tensor | None,
+    value_channels: Tensor | None, hot_k: Tensor, hot_v: Tensor, hot_len: Tensor, fmt: list[int], total: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.kv_unseal``."""
+    batch, groups, _, width = hot_k.shape
+    k, v = (torch.empty(batch, total, groups, width, dtype=hot_k.dtype) for _ in range(2))
+    cache = _cache(data, offset, counts, classes, key_channels, value_channels, hot_k, hot_v, hot_len)
+    call("kv_unseal", cache, {"k": k, "v": v}, dtype=_name(hot_k), total=total, **_format(fmt))
+    return k, v
+
+
+def _cache(
+    data: Tensor, offset: Tensor, counts: Tensor, classes: Tensor | None, key_channels: Tensor | None,
+    value_channels: Tensor | None, hot_k: Tensor, hot_v: Tensor, hot_len: Tensor,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    return {
+        "data": data, "offset": offset, "counts": _dense(counts), "classes": _dense(classes),
+        "key_channels": _contiguous(key_channels), "value_channels": _contiguous(value_channels),
+        "hot_k": _aligned(hot_k), "hot_v": _aligned(hot_v), "hot_len": hot_len.contiguous(),
+    }  # fmt: skip
+
+
+def _format(fmt: list[int]) -> dict[str, int]:
+    return {f"fmt_{i}": x for i, x in enumerate(fmt)}
+
+
+def _contiguous(x: MaybeTensor) -> MaybeTensor:
+    return x if x is None else x.contiguous()
 
 
 def _wide(x: Tensor | None) -> bool:

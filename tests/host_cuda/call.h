@@ -76,6 +76,9 @@ void attention_scores(const Call& call);
 void label_scores(const Call& call);
 void select_tokens(const Call& call);
 void decode(const Call& call);
+void decode_packed(const Call& call);
+void kv_seal(const Call& call);
+void kv_unseal(const Call& call);
 void sample(const Call& call);
 
 }  // namespace simt

@@ -27,6 +27,9 @@ const std::map<std::string, Op> kOps{{"bipartite_match", simt::bipartite_match},
                                      {"label_scores", simt::label_scores},
                                      {"select_tokens", simt::select_tokens},
                                      {"decode", simt::decode},
+                                     {"decode_packed", simt::decode_packed},
+                                     {"kv_seal", simt::kv_seal},
+                                     {"kv_unseal", simt::kv_unseal},
                                      {"sample", simt::sample}};
 
 // Address, shape, strides, bytes of an element.

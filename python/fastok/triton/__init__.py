@@ -14,6 +14,7 @@ _MODULES = {
     "attention_scores": "scores",
     "bipartite_match": "match",
     "build_map": "merge",
+    "decode": "decode",
     "label_scores": "sparse",
     "merge": "merge",
     "merge_backward": "merge",
