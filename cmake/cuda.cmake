@@ -53,9 +53,11 @@ string(REPLACE ";" "," host_reproducible "${reproducible}")
 foreach(target IN LISTS cuda_targets)
   # CMake 3.25.1 does not know that nvcc 13 has C++20: its own way of asking, taken over from C++, is switched off.
   set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED OFF)
-  target_compile_options(${target} PRIVATE -std=c++20 -Xcompiler=${host_warnings} -Xcompiler=${host_reproducible})
+  target_compile_options(${target} PRIVATE -std=c++20 "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=${host_warnings}>"
+                         "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=${host_reproducible}>"
+                         "$<$<COMPILE_LANGUAGE:CXX>:${warnings};${reproducible}>")
   if(FASTOK_WERROR)
-    target_compile_options(${target} PRIVATE -Werror=all-warnings)
+    target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>")
   endif()
 endforeach()
 

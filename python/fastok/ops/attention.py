@@ -93,7 +93,7 @@ def attention(
     check_tensor("v", v)
     masking = _masking(q, k, v, scale, causal, window, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
                        max_seqlen_k)  # fmt: skip
-    out, lse = call(torch.ops.fastok.attention.default, q, k, v, *masking)
+    out, lse = call(torch.ops.fastok.attention, q, k, v, *masking)
     return out, lse
 
 
@@ -167,10 +167,10 @@ def attention_with_scores(
     for spec in scores:
         _check_spec("scores", spec)
     if not scores:
-        return *call(torch.ops.fastok.attention.default, q, k, v, *masking), ()
+        return *call(torch.ops.fastok.attention, q, k, v, *masking), ()
     spec = scores[0]
     weight, which = _statistic(q, k, v, spec, masking)
-    op = torch.ops.fastok.attention_with_scores.default
+    op = torch.ops.fastok.attention_with_scores
     out, lse, raw = call(op, q, k, v, weight, *masking, *which, spec.heads, spec.logits)
     first = _finished(q, k, spec, raw, masking)
     return out, lse, (first, *(_scores(q, k, v, lse, spec, masking) for spec in scores[1:]))

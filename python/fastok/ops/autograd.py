@@ -1,12 +1,13 @@
 """Calls of differentiable ops: past torch.library's Python layer where no gradient is asked for."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def call(op: torch._ops.OpOverload, *args: Any) -> Any:
+def call(op: Callable[..., Any], *args: Any) -> Any:
     """``op(*args)``, for an op with a formula registered by ``torch.library.register_autograd``.
 
     That formula is a Python function, which every call passes through, with a gradient to come or without. Beside small
