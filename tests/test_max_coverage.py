@@ -121,7 +121,7 @@ def test_pairs_give_the_same_bits_as_the_specification(backend: Backend, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pairs_that_cuda_does_not_keep(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_pairs_that_cuda_on_host_does_not_keep(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     host = pytest.importorskip("host_cuda")
     monkeypatch.setattr(host, "most_similarities", 0)
     for name, make in (PAIRS | {"tiles": lambda: (torch.randn(1, 67, 9), torch.randn(1, 140, 9))}).items():
