@@ -11,15 +11,13 @@ namespace {
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;
   static constexpr int kTileRows = 32;
-  static constexpr int kRows = 64, kKeys = 320;
+  static constexpr int kRows = 64, kRowsTogether = 32, kKeys = 128;
   static_assert(kRows % kTileRows == 0 && kKeys % kStep == 0);
   static constexpr bool kScaledRows = false;
   using Weight = bf16;
   static constexpr int kWeightPitch = 2 * kKeys;
 
   static int64_t padded(int64_t width) { return round_up(width, 32); }
-  // That pass over the keys: wide ones by halves, for the first-level cache.
-  static int64_t rows_together(int64_t width) { return width > 64 ? kRows / 2 : kRows; }
   static size_t row_bytes(int64_t width) { return size_t(kRows * padded(width)) * sizeof(bf16); }
   static size_t key_bytes(int64_t n, int64_t width) {
     return size_t(round_up(n, kStep) * padded(width)) * sizeof(bf16);

@@ -12,22 +12,178 @@ namespace {
 
 template <class E>
 struct Scratch {
+  static constexpr int kFewKeys = 64;
   void* rows;
-  float* scores;  // [kRows][kKeys]
-  float* out;     // [kRows][padded value width]
+  float* scores;                // [kRows][kKeys], or [kRowsTogether][kFewKeys] and
+  typename E::Weight* weights;  // [kRowsTogether][kWeightPitch]
+  float* out;                   // [kRowsTogether][padded value width]
   static size_t part(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  static constexpr size_t kFewBytes = size_t(E::kRowsTogether * kFewKeys) * sizeof(float);
+  static constexpr size_t kWeightBytes = size_t(E::kRowsTogether * E::kWeightPitch) * sizeof(typename E::Weight);
+  static constexpr size_t kAllBytes = size_t(E::kRows * E::kKeys) * sizeof(float);
+  static constexpr size_t kScoreBytes = kAllBytes > kFewBytes + kWeightBytes ? kAllBytes : kFewBytes + kWeightBytes;
   static size_t bytes(int64_t width, int64_t v_width) {
-    return part(E::row_bytes(width)) + part(E::kRows * E::kKeys * sizeof(float)) +
-           part(size_t(E::kRows * E::padded(v_width)) * sizeof(float));
+    return part(E::row_bytes(width)) + kScoreBytes +
+           part(size_t(E::kRowsTogether * E::padded(v_width)) * sizeof(float));
   }
   Scratch(void* memory, int64_t width) {
     char* at = static_cast<char*>(memory);
     rows = at;
     at += part(E::row_bytes(width));
     scores = reinterpret_cast<float*>(at);
-    at += part(E::kRows * E::kKeys * sizeof(float));
+    weights = reinterpret_cast<typename E::Weight*>(at + kFewBytes);
+    at += kScoreBytes;
     out = reinterpret_cast<float*>(at);
   }
+};
+
+// Rows that pass over the keys together: what their softmax has come to.
+template <class E>
+class Pass {
+ public:
+  Pass(const AttentionHead& head, const RowList& rows, const void* keys, const void* values, int64_t key_begin,
+       int64_t key_end, const Scratch<E>& scratch)
+      : head_(head),
+        rows_(rows),
+        n_rows_(round_up(rows.count, E::kTileRows)),
+        keys_(keys),
+        values_(values),
+        key_begin_(key_begin),
+        seen_(head, rows, key_begin, key_end, E::kStep),
+        factor_(factor_left<E>(head)),
+        touched_(touches<E>(head)),
+        v_width_(E::padded(head.v.width)),
+        scratch_(scratch) {
+    std::memset(scratch.out, 0, size_t(n_rows_ * v_width_) * sizeof(float));
+  }
+
+  void over_keys() {
+    const int64_t first = seen_.first, last = seen_.last;
+    if constexpr (Weights<Weight>::kLazyPeaks) {
+      const int64_t size = even_part(last - first - kFewKeys, E::kWeightPitch);
+      for (int64_t begin = first, end; begin < last; begin = end) {
+        end = begin + size < last ? begin + size : last;
+        if (running_.settled && weigh_by_old_peaks(begin, end)) {
+          add_values(scratch_.weights, begin, end);
+        } else {
+          end = begin + kFewKeys < last ? begin + kFewKeys : last;
+          multiply(begin, end, kFewKeys);
+          weigh(end - begin, kFewKeys, scratch_.weights);
+          add_values(scratch_.weights, begin, end);
+        }
+      }
+    } else {
+      auto* const weights = reinterpret_cast<Weight*>(scratch_.scores);  // in their place
+      const int64_t size = even_part(last - first, E::kKeys);
+      for (int64_t begin = first, end; begin < last; begin = end) {
+        end = begin + size < last ? begin + size : last;
+        multiply(begin, end, E::kKeys);
+        weigh(end - begin, E::kKeys, weights);
+        add_values(weights, begin, end);
+      }
+    }
+  }
+  void write(bool wide, void* out, int64_t out_stride, int64_t at, float* lse) const {
+    float of_rows[E::kRowsTogether], factor[E::kRowsTogether];
+    running_.finish(of_rows, factor);
+    std::memcpy(lse + at, of_rows, size_t(rows_.count) * sizeof(float));
+    for (int64_t i = 0; i < rows_.count && v_width_ > 0; ++i)
+      write_row(scratch_.out + i * v_width_, factor[i], head_.v.width, wide ? Dtype::f32 : head_.dtype, out,
+                (at + i) * out_stride);
+  }
+  void foresee_writing(bool wide, void* out, int64_t out_stride, int64_t at) const {
+    const int64_t element = wide ? int64_t(sizeof(float)) : head_.q.element_bytes;
+    for (int64_t i = 0; i < rows_.count; ++i)
+      for (int64_t byte = 0; byte < head_.v.width * element; byte += 64)
+        __builtin_prefetch(static_cast<char*>(out) + (at + i) * out_stride * element + byte, 1);
+  }
+
+ private:
+  using Weight = typename E::Weight;
+  static constexpr int kFewKeys = Scratch<E>::kFewKeys;
+
+  // How many of `n` keys to take at a time, when at most `most` are.
+  static int64_t even_part(int64_t n, int64_t most) {
+    const int64_t parts = n > 0 ? (n + most - 1) / most : 1;
+    return n > 0 ? round_up((n + parts - 1) / parts, E::kStep) : E::kStep;
+  }
+  // The logits of the keys [begin, end), to scratch.scores.
+  void multiply(int64_t begin, int64_t end, int64_t pitch) const {
+    const int64_t n = round_up(end - begin, E::kStep);
+    float* const x = scratch_.scores;
+    E::multiply(scratch_.rows, n_rows_, keys_, begin - key_begin_, n, head_.q.width, x, pitch);
+    if (touched_ || !seen_.by_all(begin, end) || n > end - begin)
+      for (int64_t i = 0; i < rows_.count; ++i) finish_logits<E>(head_, rows_.at(i), begin, end, n, x + i * pitch);
+  }
+  // Weighs these logits by the highest peaks so far: what was summed up before shrinks.
+  void weigh(int64_t n_keys, int64_t pitch, Weight* weights) {
+    [[maybe_unused]] const typename Weights<Weight>::Mode mode;
+    const int64_t n = round_up(n_keys, E::kStep);
+    const float* const x = scratch_.scores;
+    peaks_of(x, pitch, rows_.count, n, running_.here);
+    const bool shrinks = running_.advance(rows_.count, factor_);
+    for (int64_t i = 0; i < rows_.count; ++i)
+      store(running_.sum[i], exponentials(x + i * pitch, n, factor_, running_.shift[i], weights + i * E::kWeightPitch));
+    running_.shrink_and_add_sums(rows_.count);
+    for (int64_t i = 0; shrinks && i < rows_.count; ++i)
+      for (int64_t c = 0; c < v_width_; c += kLanes)
+        store(scratch_.out + i * v_width_ + c, load(scratch_.out + i * v_width_ + c) * splat(running_.shrink[i]));
+  }
+  // Weighs the keys [begin, end) by the peaks that there are, a few at a time, while their logits are in the
+  // first-level cache. Returns false, with nothing added up, if weights would become large.
+  bool weigh_by_old_peaks(int64_t begin, int64_t end) {
+    const int64_t count = rows_.count;
+    std::memset(running_.sum, 0, size_t(count) * sizeof(running_.sum[0]));
+    float exponent[E::kRowsTogether];
+    for (int64_t i = 0; i < count; ++i) exponent[i] = -kLog2E * running_.shift[i];
+    for (int64_t j = begin; j < end; j += kFewKeys) {
+      const int64_t few_end = j + kFewKeys < end ? j + kFewKeys : end;
+      multiply(j, few_end, kFewKeys);
+      if (few_end - j > kFewKeys - E::kStep)
+        exponentiate<kFewKeys>(exponent, scratch_.weights + (j - begin));
+      else
+        for (int64_t part = 0; part < few_end - j; part += E::kStep)
+          exponentiate<E::kStep>(exponent, scratch_.weights + (j - begin) + part, part);
+    }
+    return running_.add_sums(count);
+  }
+  // exp of kKeys of the scores from `first` on, added to the rows' sums.
+  template <int kKeys>
+  void exponentiate(const float* exponent, Weight* weights, int64_t first = 0) {
+    constexpr int kVectors = kKeys / kLanes;
+    const typename Weights<Weight>::Mode mode;
+    const vf factor = splat(factor_ * kLog2E);
+    for (int64_t i = 0; i < rows_.count; ++i) {
+      const float* const x = scratch_.scores + i * kFewKeys + first;
+      const vf shift = splat(exponent[i]);
+      vf e[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) e[v] = Weights<Weight>::exp2(fma(load(x + v * kLanes), factor, shift));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v += 2)
+        Weights<Weight>::keep(weights + i * E::kWeightPitch + v * kLanes, e[v], e[v + 1]);
+      vf sum = e[0] + e[1];
+      if constexpr (kVectors > 2) sum = sum + (e[2] + e[3]);
+      store(running_.sum[i], load(running_.sum[i]) + sum);
+    }
+  }
+  void add_values(const Weight* weights, int64_t begin, int64_t end) const {
+    if (v_width_ > 0)
+      E::add_values(weights, n_rows_, values_, begin - key_begin_, round_up(end - begin, E::kStep), v_width_,
+                    scratch_.out);
+  }
+
+  const AttentionHead& head_;
+  const RowList rows_;
+  const int64_t n_rows_;  // in whole tiles
+  const void *keys_, *values_;
+  const int64_t key_begin_;
+  const Seen seen_;
+  const float factor_;
+  const bool touched_;
+  const int64_t v_width_;
+  const Scratch<E>& scratch_;
+  Running<E::kRowsTogether> running_;
 };
 
 template <class E>
@@ -35,70 +191,13 @@ void forward(const AttentionHead& head, const void* keys, const void* values, in
              const RowList& all_rows, void* out, int64_t out_stride, bool wide, float* lse, void* memory) {
   [[maybe_unused]] const Tiles tiles;
   const Scratch<E> scratch(memory, head.q.width);
-  // In place of the scores.
-  auto* const weights = reinterpret_cast<typename E::Weight*>(scratch.scores);
-  const float factor = factor_left<E>(head);
-  const bool touched = touches<E>(head);
-  const int64_t width = head.q.width, v_width = E::padded(head.v.width);
-  const int64_t out_element = wide ? int64_t(sizeof(float)) : head.q.element_bytes;
-  const int64_t out_pitch = out_stride * out_element, out_bytes = head.v.width * out_element;
-  const int64_t together = E::rows_together(v_width);
-  for (int64_t done = 0; done < all_rows.count; done += together) {
-    const RowList rows = all_rows.part(done, together);
-    const int64_t n_rows = round_up(rows.count, E::kTileRows);
+  for (int64_t done = 0; done < all_rows.count; done += E::kRowsTogether) {
+    const RowList rows = all_rows.part(done, E::kRowsTogether);
     E::pack_rows(head, rows, scratch.rows);
-    const Seen seen(head, rows, key_begin, key_end, E::kStep);
-    const int64_t first = seen.first, last = seen.last;
-    std::memset(scratch.out, 0, size_t(n_rows * v_width) * sizeof(float));
-
-    // Blocks of keys of one size.
-    const int64_t blocks = last > first ? (last - first + E::kKeys - 1) / E::kKeys : 1;
-    const int64_t size = round_up((last - first + blocks - 1) / blocks, E::kStep);
-    Running<E::kRows> running;
-    for (int64_t begin = first; begin < last; begin += size) {
-      const int64_t end = begin + size < last ? begin + size : last, n = round_up(end - begin, E::kStep);
-      const auto make_logits = [&] {
-        E::multiply(scratch.rows, n_rows, keys, begin - key_begin, n, width, scratch.scores, E::kKeys);
-        if (touched || !seen.by_all(begin, end) || n > end - begin)
-          for (int64_t i = 0; i < rows.count; ++i)
-            finish_logits<E>(head, rows.at(i), begin, end, n, scratch.scores + i * E::kKeys);
-      };
-      const auto weigh = [&] {
-        [[maybe_unused]] const typename Weights<typename E::Weight>::Mode mode;
-        for (int64_t i = 0; i < rows.count; ++i) {
-          store(running.sum[i], exponentials(scratch.scores + i * E::kKeys, n, factor, running.shift[i],
-                                             weights + i * E::kWeightPitch));
-          for (int64_t byte = 0; byte < out_bytes && begin == first; byte += 64)
-            __builtin_prefetch(static_cast<char*>(out) + (done + i) * out_pitch + byte, 1);
-        }
-      };
-      make_logits();
-      bool weighed = false;
-      if (Weights<typename E::Weight>::kLazyPeaks && running.settled) {
-        weigh();
-        weighed = running.add_sums(rows.count);
-        if (!weighed) make_logits();
-      }
-      if (!weighed) {
-        peaks_of(scratch.scores, E::kKeys, rows.count, n, running.here);
-        const bool shrinks = running.advance(rows.count, factor);
-        weigh();
-        running.shrink_and_add_sums(rows.count);
-        for (int64_t i = 0; i < rows.count && shrinks && begin > first; ++i) {
-          float* const o = scratch.out + i * v_width;
-          for (int64_t c = 0; c < v_width; c += kLanes) store(o + c, load(o + c) * splat(running.shrink[i]));
-        }
-      }
-      if (v_width > 0) E::add_values(weights, n_rows, values, begin - key_begin, n, v_width, scratch.out);
-    }
-
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const float total = horizontal_sum(load(running.total[i]));
-      lse[done + i] = total == 0 ? -kInfinity : running.peak[i] + __builtin_logf(total);
-      if (v_width > 0)
-        write_row(scratch.out + i * v_width, total == 0 ? 0.0f : 1.0f / total, head.v.width,
-                  wide ? Dtype::f32 : head.dtype, out, (done + i) * out_stride);
-    }
+    Pass<E> pass(head, rows, keys, values, key_begin, key_end, scratch);
+    pass.foresee_writing(wide, out, out_stride, done);
+    pass.over_keys();
+    pass.write(wide, out, out_stride, done, lse);
   }
 }
 

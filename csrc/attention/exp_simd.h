@@ -72,6 +72,25 @@ class Flushing {
 };
 #endif
 
+// The natural logarithm, to about one unit in the last place, of positive normal numbers and infinity; NaN for NaN.
+inline __attribute__((always_inline)) vf log_of(vf x) {
+#if defined(__AVX512F__)
+  const vf m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_zero), n = _mm512_getexp_ps(x / m);
+  const vf s = (m - splat(1.0f)) / (m + splat(1.0f)), square = s * s;
+  vf p = splat(2.0f / 9);
+  p = fma(p, square, splat(2.0f / 7));
+  p = fma(p, square, splat(2.0f / 5));
+  p = fma(p, square, splat(2.0f / 3));
+  p = fma(p, square, splat(2.0f));
+  return fma(n, splat(0.693147181f), p * s);
+#else
+  float lane[kLanes];
+  store(lane, x);
+  for (float& number : lane) number = __builtin_logf(number);
+  return load(lane);
+#endif
+}
+
 inline __attribute__((always_inline)) vf tanh_of(vf x) {
   const vf square = x * x;
   vf p = splat(-6.2763737515e-3f);

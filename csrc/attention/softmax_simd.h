@@ -159,14 +159,14 @@ struct Seen {
 // (Weights), the next keys are weighed by the peak that each row has, unless some weight becomes large.
 template <int kRows>
 struct Running {
-  static constexpr int kPadded = (kRows + kLanes - 1) / kLanes * kLanes;
+  static_assert(kRows % kLanes == 0);
   static constexpr float kLargeSum = 1024;
-  float peak[kPadded], here[kPadded], shift[kPadded], shrink[kPadded];
+  float peak[kRows], here[kRows], shift[kRows], shrink[kRows];
   float total[kRows][kLanes], sum[kRows][kLanes];  // sum: of the weights of a block of keys
   bool settled = false;                            // whether each row has a peak
 
   Running() {
-    for (int i = 0; i < kPadded; ++i) peak[i] = here[i] = -kInfinity;
+    for (int i = 0; i < kRows; ++i) peak[i] = here[i] = -kInfinity;
     std::memset(total, 0, sizeof total);
   }
   // From `here`, the peaks of another block of keys, still to be scaled. Returns whether any row's earlier weights must
@@ -198,6 +198,17 @@ struct Running {
     if (any(large)) return false;
     for (int64_t i = 0; i < rows; ++i) store(total[i], load(total[i]) + load(sum[i]));
     return true;
+  }
+  // The log-sum-exp of rows, and what their sums are to be multiplied by.
+  void finish(float* lse, float* factor) const {
+    for (int64_t i = 0; i < kRows; i += kLanes) {
+      float lane[kLanes];
+      for (int64_t row = 0; row < kLanes; ++row) lane[row] = horizontal_sum(load(total[i + row]));
+      const vf sums = load(lane);
+      const vmask some = either(greater(sums, splat(0.0f)), unordered(sums));
+      store(lse + i, select(some, load(peak + i) + log_of(sums), splat(-kInfinity)));
+      store(factor + i, select(some, splat(1.0f) / sums, splat(0.0f)));
+    }
   }
 };
 

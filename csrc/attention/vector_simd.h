@@ -32,13 +32,12 @@ struct VectorTiles {
   static constexpr int kTileRows = 4;
 #endif
   static constexpr int kStep = 2 * kLanes;  // keys, or channels of the values, of a tile
-  static constexpr int kRows = 48, kKeys = 128;
+  static constexpr int kRows = 48, kRowsTogether = kRows, kKeys = 128;
   using Weight = typename Product::Weight;
   static constexpr int kPair = sizeof(float) / sizeof(Weight), kWeightPitch = kPair * kKeys;
   static_assert(kRows % kTileRows == 0 && kKeys % kStep == 0);
 
   static int64_t padded(int64_t width) { return round_up(width, kStep); }
-  static int64_t rows_together(int64_t) { return kRows; }
   static size_t row_bytes(int64_t width) { return size_t(kRows * width) * sizeof(Weight); }
   static size_t key_bytes(int64_t n, int64_t width) { return size_t(round_up(n, kStep) * width) * sizeof(Weight); }
   static size_t value_bytes(int64_t n, int64_t width) {
