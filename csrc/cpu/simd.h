@@ -330,4 +330,25 @@ inline float horizontal_max(vf x) {
 }
 #endif
 
+// Copies whole cache lines past the caches, where `to` is aligned to them; finish_streaming() makes them visible to
+// other threads.
+inline void stream_lines(void* to, const void* from, int64_t bytes) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
+                        _mm512_loadu_si512(static_cast<const char*>(from) + i));
+#elif defined(__AVX2__)
+  for (int64_t i = 0; i < bytes; i += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i)));
+#else
+  std::memcpy(to, from, size_t(bytes));
+#endif
+}
+inline void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace fastok::FASTOK_ISA

@@ -26,8 +26,10 @@ struct TokenMapView {
 
 // Each function works on rows [begin, end) of the flattened [B * M] (merge, max_backward) or [B * N] (the others).
 struct MergeKernels {
+  // past_caches: rows of y are whole cache lines, and so many that writing them should not first read them, nor drive
+  // other data out of the caches.
   void (*merge)(Dtype, MergeMode, const TokenMapView&, Tokens x, const float* size, Tokens y, float* size_out,
-                int64_t channels, int64_t begin, int64_t end);
+                int64_t channels, bool past_caches, int64_t begin, int64_t end);
   // grad_x of every mode but max.
   void (*backward)(Dtype, MergeMode, const TokenMapView&, Tokens grad_y, const float* size, const float* size_out,
                    Tokens grad_x, int64_t channels, int64_t begin, int64_t end);

@@ -31,8 +31,8 @@ void build_csr(const int32_t* assign, int64_t batch, int64_t n, int64_t n_out, i
 
 namespace {
 
-// Bytes that are worth handing to another thread.
-constexpr int64_t kGrainBytes = 32 << 10;
+// Bytes that are worth handing to another thread; and that are more than a machine's caches will keep for the next op.
+constexpr int64_t kGrainBytes = 32 << 10, kPastCachesBytes = 16 << 20, kCacheLine = 64;
 
 int64_t grain_of(int64_t channels, Dtype dtype) {
   return 1 + kGrainBytes / (channels * int64_t(element_size(dtype)) + 1);
@@ -105,9 +105,12 @@ std::tuple<Tensor, Tensor> merge(Tensor x, Tensor assign, Tensor offsets, Tensor
   const float* weights = size ? const_data<float>(sizes) : nullptr;
   const Tokens source = tokens(x), target = tokens(y);
   float* totals = data<float>(size_out);
+  const int64_t row_bytes = channels * int64_t(element_size(dtype));
+  const bool past_caches = rows * row_bytes >= kPastCachesBytes && row_bytes % kCacheLine == 0 &&
+                           reinterpret_cast<uintptr_t>(target.data) % kCacheLine == 0;
   const MergeKernels& kernels = pick_merge_kernels();
   torch::stable::parallel_for(0, rows, grain_of(channels, dtype), [&](int64_t begin, int64_t end) {
-    kernels.merge(dtype, merge_mode, map.view, source, weights, target, totals, channels, begin, end);
+    kernels.merge(dtype, merge_mode, map.view, source, weights, target, totals, channels, past_caches, begin, end);
   });
   return {y, size_out};
 }

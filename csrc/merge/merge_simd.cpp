@@ -162,7 +162,7 @@ void prefetch_row(const Tokens& x, int64_t b, int32_t token, int64_t channels) {
 
 template <class T>
 void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y, float* size_out,
-                int64_t channels, int64_t begin, int64_t end) {
+                int64_t channels, bool past_caches, int64_t begin, int64_t end) {
   int64_t b = begin / map.n_out, slot = begin % map.n_out;
   for (int64_t i = begin; i < end; ++i, ++slot) {
     if (slot == map.n_out) ++b, slot = 0;
@@ -179,7 +179,11 @@ void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* 
     if (count == 0 || (mode == MergeMode::mean && total == 0)) {
       clear_row(out, channels);
     } else if (count == 1 || mode == MergeMode::first) {
-      copy_row(out, row<T>(x, b, members[0]), channels);
+      if (past_caches) {
+        stream_lines(out, row<T>(x, b, members[0]), channels * int64_t(sizeof(T)));
+      } else {
+        copy_row(out, row<T>(x, b, members[0]), channels);
+      }
     } else if (mode == MergeMode::mean) {
       reduce<T, MergeMode::mean>(x, b, members, count, sizes, total, out, channels);
     } else if (mode == MergeMode::sum) {
@@ -188,6 +192,7 @@ void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* 
       reduce<T, MergeMode::max>(x, b, members, count, sizes, total, out, channels);
     }
   }
+  if (past_caches) finish_streaming();
 }
 
 template <class T>
@@ -294,8 +299,10 @@ void with_type(Dtype dtype, const Body& body) {
 }
 
 void merge(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y, float* size_out,
-           int64_t channels, int64_t begin, int64_t end) {
-  with_type(dtype, [&](auto t) { merge_rows<decltype(t)>(mode, map, x, size, y, size_out, channels, begin, end); });
+           int64_t channels, bool past_caches, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto t) {
+    merge_rows<decltype(t)>(mode, map, x, size, y, size_out, channels, past_caches, begin, end);
+  });
 }
 void backward(Dtype dtype, MergeMode mode, const TokenMapView& map, Tokens grad_y, const float* size,
               const float* size_out, Tokens grad_x, int64_t channels, int64_t begin, int64_t end) {
