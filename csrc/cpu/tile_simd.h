@@ -2,6 +2,7 @@
 // AMX. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "cpu/amx_simd.h"
+#include "cpu/transpose_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
@@ -68,6 +69,29 @@ inline void place_depth(const bf16 (&depth)[kDepth], int i, bf16* block) {
   }
 }
 
+// All rows or columns of a block.
+template <bool kColumns>
+inline void place_tile(const bf16 (&depth)[kTile][kDepth], bf16* block) {
+  if constexpr (kColumns) {
+    vf pair[kTile];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) pair[i] = load(reinterpret_cast<const float*>(depth[i]));
+    transpose(pair);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTile; ++i) store(reinterpret_cast<float*>(block + i * kDepth), pair[i]);
+  } else {
+    std::memcpy(block, depth, sizeof depth);
+  }
+}
+
+inline void store_tiles(float* out, int64_t pitch) {
+  const size_t bytes = size_t(pitch) * sizeof(float);
+  _tile_stored(0, out, bytes);
+  _tile_stored(1, out + kTile, bytes);
+  _tile_stored(2, out + kTile * pitch, bytes);
+  _tile_stored(3, out + kTile * pitch + kTile, bytes);
+}
+
 // Products of the rows of panel `a` with the columns of panel `b`, fp32 sums.
 inline void multiply_panels(const bf16* a, const bf16* b, int64_t n_blocks, float* out, int64_t pitch) {
   const bf16 *const a1 = a + n_blocks * kBlock, *const b1 = b + n_blocks * kBlock;
@@ -85,11 +109,40 @@ inline void multiply_panels(const bf16* a, const bf16* b, int64_t n_blocks, floa
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  const size_t bytes = size_t(pitch) * sizeof(float);
-  _tile_stored(0, out, bytes);
-  _tile_stored(1, out + kTile, bytes);
-  _tile_stored(2, out + kTile * pitch, bytes);
-  _tile_stored(3, out + kTile * pitch + kTile, bytes);
+  store_tiles(out, pitch);
+}
+
+// The same of panels that are sums of two, but for the products of both lesser ones.
+inline void multiply_split(const bf16* a, const bf16* a_rest, const bf16* b, const bf16* b_rest, int64_t n_blocks,
+                           float* out, int64_t pitch) {
+  const int64_t second = n_blocks * kBlock;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t at = 0; at < second; at += kBlock) {
+    _tile_loadd(4, a + at, 64);
+    _tile_loadd(6, b_rest + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b_rest + second + at, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + second + at, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, b + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + second + at, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, a_rest + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a_rest + second + at, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  store_tiles(out, pitch);
 }
 
 #endif

@@ -22,7 +22,10 @@ struct Rows {
 
 enum class Similarity { cosine, dot, euclidean };
 
-// One way of comparing packed panels of rows: fp32 vectors, or bf16 tiles where the machine has them. A panel holds
+// The mate of a row whose best column an engine leaves to another one.
+constexpr int32_t kUndecided = -2;
+
+// One way of comparing packed panels of rows: fp32 vectors, or tiles where the machine has them. A panel holds
 // `rows` sources or `cols` destinations, normalised or with their inverse norms; rows past the end are zero, columns
 // past the end and those that are no candidates are NaN, so that no comparison can choose them.
 struct PanelEngine {
@@ -46,7 +49,9 @@ struct PanelEngine {
 
 struct MatchKernels {
   PanelEngine fp32;
-  const PanelEngine* bf16;  // for bf16 input, best() with cosine only; nullptr without tile instructions
+  // On tiles, best() with cosine only; nullptr without such instructions. For bf16 input; for other input, with the
+  // results of fp32 vectors to the bit, or kUndecided.
+  const PanelEngine *bf16, *split;
 };
 
 FASTOK_DECLARE_KERNELS(MatchKernels, match_kernels)

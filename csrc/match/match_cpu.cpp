@@ -103,6 +103,14 @@ const PanelEngine& choose_engine(Dtype dtype, Similarity similarity, int64_t wid
   return tiles ? *kernels.bf16 : kernels.fp32;
 }
 
+// Splitting rows is worth while if each meets many.
+const PanelEngine& choose_engine(Dtype dtype, int64_t n_cols, int64_t width) {
+  constexpr int64_t fewest_columns = 64, fewest_channels = 32;
+  const MatchKernels& kernels = pick_match_kernels();
+  const bool splits = kernels.split && dtype != Dtype::bf16 && n_cols >= fewest_columns && width >= fewest_channels;
+  return splits ? *kernels.split : choose_engine(dtype, Similarity::cosine, width, 1);
+}
+
 // ---- bipartite_match ------------------------------------------------------------------------------------------------
 
 // Positions of one side of the partition, shared by the batch or per sample.
@@ -256,8 +264,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_
   Tensor offsets = empty_like_device(x, {batch, n_out + 1}, ScalarType::Int);
   int32_t *assigned = data<int32_t>(assign), *used = data<int32_t>(counts);
 
-  const Panels panels(choose_engine(dtype, Similarity::cosine, width, 1), Similarity::cosine, sources.count,
-                      targets.count, width);
+  const Panels panels(choose_engine(dtype, targets.count, width), Similarity::cosine, sources.count, targets.count,
+                      width);
   const auto rows_of = [&](int64_t b, const Side& side, int64_t first_position) {
     const char* base = static_cast<const char*>(x.const_data_ptr()) + b * x.stride(0) * int64_t(element_size(dtype));
     return Rows{base, dtype, x.stride(1), side.of(b), side.count, width, nullptr, first_position};
@@ -266,6 +274,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_
     panels.pack(rows_of(b, sources, 0), rows_of(b, targets, protect), begin, end, memory);
   };
   const Selection selection{n, r, protect, threshold, sorted_order, static_shape};
+  // The rows that the engine has left undecided.
+  const auto decide = [&](int64_t b, float* score, int32_t* mate) {
+    std::vector<int32_t> row, position;
+    for (int64_t i = 0; i < sources.count; ++i) {
+      if (mate[i] != kUndecided) continue;
+      row.push_back(int32_t(i));
+      position.push_back(sources.of(b)[i]);
+    }
+    if (row.empty()) return;
+    const Side side{position, int64_t(position.size()), false};
+    const Panels exact(pick_match_kernels().fp32, Similarity::cosine, side.count, targets.count, width);
+    const Scratch memory = allocate(exact.bytes());
+    std::vector<float> scores(exact.padded_rows());
+    std::vector<int32_t> mates(exact.padded_rows());
+    for_items(1, exact.n_panels(), pack_grain(exact), [&](int64_t, int64_t begin, int64_t end) {
+      exact.pack(rows_of(b, side, 0), rows_of(b, targets, protect), begin, end, memory.get());
+    });
+    for_row_panels(exact, 1, [&](int64_t, int64_t first, int64_t count) {
+      const int64_t at = first * exact.engine.rows;
+      exact.best(memory.get(), first, count, scores.data() + at, mates.data() + at);
+    });
+    for (size_t i = 0; i < row.size(); ++i) score[row[i]] = scores[i], mate[row[i]] = mates[i];
+  };
   const auto finish = [&](int64_t b, const float* score, int32_t* mate) {
     used[b] = select_and_number(selection, sources.of(b), sources.count, targets.of(b), targets.count, score, mate,
                                 bias ? const_data<float>(bias_dense) + b * n : nullptr, assigned + b * n);
@@ -286,6 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_
         if (r > 0) {
           pack(b, 0, panels.n_panels(), memory.get());
           panels.best(memory.get(), 0, panels.n_row_panels, score.get(), mate.get());
+          decide(b, score.get(), mate.get());
         }
         finish(b, score.get(), mate.get());
       }
@@ -301,6 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bipartite_match(Tensor metric, int64_
       const int64_t at = b * padded + first * panels.engine.rows;
       panels.best(of(b), first, count, score.get() + at, mate.get() + at);
     });
+    for (int64_t b = 0; b < batch; ++b) decide(b, score.get() + b * padded, mate.get() + b * padded);
     torch::stable::parallel_for(0, batch, 1 + 2048 / (n + 1), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) finish(b, score.get() + b * padded, mate.get() + b * padded);
     });
