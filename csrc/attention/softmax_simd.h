@@ -85,16 +85,13 @@ struct Weights {
   }
 };
 #if defined(__AVX512BF16__)
-// The machine's own rounding makes subnormal numbers 0, which weights may be.
+// store_flushed makes subnormal numbers 0, which weights may be.
 template <>
 struct Weights<bf16> {
   using Mode = Flushing;
   static constexpr bool kLazyPeaks = true;
   static inline __attribute__((always_inline)) vf exp2(vf x) { return flushed_exp2_of(x); }
-  static inline __attribute__((always_inline)) void keep(bf16* p, vf x, vf y) {
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
-    std::memcpy(p, &rounded, sizeof rounded);
-  }
+  static inline __attribute__((always_inline)) void keep(bf16* p, vf x, vf y) { store_flushed(p, x, y); }
 };
 #endif
 

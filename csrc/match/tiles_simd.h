@@ -99,29 +99,22 @@ constexpr PanelEngine kTileEngine = {kTilePanel,       kTilePanel,        tile_p
 // ------------------------------------------------------------------------------------------------------------
 
 // Normalised fp32 rows, and each as a sum of two bf16 numbers, whose products tell which columns can be a row's best;
-// of these few, the fp32 sums decide, made in the same order as elsewhere.
+// of these few, the fp32 sums decide, made in the same order as elsewhere. Columns that are no candidates are NaN.
 struct SplitPanel {
   float* rows;       // [32][pitch], zeros behind the width
   bf16 *high, *low;  // two tiles each
-  float* bias;       // -inf for those that are no candidates, else 0
   int64_t pitch;
 
   SplitPanel(const void* panel, int64_t width) : pitch((width + kLanes - 1) / kLanes * kLanes) {
-    char* at = static_cast<char*>(const_cast<void*>(panel));
-    rows = reinterpret_cast<float*>(at);
+    rows = static_cast<float*>(const_cast<void*>(panel));
     high = reinterpret_cast<bf16*>(rows + kTilePanel * pitch);
     low = high + blocks(width) * 2 * kBlock;
-    bias = reinterpret_cast<float*>(low + blocks(width) * 2 * kBlock);
   }
   static size_t bytes(int64_t width) {
-    const SplitPanel empty(nullptr, width);
-    return size_t(reinterpret_cast<char*>(empty.bias + kTilePanel) - reinterpret_cast<char*>(empty.rows));
+    const int64_t pitch = (width + kLanes - 1) / kLanes * kLanes;
+    return size_t(kTilePanel * pitch) * sizeof(float) + size_t(blocks(width) * 4 * kBlock) * sizeof(bf16);
   }
 };
-
-// By how much the products of split rows, summed up by tiles, can differ from fp32 sums: what splitting loses, and the
-// roundings of both sums (twice as many, to be safe).
-float split_error(int64_t width) { return 0x1p-16f + float(width) * 0x1p-21f; }
 
 template <bool kColumns>
 void pack_split(const Rows& rows, int64_t panel, Similarity, void* out, float*) {
@@ -131,23 +124,20 @@ void pack_split(const Rows& rows, int64_t panel, Similarity, void* out, float*) 
     const int64_t row = panel * kTilePanel + i;
     float* const x = to.rows + i * to.pitch;
     const bool valid = row < rows.count && is_candidate(rows, row);
-    to.bias[i] = valid ? 0.0f : -kInfinity;
     if (valid) {
       widen_row(rows, row, x);
       divide_row(x, rows.width, clamped_norm(x, rows.width));
     }
-    for (int64_t d = valid ? rows.width : 0; d < to.pitch; ++d) x[d] = 0;
+    for (int64_t d = valid ? rows.width : 0; d < to.pitch; ++d) x[d] = valid || !kColumns ? 0.0f : kNaN;
   }
   for (int tile = 0; tile < 2; ++tile) {
     for (int64_t block = 0; block < n_blocks; ++block) {
       alignas(64) bf16 high[kTile][kDepth], low[kTile][kDepth];
       for (int i = 0; i < kTile; ++i) {
-        for (int d = 0; d < kDepth; d += kLanes) {
-          const int64_t at = block * kDepth + d;
-          const vf x = at < to.pitch ? load(to.rows + (tile * kTile + i) * to.pitch + at) : splat(0.0f);
-          store(high[i] + d, x);
-          store(low[i] + d, x - load(high[i] + d));
-        }
+        const float* const at = to.rows + (tile * kTile + i) * to.pitch + block * kDepth;
+        const vf x = load(at), y = block * kDepth + kLanes < to.pitch ? load(at + kLanes) : splat(0.0f);
+        store_flushed(high[i], x, y);
+        store_flushed(low[i], x - load(high[i]), y - load(high[i] + kLanes));
       }
       place_tile<kColumns>(high, to.high + (tile * n_blocks + block) * kBlock);
       place_tile<kColumns>(low, to.low + (tile * n_blocks + block) * kBlock);
@@ -155,34 +145,32 @@ void pack_split(const Rows& rows, int64_t panel, Similarity, void* out, float*) 
   }
 }
 
-// The best and the second best score so far of each row, one candidate per vector lane.
+// The best and the second best product so far of each row, one candidate per vector lane. The lowest bits of a product
+// give way to the number of the vector of columns that it is from. NaN is neither: of two numbers, max and min take the
+// second one unless both compare.
 struct RunningTwo {
   float best[kTilePanel][kLanes], second[kTilePanel][kLanes];
-  int32_t column[kTilePanel][kLanes];
 
   void reset() {
     for (int i = 0; i < kTilePanel; ++i) {
       store(best[i], splat(-kInfinity));
       store(second[i], splat(-kInfinity));
-      store(column[i], splat(int32_t(-1)));
     }
   }
-  // Not a number is never better, nor second best.
-  inline __attribute__((always_inline)) void update(int i, vf s0, vf s1, vi c0) {
+  // Of row i, `mask` covering the lowest bits.
+  inline __attribute__((always_inline)) void update(int i, vf s0, vf s1, vi mask, vi number0, vi number1) {
     vf first = load(best[i]), next = load(second[i]);
-    vi c = load(column[i]);
-    const auto offer = [&](vf s, vi of) {
-      const vmask better = greater(s, first);
-      const vf loser = select(better, first, s);
-      next = select(greater(loser, next), loser, next);
-      first = select(better, s, first);
-      c = select(better, of, c);
+    const auto offer = [&](vf product, vi number) {
+      constexpr int kSecondWhereThirdElseFirst = 0xca;
+      const vf s = _mm512_castsi512_ps(
+          _mm512_ternarylogic_epi32(mask, number, _mm512_castps_si512(product), kSecondWhereThirdElseFirst));
+      next = _mm512_max_ps(_mm512_min_ps(first, s), next);
+      first = _mm512_max_ps(s, first);
     };
-    offer(s0, c0);
-    offer(s1, add(c0, splat(int32_t(kLanes))));
+    offer(s0, number0);
+    offer(s1, number1);
     store(best[i], first);
     store(second[i], next);
-    store(column[i], c);
   }
 };
 
@@ -201,60 +189,88 @@ inline vf pair_products(const float* const (&a)[kLanes], const float* const (&b)
   return sum;
 }
 
-// From what tiles made of the rows of one panel to their best columns.
-void decide(const RunningTwo& found, const SplitPanel& rows, const char* col_panels, int64_t col_bytes, int64_t width,
-            float* score, int32_t* mate) {
-  const vf margin = splat(2 * split_error(width));
-  int32_t row_of[kTilePanel * kLanes], column_of[kTilePanel * kLanes];
-  int n_pairs = 0;
-  for (int i = 0; i < kTilePanel; ++i) {
-    score[i] = -kInfinity;
-    mate[i] = -1;
-    const vf best = load(found.best[i]), bar = splat(horizontal_max(best)) - margin;
-    if (!any(greater(best, splat(-kInfinity)))) continue;
-    if (any(_mm512_cmp_ps_mask(load(found.second[i]), bar, _CMP_GE_OQ))) {
-      mate[i] = kUndecided;
-      continue;
+// Decides by fp32 sums which columns are best for the rows of a panel.
+class Decision {
+ public:
+  Decision(const SplitPanel& rows, const char* col_panels, int64_t n_col_panels, int64_t width, float* score,
+           int32_t* mate)
+      : rows_(rows), columns_(col_panels), n_vectors_(2 * n_col_panels), width_(width), score_(score), mate_(mate) {}
+
+  void decide(const RunningTwo& found, int number_bits) {
+    // By how much the products can differ from fp32 sums: what splitting loses, the roundings of both sums (four for
+    // each channel), and the bits given away. The best is at most twice that below the one that looks best.
+    const float error = 0x1p-16f + float(width_) * 0x1p-22f + float(1 << number_bits) * 0x1p-23f;
+    const uint32_t mask = (1u << number_bits) - 1;
+    for (int i = 0; i < kTilePanel; ++i) {
+      score_[i] = -kInfinity;
+      mate_[i] = -1;
+      const vf best = load(found.best[i]);
+      const float top = horizontal_max(best);
+      if (!(top > -kInfinity)) continue;
+      const vf bar = splat(top - 2 * error);
+      const vmask crowded = _mm512_cmp_ps_mask(load(found.second[i]), bar, _CMP_GE_OQ);
+      constexpr int kMostCrowded = 2;
+      if (__builtin_popcount(crowded) > kMostCrowded) {
+        mate_[i] = kUndecided;
+        continue;
+      }
+      const vmask close = _mm512_cmp_ps_mask(best, bar, _CMP_GE_OQ);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (!(close >> lane & 1)) continue;
+        if (crowded >> lane & 1) {
+          for (int64_t v = 0; v < n_vectors_; ++v) compare(i, int32_t(v * kLanes + lane));
+        } else {
+          compare(i, int32_t(bits_of(found.best[i][lane]) & mask) * kLanes + lane);
+        }
+      }
     }
-    const vmask close = _mm512_cmp_ps_mask(best, bar, _CMP_GE_OQ);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (!(close >> lane & 1)) continue;
-      row_of[n_pairs] = i;
-      column_of[n_pairs++] = found.column[i][lane];
-    }
+    while (n_ > 0) compare(row_[0], column_[0]);
   }
-  for (int first = 0; first < n_pairs; first += kLanes) {
-    const int count = n_pairs - first < kLanes ? n_pairs - first : kLanes;
+
+ private:
+  void compare(int row, int32_t column) {
+    row_[n_] = row;
+    column_[n_] = column;
+    if (++n_ < kLanes) return;
+    n_ = 0;
     const float *a[kLanes], *b[kLanes];
     for (int j = 0; j < kLanes; ++j) {
-      const int pair = first + (j < count ? j : 0);
-      const SplitPanel columns(col_panels + column_of[pair] / kTilePanel * col_bytes, width);
-      a[j] = rows.rows + row_of[pair] * rows.pitch;
-      b[j] = columns.rows + column_of[pair] % kTilePanel * rows.pitch;
+      const SplitPanel panel(columns_ + column_[j] / kTilePanel * int64_t(SplitPanel::bytes(width_)), width_);
+      a[j] = rows_.rows + row_[j] * rows_.pitch;
+      b[j] = panel.rows + column_[j] % kTilePanel * rows_.pitch;
     }
     float product[kLanes];
-    store(product, pair_products(a, b, rows.pitch));
-    for (int j = 0; j < count; ++j) {
-      const int i = row_of[first + j];
-      const int32_t column = column_of[first + j];
-      if (product[j] > score[i] || (product[j] == score[i] && column < mate[i]))
-        score[i] = product[j], mate[i] = column;
+    store(product, pair_products(a, b, rows_.pitch));
+    for (int j = 0; j < kLanes; ++j) {
+      float& score = score_[row_[j]];
+      int32_t& mate = mate_[row_[j]];
+      if (product[j] > score || (product[j] == score && column_[j] < mate)) score = product[j], mate = column_[j];
     }
   }
-}
+
+  const SplitPanel& rows_;
+  const char* columns_;
+  int64_t n_vectors_, width_;
+  float* score_;
+  int32_t* mate_;
+  int row_[kLanes], n_ = 0;  // pairs still to be compared
+  int32_t column_[kLanes];
+};
 
 void best_split(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels,
                 int64_t width, Similarity, float* score, int32_t* mate) {
   configure_tiles();
   const int64_t n_blocks = blocks(width), panel_bytes = int64_t(SplitPanel::bytes(width));
   const int64_t tile_bytes = n_blocks * 4 * kBlock * int64_t(sizeof(bf16)), chunk = kChunkBytes / (tile_bytes + 1) + 1;
-  const vi lanes = lane_numbers();
+  int number_bits = 0;
+  while (int64_t(1) << number_bits < 2 * n_col_panels) ++number_bits;
+  const vi mask = splat(int32_t((1u << number_bits) - 1));
   const char* const a = static_cast<const char*>(row_panels);
   const char* const b = static_cast<const char*>(col_panels);
-  RunningTwo running[kGroup / 2];
+  RunningTwo running[kGroup];
   alignas(64) float dots[kTilePanel][kTilePanel];
-  for (int64_t first = 0; first < n_row_panels; first += kGroup / 2) {
-    const int64_t group = n_row_panels - first < kGroup / 2 ? n_row_panels - first : kGroup / 2;
+  for (int64_t first = 0; first < n_row_panels; first += kGroup) {
+    const int64_t group = n_row_panels - first < kGroup ? n_row_panels - first : kGroup;
     for (int64_t g = 0; g < group; ++g) running[g].reset();
     for (int64_t c0 = 0; c0 < n_col_panels; c0 += chunk) {
       const int64_t c1 = c0 + chunk < n_col_panels ? c0 + chunk : n_col_panels;
@@ -263,17 +279,16 @@ void best_split(const void* row_panels, int64_t n_row_panels, const void* col_pa
         for (int64_t c = c0; c < c1; ++c) {
           const SplitPanel columns(b + c * panel_bytes, width);
           multiply_split(rows.high, rows.low, columns.high, columns.low, n_blocks, dots[0], kTilePanel);
-          const vf bias0 = load(columns.bias), bias1 = load(columns.bias + kLanes);
-          const vi column = add(lanes, splat(int32_t(c * kTilePanel)));
+          const vi number0 = splat(int32_t(2 * c)), number1 = splat(int32_t(2 * c + 1));
           for (int i = 0; i < kTilePanel; ++i)
-            running[g].update(i, load(dots[i]) + bias0, load(dots[i] + kLanes) + bias1, column);
+            running[g].update(i, load(dots[i]), load(dots[i] + kLanes), mask, number0, number1);
         }
       }
     }
     for (int64_t g = 0; g < group; ++g) {
       const int64_t at = (first + g) * kTilePanel;
-      decide(running[g], SplitPanel(a + (first + g) * panel_bytes, width), b, panel_bytes, width, score + at,
-             mate + at);
+      const SplitPanel rows(a + (first + g) * panel_bytes, width);
+      Decision(rows, b, n_col_panels, width, score + at, mate + at).decide(running[g], number_bits);
     }
   }
   _tile_release();
