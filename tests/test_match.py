@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastok import reference
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
+from fastok.testing.backends import available_backends
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -202,6 +203,37 @@ def test_batch_invariant_and_repeatable(backend: Backend) -> None:
     for b in range(5):
         alone = backend.bipartite_match(metric[b : b + 1], *args)
         assert_same_map(alone, [part[b : b + 1] for part in whole])
+
+
+# What products of split rows cannot tell apart, or not all of them.
+CLOSE = {
+    "random": lambda n, width: torch.randn(3, n, width),
+    "duplicates": lambda n, width: torch.randn(3, 20, width)[:, torch.randint(20, (n,))],
+    "some-duplicates": lambda n, width: torch.randn(3, n, width)[:, torch.randint(n, (n,))],
+    "last-digits": lambda n, width: torch.randn(3, 9, width)[:, torch.randint(9, (n,))] + 1e-6 * torch.randn(n, width),
+    "clusters": lambda n, width: torch.randn(3, 5, width)[:, torch.randint(5, (n,))] + 1e-3 * torch.randn(n, width),
+    "opposite": lambda n, width: torch.randn(1, 1, width) * (torch.randint(0, 2, (3, n, 1)) * 2 - 1),
+    "one-direction": lambda n, width: torch.ones(3, n, width) + 1e-4 * torch.randn(n, width),
+    "few-channels": lambda n, width: torch.randn(3, n, width) * (torch.arange(width) % 17 == 3),
+    "some-zero": lambda n, width: torch.randn(3, n, width) * torch.randint(0, 2, (3, n, 1)),
+    "some-nan": lambda n, width: some_nan(torch.randn(3, n, width), 0.1),
+    "huge-and-tiny": lambda n, width: torch.randn(3, n, width) * 10.0 ** torch.randint(-30, 30, (3, n, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "width"), [(129, 32), (200, 33), (577, 64), (331, 100), (300, 320)])
+@pytest.mark.parametrize("close", CLOSE)
+def test_tiles_decide_as_fp32_vectors_do(close: str, n: int, width: int, dtype: torch.dtype) -> None:
+    """One sample, shared out over threads, and more of them than there are threads."""
+    backends = {backend.name: backend for backend, reason in available_backends("bipartite_match") if reason is None}
+    vectors = backends.get("cpu-avx512_bf16")
+    if vectors is None:
+        pytest.skip("needs AMX, and the instruction set below it to compare with")
+    metric = CLOSE[close](n, width).to(dtype)
+    for batch in (1, 3):
+        args = (metric[:batch], n // 3, 1, None, None, None, None, False, True)
+        assert_same_map(backends["cpu"].bipartite_match(*args), vectors.bipartite_match(*args))
 
 
 def published(metric: Tensor, r: int, class_token: bool) -> list[list[int]]:
