@@ -57,6 +57,8 @@ class Pass {
     std::memset(scratch.out, 0, size_t(n_rows_ * v_width_) * sizeof(float));
   }
 
+  // A few keys by their peaks, then many by the peaks that there are, as long as weights do not become large; or, where
+  // peaks are not lazy (Weights), block after block by its own.
   void over_keys() {
     const int64_t first = seen_.first, last = seen_.last;
     if constexpr (Weights<Weight>::kLazyPeaks) {

@@ -9,8 +9,7 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
-// ---- bf16
-// ------------------------------------------------------------------------------------------------------------
+// ---- bf16 rows ---------------------------------------------------------------------------------------------------
 
 // Two tiles, then 32 inverse norms. Products of bf16 are exact in fp32 and the norms are applied to the finished dot
 // products, so nothing is lost against fp32.
@@ -95,8 +94,7 @@ constexpr PanelEngine kTileEngine = {kTilePanel,       kTilePanel,        tile_p
                                      tile_panel_bytes, pack_tiles<false>, pack_tiles<true>,
                                      best_tiles,       nullptr,           nullptr};
 
-// ---- fp32
-// ------------------------------------------------------------------------------------------------------------
+// ---- fp32 rows ---------------------------------------------------------------------------------------------------
 
 // Normalised fp32 rows, and each as a sum of two bf16 numbers, whose products tell which columns can be a row's best;
 // of these few, the fp32 sums decide, made in the same order as elsewhere. Columns that are no candidates are NaN.
@@ -196,11 +194,13 @@ class Decision {
            int32_t* mate)
       : rows_(rows), columns_(col_panels), n_vectors_(2 * n_col_panels), width_(width), score_(score), mate_(mate) {}
 
-  void decide(const RunningTwo& found, int number_bits) {
+  // Returns how many rows are left undecided.
+  int decide(const RunningTwo& found, int number_bits) {
     // By how much the products can differ from fp32 sums: what splitting loses, the roundings of both sums (four for
     // each channel), and the bits given away. The best is at most twice that below the one that looks best.
     const float error = 0x1p-16f + float(width_) * 0x1p-22f + float(1 << number_bits) * 0x1p-23f;
     const uint32_t mask = (1u << number_bits) - 1;
+    int undecided = 0, lanes_left = kMostLanes;
     for (int i = 0; i < kTilePanel; ++i) {
       score_[i] = -kInfinity;
       mate_[i] = -1;
@@ -209,11 +209,12 @@ class Decision {
       if (!(top > -kInfinity)) continue;
       const vf bar = splat(top - 2 * error);
       const vmask crowded = _mm512_cmp_ps_mask(load(found.second[i]), bar, _CMP_GE_OQ);
-      constexpr int kMostCrowded = 2;
-      if (__builtin_popcount(crowded) > kMostCrowded) {
+      if (__builtin_popcount(crowded) > lanes_left) {
         mate_[i] = kUndecided;
+        ++undecided;
         continue;
       }
+      lanes_left -= __builtin_popcount(crowded);
       const vmask close = _mm512_cmp_ps_mask(best, bar, _CMP_GE_OQ);
       for (int lane = 0; lane < kLanes; ++lane) {
         if (!(close >> lane & 1)) continue;
@@ -225,9 +226,13 @@ class Decision {
       }
     }
     while (n_ > 0) compare(row_[0], column_[0]);
+    return undecided;
   }
 
  private:
+  // Of a panel's rows, that are compared column by column: each costs as much as another engine takes for a row.
+  static constexpr int kMostLanes = 2;
+
   void compare(int row, int32_t column) {
     row_[n_] = row;
     column_[n_] = column;
@@ -269,8 +274,13 @@ void best_split(const void* row_panels, int64_t n_row_panels, const void* col_pa
   const char* const b = static_cast<const char*>(col_panels);
   RunningTwo running[kGroup];
   alignas(64) float dots[kTilePanel][kTilePanel];
-  for (int64_t first = 0; first < n_row_panels; first += kGroup) {
-    const int64_t group = n_row_panels - first < kGroup ? n_row_panels - first : kGroup;
+  // One panel first, which tells whether rows can be told apart at all.
+  for (int64_t first = 0, group = 1, undecided = 0; first < n_row_panels; first += group) {
+    if (undecided > kTilePanel / 2) {
+      for (int64_t i = first * kTilePanel; i < n_row_panels * kTilePanel; ++i) mate[i] = kUndecided;
+      break;
+    }
+    if (first > 0) group = n_row_panels - first < kGroup ? n_row_panels - first : kGroup;
     for (int64_t g = 0; g < group; ++g) running[g].reset();
     for (int64_t c0 = 0; c0 < n_col_panels; c0 += chunk) {
       const int64_t c1 = c0 + chunk < n_col_panels ? c0 + chunk : n_col_panels;
@@ -288,7 +298,7 @@ void best_split(const void* row_panels, int64_t n_row_panels, const void* col_pa
     for (int64_t g = 0; g < group; ++g) {
       const int64_t at = (first + g) * kTilePanel;
       const SplitPanel rows(a + (first + g) * panel_bytes, width);
-      Decision(rows, b, n_col_panels, width, score + at, mate + at).decide(running[g], number_bits);
+      undecided = Decision(rows, b, n_col_panels, width, score + at, mate + at).decide(running[g], number_bits);
     }
   }
   _tile_release();
