@@ -14,8 +14,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Keys of a task: as many as leave each thread several.
 constexpr int64_t kManyKeys = 1024, kFewKeys = 128, kTasksPerThread = 2;
 
-// For up to so many rows, packing the keys costs more than it saves.
-constexpr int64_t kFewRows = 4;
+// For up to so many queries, packing the keys costs more than it saves.
+constexpr int64_t kFewQueries = 4;
 
 enum class Reduce { sum, max, none };
 
@@ -124,7 +124,7 @@ struct Job {
     return reduce == Reduce::sum ? !head_max || group == 1 : reduce == Reduce::max && one_by_one();
   }
 
-  bool few_rows(int64_t b) const { return selections[b].rows.count <= kFewRows; }
+  bool few_queries(int64_t b) const { return call.n_q(b) <= kFewQueries; }
   bool sums_probabilities() const { return reduce == Reduce::sum && !logits; }
   float nothing() const { return reduce == Reduce::max && logits ? -kInfinity : 0.0f; }
 
@@ -200,7 +200,7 @@ class Block {
         const RowList rows = all.part(done, job_.engine.row_block);
         if (!any_sees(head, rows, begin_, end_)) continue;
         const float* const of_rows = job_.lse_of(b_, h, rows, done, lse.data());
-        if (job_.sums_probabilities() && !job_.few_rows(b_)) {
+        if (job_.sums_probabilities() && !job_.few_queries(b_)) {
           job_.engine.sum_scores(head, keys_of(h, head, true), begin_, end_, rows, of_rows, of_head.data(),
                                  scratch_.get());
         } else {
@@ -244,7 +244,7 @@ class Block {
   }
 
   void make_scores(const AttentionHead& head, int64_t h, const RowList& rows, const float* lse, bool in_turn) {
-    if (job_.few_rows(b_)) {
+    if (job_.few_queries(b_)) {
       job_.kernels.few_scores(head, begin_, end_, rows, lse, scores(), pitch_);
     } else {
       job_.engine.scores(head, keys_of(h, head, in_turn), begin_, end_, rows, lse, scores(), pitch_, scratch_.get());

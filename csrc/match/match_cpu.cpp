@@ -103,11 +103,12 @@ const PanelEngine& choose_engine(Dtype dtype, Similarity similarity, int64_t wid
   return tiles ? *kernels.bf16 : kernels.fp32;
 }
 
-// Splitting rows is worth while if each meets many.
+// Splitting rows is worth while if each meets many, but not so many that their numbers take a product's digits.
 const PanelEngine& choose_engine(Dtype dtype, int64_t n_cols, int64_t width) {
-  constexpr int64_t fewest_columns = 64, fewest_channels = 32;
+  constexpr int64_t fewest_columns = 64, most_columns = 1 << 15, fewest_channels = 32;
   const MatchKernels& kernels = pick_match_kernels();
-  const bool splits = kernels.split && dtype != Dtype::bf16 && n_cols >= fewest_columns && width >= fewest_channels;
+  const bool splits = kernels.split && dtype != Dtype::bf16 && n_cols >= fewest_columns && n_cols <= most_columns &&
+                      width >= fewest_channels;
   return splits ? *kernels.split : choose_engine(dtype, Similarity::cosine, width, 1);
 }
 
