@@ -156,6 +156,22 @@ def test_merge_is_batch_invariant_and_repeatable(backend: Backend) -> None:
         assert_same(alone_size, size_out[b : b + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@over_backends("merge", without=("reference", "triton-interpreter", "cuda", "cuda-on-host"))
+def test_large_outputs_are_those_of_their_parts(backend: Backend, mode: str, dtype: torch.dtype) -> None:
+    """Outputs of 16 MiB and more are copied past the caches."""
+    width, n_out = 4096 * 4 // dtype.itemsize, 1040
+    x = torch.randn(1, n_out + 60, width + 1).to(dtype)[..., 1:]
+    slots = torch.cat([torch.randperm(n_out), torch.randint(n_out, (60,))]).int()[None]
+    csr = reference.build_map(slots, n_out)
+    whole, size = backend.merge(x, slots, *csr, None, mode)
+    for begin, end in ((0, width // 2), (width // 2, width)):
+        part, size_of_part = backend.merge(x[..., begin:end], slots, *csr, None, mode)
+        assert_same(whole[..., begin:end], part)
+        assert_same(size, size_of_part)
+
+
 def test_thread_count_does_not_change_results() -> None:
     x, size = torch.randn(3, 400, 300), torch.rand(3, 400)
     metric = torch.randn(3, 400, 32)

@@ -274,7 +274,7 @@ void best_split(const void* row_panels, int64_t n_row_panels, const void* col_pa
   const char* const b = static_cast<const char*>(col_panels);
   RunningTwo running[kGroup];
   alignas(64) float dots[kTilePanel][kTilePanel];
-  // One panel first, which tells whether rows can be told apart at all.
+  // One panel first, as the last of each group tells whether the next rows can be told apart at all.
   for (int64_t first = 0, group = 1, undecided = 0; first < n_row_panels; first += group) {
     if (undecided > kTilePanel / 2) {
       for (int64_t i = first * kTilePanel; i < n_row_panels * kTilePanel; ++i) mate[i] = kUndecided;
