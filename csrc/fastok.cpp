@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(fastok, m) {
   m.def(
       "select_tokens(Tensor scores, SymInt k, float? mass, SymInt sink, SymInt recent, Tensor? seq_lens) -> (Tensor "
       "index, Tensor count)");
+  m.def(
+      "label_tokens(Tensor q, Tensor data, Tensor? scale, Tensor channels, int kv_heads, bool shared, SymInt k, SymInt "
+      "sink, SymInt recent, Tensor? seq_lens) -> (Tensor index, Tensor count)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 
   // Selection (csrc/k_center, csrc/max_coverage). start is isolated, norm, first, or given with `first`;

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from fastok.caches.labels import LabelCache
-from fastok.ops.sparse import calibrate_channels, label_scores, rotary_channels, select_tokens
+from fastok.ops.sparse import calibrate_channels, label_scores, label_tokens, rotary_channels, select_tokens
 from fastok.reference.sparse import fisher_sums, most_discriminating
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from hypothesis import given
@@ -413,13 +413,63 @@ def test_refusals_name_the_argument(error: type[Exception], message: str, call) 
         call(keys(1, 5, 4, 8), keys(1, 5, 2, 8))
 
 
-@pytest.mark.parametrize("op", ["label_scores", "select_tokens"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("shared", "bits"), [(True, 16), (True, 8), (False, 4)])
+@over_backends("label_tokens", without=("reference", "triton-interpreter", "cuda-on-host"))
+def test_tokens_are_those_with_the_best_scores(backend: Backend, shared: bool, bits: int, threads: int) -> None:
+    """Whether a thread has heads of its own or shares one: NaN, infinities and ties as in the two ops."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n in (1, 5, 33, 5000, 9001):
+            q = keys(2, 2, 6, 16).round()
+            k = keys(2, n, 3, 16).round()
+            k[0, n // 2, 0] = math.nan
+            k[1, n // 3, 1, 0] = math.inf
+            channels = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
+            labels = LabelCache(channels, bits).append(k)
+            lengths = torch.tensor([n, n // 2])
+            arguments = (q, labels.data, labels.scale, channels, 3, shared)
+            scores = backend.label_scores(*arguments, lengths)
+            for k_most, sink, recent in ((0, 0, 0), (1, 0, 1), (n // 3 + 4, 3, 1), (n, 1, 2)):
+                chosen = (min(k_most, n), sink, recent, lengths)
+                if chosen[0] < min(n, sink + recent):
+                    continue
+                wanted = backend.select_tokens(scores, chosen[0], None, *chosen[1:])
+                for got, part in zip(backend.label_tokens(*arguments, *chosen), wanted, strict=True):
+                    assert_same(got, part, name=f"{n} tokens, {chosen}")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tokens_by_labels_refuses_what_its_parts_refuse() -> None:
+    labels = LabelCache(torch.tensor([[0, 3], [7, 1]])).append(keys(2, 9, 2, 8))
+    q = keys(2, 1, 4, 8)
+    with pytest.raises(ValueError, match="k must have room for sink"):
+        label_tokens(q, labels, 3, sink=2, recent=2)
+    with pytest.raises(ValueError, match="seq_lens must be within"):
+        label_tokens(q, labels, 3, seq_lens=torch.tensor([9, 10]))
+    with pytest.raises(ValueError, match="shared must be True"):
+        label_tokens(q, labels, 3, shared="mean")
+    with pytest.raises(ValueError, match="q must have"):
+        label_tokens(q[..., :4], labels, 3)
+    for shared in (True, False, "sum"):
+        lengths = torch.tensor([9, 4])
+        scores = label_scores(q, labels, shared=shared, seq_lens=lengths)
+        wanted = select_tokens(scores, 5, sink=1, recent=2, seq_lens=lengths)
+        got = label_tokens(q, labels, 5, sink=1, recent=2, shared=shared, seq_lens=lengths)
+        for x, y in zip(got, wanted, strict=True):
+            assert_same(x, y)
+
+
+@pytest.mark.parametrize("op", ["label_scores", "select_tokens", "label_tokens"])
 def test_opcheck(op: str) -> None:
     channels = torch.tensor([[0, 3, 5], [7, 1, 2]])
     labels = LabelCache(channels, 4).append(keys(2, 9, 2, 8))
     arguments = {
         "label_scores": (keys(2, 1, 4, 8), labels.data, labels.scale, channels, 2, True, torch.tensor([9, 3])),
         "select_tokens": (torch.rand(2, 3, 9), 4, 0.5, 1, 1, torch.tensor([9, 3])),
+        "label_tokens": (keys(2, 1, 4, 8), labels.data, labels.scale, channels, 2, True, 4, 1, 1, torch.tensor([9, 3])),
     }
     torch.library.opcheck(getattr(torch.ops.fastok, op).default, arguments[op])
 

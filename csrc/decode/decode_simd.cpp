@@ -10,8 +10,8 @@ namespace {
 // Keys, and values, of one head that are read at a time, before those of the next head.
 constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
 // How many heads' keys or values further the nearer ones are fetched, unless a head is alone, and how many rows the
-// farther ones.
-constexpr int64_t kNearHeads = 2, kFarRows = 16;
+// farther ones: of one or two heads, or of more.
+constexpr int64_t kNearHeads = 2, kFarRowsOfFew = 32, kFarRows = 16;
 
 template <class T>
 void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {
@@ -19,7 +19,7 @@ void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void*
   for (int64_t h = 0; h < n_heads; ++h) n_rows += heads[h].rows.count;
   const Scratch s(n_rows, keys.width > keys.v_width ? keys.width : keys.v_width, memory);
   const T* const* const row = reinterpret_cast<const T* const*>(keys.row);
-  const int64_t far = kDecodeBlock / n_heads > kFarRows ? kDecodeBlock / n_heads : kFarRows;
+  const int64_t far = n_heads <= 2 ? kFarRowsOfFew : kFarRows;
   // Of row `i` of a head, where so many rows are read at once.
   const auto ahead = [&](int64_t i, int64_t h, int64_t at_once, int64_t DenseHead::* at, int64_t width) {
     int64_t near = i, near_head = h + kNearHeads;

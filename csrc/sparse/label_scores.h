@@ -25,15 +25,15 @@ struct LabelScoresCall {
   const f16* scale;  // [B, labels, T], null without
   int64_t scale_batch_stride, scale_head_stride;
   const int64_t* lengths;  // [B], null: all tokens are there
-  float* out;              // [B, out_heads, T]
   int64_t out_heads, tokens;
 };
 
 struct LabelScoresKernels {
   // The chosen channels of all queries of sample b, [H, S, r] in fp32.
   void (*gather)(const LabelScoresCall&, int64_t b, float* picked);
-  // Tokens [begin, end) of one head of the result, from the sample's `picked`.
-  void (*score)(const LabelScoresCall&, int64_t b, int64_t out_head, const float* picked, int64_t begin, int64_t end);
+  // Tokens [begin, end) of one head of the result, from the sample's `picked`, to their places in out[T].
+  void (*score)(const LabelScoresCall&, int64_t b, int64_t out_head, const float* picked, int64_t begin, int64_t end,
+                float* out);
 };
 
 FASTOK_DECLARE_KERNELS(LabelScoresKernels, label_scores_kernels)

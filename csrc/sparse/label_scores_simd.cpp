@@ -85,9 +85,8 @@ inline __attribute__((always_inline)) void best_of(const LabelScoresCall& call, 
 
 template <class Code>
 void score_head(const LabelScoresCall& call, int64_t b, int64_t out_head, const float* picked, int64_t begin,
-                int64_t end) {
+                int64_t end, float* out) {
   const float lowest = -std::numeric_limits<float>::infinity();
-  float* out = call.out + (b * call.out_heads + out_head) * call.tokens;
   const int64_t length = call.lengths ? call.lengths[b] : call.tokens;
   const int64_t there = length < begin ? begin : length < end ? length : end;
   for (int64_t t = there; t < end; ++t) out[t] = lowest;
@@ -142,18 +141,19 @@ void score_head(const LabelScoresCall& call, int64_t b, int64_t out_head, const 
   }
 }
 
-void score(const LabelScoresCall& call, int64_t b, int64_t out_head, const float* picked, int64_t begin, int64_t end) {
+void score(const LabelScoresCall& call, int64_t b, int64_t out_head, const float* picked, int64_t begin, int64_t end,
+           float* out) {
   switch (call.code) {
     case LabelCode::f32:
-      return score_head<float>(call, b, out_head, picked, begin, end);
+      return score_head<float>(call, b, out_head, picked, begin, end, out);
     case LabelCode::f16:
-      return score_head<f16>(call, b, out_head, picked, begin, end);
+      return score_head<f16>(call, b, out_head, picked, begin, end, out);
     case LabelCode::bf16:
-      return score_head<bf16>(call, b, out_head, picked, begin, end);
+      return score_head<bf16>(call, b, out_head, picked, begin, end, out);
     case LabelCode::int8:
-      return score_head<int8_t>(call, b, out_head, picked, begin, end);
+      return score_head<int8_t>(call, b, out_head, picked, begin, end, out);
     case LabelCode::int4:
-      return score_head<int4>(call, b, out_head, picked, begin, end);
+      return score_head<int4>(call, b, out_head, picked, begin, end, out);
   }
 }
 

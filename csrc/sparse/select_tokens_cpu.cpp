@@ -1,49 +1,16 @@
 // CPU backend of select_tokens: forced tokens, lengths, shares of the sum; the selection is in select_tokens_simd.cpp.
-#include <algorithm>
 #include <cmath>
-#include <memory>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "common/tensor.h"
-#include "sparse/select_tokens.h"
+#include "sparse/select_row_cpu.h"
 
 namespace fastok {
 namespace {
 
-struct Selection {
-  int64_t k, sink, recent;
-  std::optional<double> mass;
-};
-
-// A head's row, its forced tokens first: [0, sink) and [end, length); the others compete.
-struct Row {
-  const float* score;
-  int64_t length, sink, end;
-
-  Row(const float* score, int64_t length, const Selection& wanted)
-      : score(score),
-        length(length),
-        sink(std::min(wanted.sink, length)),
-        end(std::max(length - wanted.recent, sink)) {}
-  int64_t forced() const { return sink + length - end; }
-};
-
-int64_t by_count(const Row& row, int64_t k, int64_t* index, int32_t* best, uint32_t* scratch) {
-  const int64_t rest = row.end - row.sink, m = std::min(k - row.forced(), rest);
-  int64_t count = 0;
-  for (int64_t t = 0; t < row.sink; ++t) index[count++] = t;
-  if (m > 0) {
-    pick_select_tokens_kernels().largest(row.score + row.sink, rest, m, best, scratch);
-    for (int64_t i = 0; i < m; ++i) index[count++] = row.sink + best[i];
-  }
-  for (int64_t t = row.end; t < row.length; ++t) index[count++] = t;
-  return count;
-}
-
 // The fewest tokens that reach the share, at most k; sums in fp64 in the order of the tokens taken.
-int64_t by_mass(const Row& row, int64_t k, double mass, int64_t* index) {
+int64_t by_mass(const ScoreRow& row, int64_t k, double mass, int64_t* index) {
   const auto share = [&](int64_t t) { return row.score[t] > 0 ? double(row.score[t]) : 0.0; };
   const auto value = [&](int64_t t) { return std::isnan(row.score[t]) ? -INFINITY : row.score[t]; };
   const auto better = [&](int64_t a, int64_t b) { return value(a) > value(b); };
@@ -62,6 +29,7 @@ int64_t by_mass(const Row& row, int64_t k, double mass, int64_t* index) {
     index[count++] = t;
   }
   std::sort(index, index + count);
+  std::fill(index + count, index + k, -1);
   return count;
 }
 
@@ -81,19 +49,13 @@ std::tuple<Tensor, Tensor> select_tokens(Tensor scores, int64_t k, std::optional
   const int64_t* length = seq_lens ? const_data<int64_t>(lengths) : nullptr;
   const Tensor index = empty_like_device(scores, {batch, heads, k}, ScalarType::Long);
   const Tensor count = empty_like_device(scores, {batch, heads}, ScalarType::Long);
-  const Selection wanted{k, sink, recent, mass};
   torch::stable::parallel_for(0, batch * heads, 1 + 8192 / (n + 1), [&](int64_t begin, int64_t end) {
-    // Not cleared: of the memory for the worst case, little is touched.
-    const auto best = std::make_unique_for_overwrite<int32_t[]>(size_t(k));
-    const auto scratch = std::make_unique_for_overwrite<uint32_t[]>(size_t(largest_scratch(n)));
+    const SelectByCount best(n, k);
     for (int64_t i = begin; i < end; ++i) {
-      int64_t* const out = data<int64_t>(index) + i * k;
       const int64_t tokens = length ? std::clamp<int64_t>(length[i / heads], 0, n) : n;
-      const Row row(const_data<float>(scores) + i * n, tokens, wanted);
-      STD_TORCH_CHECK(row.forced() <= k || row.length <= k, "k must have room for sink + recent tokens");
-      const int64_t found = mass ? by_mass(row, k, *mass, out) : by_count(row, k, out, best.get(), scratch.get());
-      std::fill(out + found, out + k, -1);
-      data<int64_t>(count)[i] = found;
+      const ScoreRow row(const_data<float>(scores) + i * n, tokens, sink, recent, k);
+      int64_t* const out = data<int64_t>(index) + i * k;
+      data<int64_t>(count)[i] = mass ? by_mass(row, k, *mass, out) : best(row, out);
     }
   });
   return {index, count};

@@ -38,6 +38,7 @@ REFERENCE = {
     "decode_packed": decode.decode_packed,
     "label_scores": sparse.label_scores,
     "select_tokens": sparse.select_tokens,
+    "label_tokens": sparse.label_tokens,
 }
 # Plain PyTorch on every device, autograd included.
 COMPOSITE = {"merge_states": reference.merge_states}
@@ -48,8 +49,17 @@ def _attention_with_scores(*arguments: Any) -> Any:
     return with_scores(ops.attention, ops.attention_scores, *arguments)
 
 
+def _label_tokens(*arguments: Any) -> Any:
+    *labelled, k, sink, recent, seq_lens = arguments
+    ops = torch.ops.fastok
+    return ops.select_tokens(ops.label_scores(*labelled, seq_lens), k, None, sink, recent, seq_lens)
+
+
 # Where an op has no kernel of its own: the ops that it consists of, one after the other, and the slowest.
-IN_PARTS = {"attention_with_scores": (_attention_with_scores, "attention_scores")}
+IN_PARTS = {
+    "attention_with_scores": (_attention_with_scores, "attention_scores"),
+    "label_tokens": (_label_tokens, "select_tokens"),
+}
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")
 

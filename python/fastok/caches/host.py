@@ -13,7 +13,7 @@ class HostKV(DenseKV):
 
     def __init__(self) -> None:
         super().__init__()
-        self._arriving: list[Tensor] = []  # the newest tokens [B,G,S,D], on their way
+        self._arriving: list[Tensor] = []  # the newest tokens' keys and values [B,G,S,…], on their way
         self._arrived: torch.cuda.Event | None = None
 
     @property
@@ -24,10 +24,10 @@ class HostKV(DenseKV):
     def append(self, k: Tensor, v: Tensor) -> "HostKV":
         """Add ``k[B,S,G,D]`` and ``v[B,S,G,D_v]`` of any device, without waiting if they are few; returns self."""
         self._wait()
-        new = [x.transpose(1, 2) for x in (k, v)]
-        self.length = self._reserved(new)
+        self.length = self._reserved(k, v)
         # A copy into part of a tensor would be waited for, one into a tensor of its own is not.
-        self._arriving = [self._empty(x, tuple(x.shape)).copy_(x.contiguous(), non_blocking=True) for x in new]
+        for x in (k.transpose(1, 2), v.transpose(1, 2)):
+            self._arriving.append(self._empty(x, tuple(x.shape)).copy_(x.contiguous(), non_blocking=True))
         if k.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(k.device))
@@ -37,7 +37,7 @@ class HostKV(DenseKV):
 
     def rows(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B,L,K,D]`` of ``tokens[B,L,K]`` (int64, on the host; L a multiple of G) on ``device``."""
-        ratio = tokens.shape[1] // self._parts[0].shape[1]
+        ratio = tokens.shape[1] // self._stored.shape[1]
         batch, head = torch.arange(tokens.shape[0])[:, None, None], torch.arange(tokens.shape[1])[:, None]
         k, v = self.places(batch.expand_as(tokens), (head // ratio).expand_as(tokens), tokens, device)
         return k, v
@@ -45,8 +45,8 @@ class HostKV(DenseKV):
     def places(self, batch: Tensor, head: Tensor, token: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """The same of single places, of one shape: ``[…,D]`` each."""
         self._wait()
-        k, v = (self._pinned(part[batch, head, token]).to(device, non_blocking=True) for part in self._parts)
-        return k, v
+        rows = self._pinned(self._stored[batch, head, token]).to(device, non_blocking=True)
+        return rows[..., : self._width], rows[..., self._width :]
 
     def all(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """All keys and values ``[B,T,G,D]`` on ``device``."""
@@ -60,7 +60,8 @@ class HostKV(DenseKV):
     def select(self, index: Tensor) -> "HostKV":
         """Make samples ``index[B']`` the batch; returns self."""
         self._wait()
-        self._parts = [self._pinned(part.index_select(0, index.cpu())) for part in self._parts]
+        if self._rows is not None:
+            self._rows = self._pinned(self._rows.index_select(0, index.cpu()))
         return self
 
     def _resize(self, capacity: int) -> None:
@@ -71,8 +72,9 @@ class HostKV(DenseKV):
         """Until what was appended has arrived and is in its place."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        for part, x in zip(self._parts, self._arriving, strict=False):
-            part[:, :, self.length - x.shape[2] : self.length] = x
+        if self._arriving:
+            k, v = self._arriving
+            self._put(self.length - k.shape[2], k, v)
         self._arriving, self._arrived = [], None
 
     def crop(self, length: int) -> "HostKV":

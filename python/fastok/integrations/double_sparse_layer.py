@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..caches.labels import LabelCache
-from ..ops.sparse import label_scores, select_tokens
+from ..ops.sparse import label_scores, label_tokens, select_tokens
 from .dense_layer import DenseLayer, hidden
 from .held_cache import Store
 
@@ -43,6 +43,10 @@ class DoubleSparseLayer(DenseLayer):
         n_keep, recent = self.budget(q.shape[1], self.length)
         if n_keep >= self.length:
             return super().attend(q, scale, softcap, key_bias)
-        scores = hidden(label_scores(q.to(self.dtype), self.labels, shared=self.shared), key_bias)
-        tokens, _ = select_tokens(scores, n_keep, sink=self.sink, recent=recent)
+        rows = q.to(self.dtype)
+        if key_bias is None:
+            tokens, _ = label_tokens(rows, self.labels, n_keep, sink=self.sink, recent=recent, shared=self.shared)
+        else:
+            scores = hidden(label_scores(rows, self.labels, shared=self.shared), key_bias)
+            tokens, _ = select_tokens(scores, n_keep, sink=self.sink, recent=recent)
         return self.to_tokens(tokens, q, scale, softcap, key_bias)

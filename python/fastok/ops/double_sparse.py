@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .checks import check_int
 from .decode import Dense, PagedKV, attention_decode
-from .sparse import label_scores, query_rows, select_tokens
+from .sparse import label_tokens, query_rows
 
 if TYPE_CHECKING:
     from ..caches.labels import LabelCache
@@ -57,8 +57,7 @@ def double_sparse_decode(
     lengths = _lengths(cache)
     if isinstance(cache, tuple) and lengths is None and len(labels) != cache[0].shape[1]:
         raise ValueError(f"labels must be of the cache's {cache[0].shape[1]} tokens, got {len(labels)}")
-    scores = label_scores(q, labels, shared=shared, seq_lens=lengths)
-    tokens, _ = select_tokens(scores, n_keep, sink=sink, recent=recent, seq_lens=lengths)
+    tokens, _ = label_tokens(q, labels, n_keep, sink=sink, recent=recent, shared=shared, seq_lens=lengths)
     out, lse = attention_decode(q, cache, tokens=tokens, scale=scale, softcap=softcap)
     return out, lse, tokens
 

@@ -127,6 +127,34 @@ def label_scores(
 
     Deterministic and batch-invariant; no host synchronisation; no gradient.
     """
+    arguments = _label_arguments(q, labels, shared, seq_lens)
+    scores = torch.ops.fastok.label_scores(*arguments, seq_lens)
+    return scores.unflatten(1, (labels.kv_heads, -1)).sum(2) if shared == "sum" else scores
+
+
+def label_tokens(
+    q: Tensor,
+    labels: "LabelCache",
+    k: int,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    shared: bool | str = True,
+    seq_lens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`select_tokens` of `label_scores`, without the scores going through memory; arguments and errors as there."""
+    if shared == "sum":
+        return select_tokens(label_scores(q, labels, shared=shared, seq_lens=seq_lens), k, sink=sink, recent=recent,
+                             seq_lens=seq_lens)  # fmt: skip
+    arguments = _label_arguments(q, labels, shared, seq_lens)
+    most = _most(k, None, sink, recent, seq_lens, labels.data.shape[3])
+    return torch.ops.fastok.label_tokens(*arguments, most, sink, recent, seq_lens)
+
+
+def _label_arguments(
+    q: Tensor, labels: "LabelCache", shared: bool | str, seq_lens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int, bool]:
+    """What the ops take: queries, codes, scales, channels, KV heads, whether the largest of a group is wanted."""
     if shared not in (True, False, "sum"):
         raise ValueError(f"shared must be True (the largest of a group), False or 'sum', got {shared!r}")
     data, scale, channels = labels.data, labels.scale, labels.channels
@@ -144,9 +172,7 @@ def label_scores(
     if seq_lens is not None:
         check_shape("seq_lens", seq_lens, (q.shape[0],), "[B]")
         check_same_device("seq_lens", seq_lens, "q", q.device)
-    largest = shared != "sum" and bool(shared)
-    scores = torch.ops.fastok.label_scores(q.detach(), data, scale, channels, labels.kv_heads, largest, seq_lens)
-    return scores.unflatten(1, (labels.kv_heads, -1)).sum(2) if shared == "sum" else scores
+    return q.detach(), data, scale, channels, labels.kv_heads, shared != "sum" and bool(shared)
 
 
 def query_rows(q: Tensor) -> Tensor:
@@ -191,6 +217,15 @@ def select_tokens(
     check_dtype("scores", scores, (torch.float32,))
     if scores.dim() != 3:
         raise ValueError(f"scores must be [B,G,T], got shape {list(scores.shape)}")
+    if seq_lens is not None:
+        check_shape("seq_lens", seq_lens, (scores.shape[0],), "[B]")
+        check_same_device("seq_lens", seq_lens, "scores", scores.device)
+    most = _most(k, mass, sink, recent, seq_lens, scores.shape[2])
+    return torch.ops.fastok.select_tokens(scores.detach(), most, mass, sink, recent, seq_lens)
+
+
+def _most(k: int | None, mass: float | None, sink: int, recent: int, seq_lens: Tensor | None, total: int) -> int:
+    """How many of ``total`` tokens a selection can have, if these are arguments for one."""
     for name, value in (("k", k), ("sink", sink), ("recent", recent)):
         if value is None and name == "k":
             continue
@@ -206,11 +241,8 @@ def select_tokens(
     if k is not None and sink + recent > k:
         raise ValueError(f"k must have room for sink + recent = {sink + recent} tokens, got {k}")
     if seq_lens is not None:
-        check_shape("seq_lens", seq_lens, (scores.shape[0],), "[B]")
-        check_same_device("seq_lens", seq_lens, "scores", scores.device)
-        check_range("seq_lens", seq_lens, 0, scores.shape[2] + 1)
-    most = scores.shape[2] if k is None else min(k, scores.shape[2])
-    return torch.ops.fastok.select_tokens(scores.detach(), most, mass, sink, recent, seq_lens)
+        check_range("seq_lens", seq_lens, 0, total + 1)
+    return total if k is None else min(k, total)
 
 
 @torch.library.register_fake("fastok::label_scores")
@@ -227,3 +259,12 @@ def _select_tokens_fake(
 ) -> tuple[Tensor, Tensor]:
     shape = (*scores.shape[:2], k)
     return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape[:2], dtype=torch.int64)
+
+
+@torch.library.register_fake("fastok::label_tokens")
+def _label_tokens_fake(
+    q: Tensor, data: Tensor, scale: Tensor | None, channels: Tensor, kv_heads: int, shared: bool, k: int, sink: int,
+    recent: int, seq_lens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (q.shape[0], kv_heads if shared else q.shape[2], k)
+    return q.new_empty(shape, dtype=torch.int64), q.new_empty(shape[:2], dtype=torch.int64)

@@ -143,3 +143,12 @@ def select_tokens(
         taken = taken & (forced.gather(-1, order) | (before < mass * share.sum(-1, keepdim=True)))
     index = torch.where(taken, order, n).sort(dim=-1).values
     return torch.where(index == n, -1, index), taken.sum(-1)
+
+
+def label_tokens(
+    q: Tensor, data: Tensor, scale: Tensor | None, channels: Tensor, kv_heads: int, shared: bool, k: int, sink: int,
+    recent: int, seq_lens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.label_tokens``: `select_tokens` of `label_scores`."""
+    scores = label_scores(q, data, scale, channels, kv_heads, shared, seq_lens)
+    return select_tokens(scores, k, None, sink, recent, seq_lens)

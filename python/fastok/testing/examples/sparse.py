@@ -62,3 +62,29 @@ def _select_mass(dtype: torch.dtype) -> Arguments:
 @example("select_tokens", "large", "8 heads, 65536 tokens, k=4096")
 def _select_long(dtype: torch.dtype) -> Arguments:
     return torch.randn(1, 8, 65536), 4096, None, 4, 64, None
+
+
+# ---- label_tokens: q, data, scale, channels, kv_heads, shared, k, sink, recent, seq_lens -----------------------------
+
+
+def _chosen(labelled: Arguments, k: int, sink: int, recent: int) -> Arguments:
+    """Queries and labels become small integers, whose products are exact."""
+    q, data, scale, *others, lengths = labelled
+    if data.is_floating_point():
+        data = data.float().round().to(data.dtype)
+    return q.float().round().to(q.dtype), data, scale, *others, k, sink, recent, lengths
+
+
+@example("label_tokens", "small", "one list for a group")
+def _tokens_small(dtype: torch.dtype) -> Arguments:
+    return _chosen(_labelled(dtype, 2, 1, (4, 2), 37, 8, 16, True), 9, 1, 2)
+
+
+@example("label_tokens", "awkward", "odd number of channels, rows, a list for each head")
+def _tokens_rows(dtype: torch.dtype) -> Arguments:
+    return _chosen(_labelled(dtype, 3, 5, (6, 2), 101, 5, 16, False), 40, 0, 5)
+
+
+@example("label_tokens", "large", "32 heads, 4096 of 65536 tokens, 8 channels")
+def _tokens_long(dtype: torch.dtype) -> Arguments:
+    return _chosen(_labelled(dtype, 1, 1, (32, 8), 65536, 8, 16, True), 4096, 4, 64)
