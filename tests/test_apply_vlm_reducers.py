@@ -48,11 +48,11 @@ def model(name: str, models: dict[str, nn.Module]) -> Any:
 
 def refused(method: Any, name: str) -> str | None:
     """The message with which a model says that it cannot show what the method needs, if it cannot."""
-    if method.__name__ in IN_LAYERS and name.startswith("Qwen"):
+    if method.__name__ in ("ToMe", "EViT") and name.startswith("Qwen"):
         return "in the layers of Qwen2.*VLModel's vision tower: required"
     if method.__name__ in CLASS_TOKEN and name not in ("LLaVA-1.5", "LLaVA-NeXT"):
         return "a class token"
-    if method.__name__ in IN_LAYERS and ("video" in name or "resampled" in name):
+    if method.__name__ in IN_LAYERS and name in ("LLaVA-OneVision, video", "LLaVA-OneVision, resampled"):
         return "place='layers': required, tokens that are pooled or resampled"
     return None
 

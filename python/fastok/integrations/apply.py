@@ -22,9 +22,9 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
             ``generate`` that the cache is shorter than what it stands for. (Without its head, it can be called in a
             loop; a head that was not told gets an error where it counts by the cache.)
         reducer: for instance ``fastok.reducers.ToMe(r=16)``.
-        where: for a vision-language model, ``place="layers"`` reduces in the layers of its vision tower (LLaVA's),
-            ``place="output"`` behind it. By default in layers if the reducer says in which it reduces (ToMe, EViT),
-            unless that is always the last.
+        where: for a vision-language model, ``place="layers"`` reduces in the layers of its vision tower (in Qwen's,
+            methods that only drop tokens: FlowCut), ``place="output"`` behind it. By default in layers if the reducer
+            says in which it reduces (ToMe, EViT, FlowCut), unless that is always the last.
 
     Returns:
         A `Handle`. ``with fastok.apply(model, reducer) as handle: …`` undoes it at the end, exactly, errors or not.
@@ -60,7 +60,8 @@ def apply(model: nn.Module, reducer: Reducer, **where: Any) -> Handle:
     transformers installs hooks) for methods that keep a fixed number of tokens, if all prompts have as many images;
     methods that read ``text`` want no attention mask there. Otherwise, and in the other models, which break graphs
     themselves, the graph ends once or twice between vision tower and language model: how long the prompt becomes
-    depends on what is in it. Compiled forwards of one graph record nothing in the handle.
+    depends on what is in it. A tower of Qwen's that drops tokens in its layers runs outside graphs. Compiled forwards
+    of one graph record nothing in the handle.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__} {model!r}")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..reducers.context import Reducer
 from ..token_map import SoftMap, TokenMap
-from .session import Session
+from .session import SHOWN, Session, check_needs
 from .swap import Swaps
 from .tower import Tower, Watch, watched
-from .transformers import Encoder, encoder_of
+from .transformers import Encoder, encoder_of, patch
 from .visual import Visual
 from .vlm import Modality
 
@@ -137,6 +137,14 @@ class LlavaFamily:
         if self.tower.needed and self.encoder is not None:
             for layer, attention in enumerate(self.encoder.attentions):
                 swaps.swap(attention, Watch(self.tower, layer), watched)
+
+    def reduce_in_layers(self, core: Any, reducer: Reducer, swaps: Swaps) -> None:
+        """Put ``reducer`` into the tower's layers."""
+        if self.encoder is None:
+            raise TypeError(f"no layers to reduce in are known of {type(core.vision_tower).__name__}")
+        check_needs(reducer, "in an encoder's layers", SHOWN)
+        self.inner = patch(core.vision_tower, core.vision_tower, reducer, swaps)
+        self.inner.records = True
 
     def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
         """The projector and the tower are about to run."""

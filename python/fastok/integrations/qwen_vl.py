@@ -2,7 +2,8 @@
 
 The tokens are what the patch merger returns, one for each 2 x 2 patches, in raster order (a video's frames one after
 the other). Scores, keys, values and features of the tower are means over the patches of a token; Qwen2.5-VL runs its
-tower in the order of windows, which is undone. Where attention is within windows, so are its scores.
+tower in the order of windows, which is undone. Where attention is within windows, so are its scores. Reducers that only
+drop tokens can act in the tower's layers: see `qwen_layers`.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..reducers.context import Reducer
+from ..token_map import TokenMap
+from .qwen_layers import Layers, token_means
 from .swap import Swaps, calls, check_free
 from .tower import Tower, Watch, watched
 from .visual import Visual
@@ -31,6 +34,7 @@ class Qwen2VLFamily:
     keeps_positions: ClassVar[bool] = True
     forwards_options: ClassVar[bool] = True
     traces: ClassVar[bool] = False
+    inner: Layers | None = None  # where the reducer is in the tower's layers
 
     def __init__(self, core: Any, reducer: Reducer) -> None:
         self.needs = reducer.needs
@@ -43,8 +47,8 @@ class Qwen2VLFamily:
 
     @property
     def seconds(self) -> float:
-        """What the tower's scores took."""
-        return self.tower.seconds
+        """What the tower's scores, or the reductions in its layers, took."""
+        return self.tower.seconds + (0.0 if self.inner is None else self.inner.seconds)
 
     def swap(self, core: Any, swaps: Swaps) -> None:
         """Have the tower's attention note what passes through, where needed."""
@@ -58,6 +62,11 @@ class Qwen2VLFamily:
                 swaps.swap(block.attn, watch, watched)
                 if "keys" in self.tower.notes:
                     swaps.swap(block.attn.qkv, watch, _projection)
+
+    def reduce_in_layers(self, core: Any, reducer: Reducer, swaps: Swaps) -> None:
+        """Put ``reducer`` into the tower's layers."""
+        self.inner = Layers(reducer, self.core, core.visual)
+        self.inner.swap(core.visual, swaps)
 
     def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
         """The tower is about to run."""
@@ -74,7 +83,7 @@ class Qwen2VLFamily:
 
         def tokens(x: Tensor) -> tuple[Tensor, ...]:
             """``[total,…]`` of patches as the tower runs them, to ``[1,N,…]`` of each image."""
-            x = x.unflatten(0, (-1, group)).float().mean(1).to(x.dtype)
+            x = token_means(x, group)
             return (x if raster is None else x[raster])[None].split(sizes, 1)
 
         scores = {name: tokens(x.flatten()) for name, x in tower.scores.items()}
@@ -87,6 +96,10 @@ class Qwen2VLFamily:
                 extra["valid"] = torch.ones(1, len(image), dtype=torch.bool, device=image.device)
             if "crops" in self.needs:
                 extra["crops"] = torch.zeros(2, dtype=torch.int64)
+            merged_by_tower = None
+            if self.inner is not None:
+                left = self.inner.left[i]
+                merged_by_tower = TokenMap.keep(left[None], len(image)), image[left][None]
             found.append(
                 Visual(
                     image,
@@ -96,6 +109,7 @@ class Qwen2VLFamily:
                     keys=None if keys is None else keys[i],
                     values=None if values is None else values[i],
                     extra=extra,
+                    merged=merged_by_tower,
                 )
             )
         return found

@@ -20,6 +20,9 @@ from ..reducers.context import Reducer
 from .session import in_autocast, in_backward, is_score, score_layers, score_spec
 from .swap import rebound
 
+Chunk = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values ``[B,H,N,D]``."""
+
 
 class Interface:
     """In place of ``ALL_ATTENTION_FUNCTIONS`` in the forward of an attention class.
@@ -83,23 +86,23 @@ class Tower:
     def noted(
         self,
         layer: int,
-        chunks: list[tuple[Tensor, Tensor, Tensor]],
+        chunks: list[Chunk],
         options: dict[str, Any],
         keys: Tensor | None = None,
     ) -> None:
         """Layer ``layer`` attended with these queries, keys, values ``[B,H,N,D]``: several for packed sequences."""
         if layer == self.feature:
             if "keys" in self.notes:
-                keys = _joined(chunks, 1).transpose(1, 2) if keys is None else keys
+                keys = joined(chunks, 1).transpose(1, 2) if keys is None else keys
                 self.keys = keys[:, self.special :]
             if "values" in self.notes:
-                self.values = _joined(chunks, 2).transpose(1, 2)[:, self.special :]
+                self.values = joined(chunks, 2).transpose(1, 2)[:, self.special :]
         names = self.wanted.get(layer, [])
         if not names:
             return
         compiling = torch.compiler.is_compiling()
         started = 0.0 if compiling else perf_counter()
-        q, k = _joined(chunks, 0), _joined(chunks, 1)
+        q, k = joined(chunks, 0), joined(chunks, 1)
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, k = in_autocast(q, k)
@@ -114,7 +117,7 @@ class Tower:
             packing = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
         for name in names:
             if name == "cls" and self.mean_query and starts is not None:
-                found = _mean_query(q, k, starts, scale)
+                found = mean_query(q, k, starts, scale)
             elif name == "cls" and self.mean_query:
                 spec = ScoreSpec(rows=0, cols=(self.special, None))
                 found = attention_scores(q.mean(1, keepdim=True), k, spec=spec, scale=scale)
@@ -126,7 +129,7 @@ class Tower:
             self.seconds += perf_counter() - started
 
 
-def _mean_query(q: Tensor, k: Tensor, starts: Tensor, scale: float) -> Tensor:
+def mean_query(q: Tensor, k: Tensor, starts: Tensor, scale: float) -> Tensor:
     """fp32 ``[total]``: of each packed sequence, the row that the mean of its queries ``[total,H,D]`` would have."""
     count, heads = len(starts) - 1, k.shape[1]
     sequence = torch.bucketize(torch.arange(len(q), device=q.device), starts[1:], right=True)
@@ -140,7 +143,8 @@ def _mean_query(q: Tensor, k: Tensor, starts: Tensor, scale: float) -> Tensor:
     return (weights / total[sequence]).mean(1)
 
 
-def _joined(chunks: list[tuple[Tensor, Tensor, Tensor]], part: int) -> Tensor:
+def joined(chunks: list[Chunk], part: int) -> Tensor:
+    """Queries (0), keys (1) or values (2) of packed sequences in one, without gradient."""
     parts = [chunk[part].detach() for chunk in chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -158,7 +162,7 @@ class Watch:
         self.layer = layer
         self.heads = heads
         self.keys: Tensor | None = None
-        self.chunks: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.chunks: list[Chunk] | None = None
         self.options: dict[str, Any] = {}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..reducers.context import Reducer
-from . import llava, qwen_vl, transformers
+from . import llava, qwen_vl
 from .session import acts_behind, check_needs
 from .swap import Swaps
 from .vlm import SHOWN, PromptSession, core_methods, head_methods
@@ -37,21 +37,13 @@ def patch(model: nn.Module, core: Any, reducer: Reducer, swaps: Swaps, place: st
     kind = family_of(core)
     if place == "output":
         check_needs(reducer, "before a language model", SHOWN)
-    elif not hasattr(kind, "inner"):
-        raise NotImplementedError(
-            f"{type(reducer).__name__} in the layers of {kind.core}'s vision tower: required, a tower that images go "
-            "through one by one; supported, LLaVA; here, place='output'"
-        )
     family = kind(core, reducer if place == "output" else NothingNeeded())
     session = PromptSession(reducer, family)
     swaps.swap(core, session, core_methods(kind))
     family.swap(core, swaps)
     if place == "layers":
-        if family.encoder is None:
-            raise TypeError(f"no layers to reduce in are known of {type(core.vision_tower).__name__}")
-        check_needs(reducer, "in an encoder's layers", transformers.SHOWN)
-        family.inner = transformers.patch(core.vision_tower, core.vision_tower, reducer, swaps)
-        family.inner.records, session.traces = True, False
+        family.reduce_in_layers(core, reducer, swaps)
+        session.traces = False
     for module in model.modules():
         if _is(module, kind.module, kind.head) and module.model is core:
             swaps.swap(module, session, head_methods)

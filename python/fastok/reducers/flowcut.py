@@ -30,9 +30,15 @@ class FlowCut:
     the last two. Acts in these layers. The score of a token is its share of that row plus its share of the softmax (not
     scaled) of its value's product with the class token's, per head and averaged, all times the 1-norm of its value's
     mean over heads. Without a class token (SigLIP) the row is that of the mean query, softmax of its products with the
-    keys per head, averaged, and the score its share times the norm, as published for Qwen2-VL. In the layers of Qwen's
-    own towers it does not act, which would have to drop whole groups of patches and pack what is left anew: with
-    ``place="output"`` it cuts once, behind the tower, by that score of its last layer.
+    keys per head, averaged, and the score its share times the norm, as published for Qwen2-VL.
+
+    In the layers of Qwen2-VL's and Qwen2.5-VL's towers a token is what the patch merger makes one of: row and values
+    are means over its patches, which leave together (the released code drops single patches, and then merges what
+    happens to come side by side). The row is that of a frame, over the patches still there, also in layers that attend
+    within windows: within a window its parts would sum to one, so that tokens of small windows, at the edge or thinned
+    out, would seem to matter most, and scores of different layers would not be of one kind. The frames of a video
+    compete; each image or video is a batch of its own. With ``place="output"`` it cuts once, behind a tower, by that
+    score of its last layer (within windows, if that layer has any).
 
     Gives a `TokenMap` in raster order, and puts the accumulated score, fp32 ``[B,N]``, into ``ctx.extra["FlowCut"]``
     for the next layer. Called without a model (one layer), cuts down to ``keep`` at once. All samples of a batch are
