@@ -259,57 +259,86 @@ void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, 
   }
 }
 
-template <class T>
-void dot_products(const float* q, const T* k, int64_t stride, int64_t n_keys, int64_t width, float* out) {
-  constexpr int kTogether = 16;  // keys, whose sums are combined together
+// out[row][key] of rows q[row], kFewWidth apart, and keys that lie in memory as they are.
+constexpr int64_t kFewWidth = 256, kKeysAhead = 16;
+template <class T, int kRows>
+void dot_products(const float* q, const T* k, int64_t stride, int64_t n_keys, int64_t width, float* out,
+                  int64_t pitch) {
+  constexpr int kSums = 16, kTogether = kSums / kRows;  // keys, whose sums are combined together
   for (int64_t j = 0; j < n_keys; j += kTogether) {
     const int64_t n = n_keys - j < kTogether ? n_keys - j : kTogether;
     const T* const first = k + j * stride;
-    for (int64_t i = 0; i < kTogether && j + kTogether + i < n_keys; ++i)
+    for (int64_t i = 0; i < kTogether && j + kKeysAhead + i < n_keys; ++i)
       for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T)))
-        __builtin_prefetch(first + (kTogether + i) * stride + d);
-    vf sum[kTogether];
+        __builtin_prefetch(first + (kKeysAhead + i) * stride + d);
+    vf sum[kSums];
 #pragma GCC unroll 16
-    for (int i = 0; i < kTogether; ++i) sum[i] = splat(0.0f);
+    for (int i = 0; i < kSums; ++i) sum[i] = splat(0.0f);
     int64_t d = 0;
     for (; d + kLanes <= width; d += kLanes) {
-      const vf of_query = load(q + d);
+      vf of_query[kRows];
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) of_query[r] = load(q + r * kFewWidth + d);
 #pragma GCC unroll 16
-      for (int i = 0; i < kTogether; ++i) sum[i] = fma(of_query, load(first + (i < n ? i : 0) * stride + d), sum[i]);
+      for (int i = 0; i < kTogether; ++i) {
+        const vf of_key = load(first + (i < n ? i : 0) * stride + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[r * kTogether + i] = fma(of_query[r], of_key, sum[r * kTogether + i]);
+      }
     }
-    float total[kTogether];
+    float total[kSums];
 #if defined(__AVX512F__)
     store(total, horizontal_sum(sum));
 #else
-    for (int i = 0; i < kTogether; ++i) total[i] = horizontal_sum(sum[i]);
+    for (int i = 0; i < kSums; ++i) total[i] = horizontal_sum(sum[i]);
 #endif
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t rest = d; rest < width; ++rest) total[i] += q[rest] * widen(first[i * stride + rest]);
-      out[j + i] = total[i];
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t i = 0; i < n; ++i) {
+        float& x = total[r * kTogether + i];
+        for (int64_t rest = d; rest < width; ++rest) x += q[r * kFewWidth + rest] * widen(first[i * stride + rest]);
+        out[r * pitch + j + i] = x;
+      }
     }
   }
 }
 
+template <class T>
+void few_logits(const float* q, int64_t rows, const HeadRows& k, int64_t begin, int64_t n, float* out, int64_t pitch) {
+  const T* const keys = static_cast<const T*>(k.data) + begin * k.stride;
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4)
+    dot_products<T, 4>(q + i * kFewWidth, keys, k.stride, n, k.width, out + i * pitch, pitch);
+  for (; i + 2 <= rows; i += 2)
+    dot_products<T, 2>(q + i * kFewWidth, keys, k.stride, n, k.width, out + i * pitch, pitch);
+  if (i < rows) dot_products<T, 1>(q + i * kFewWidth, keys, k.stride, n, k.width, out + i * pitch, pitch);
+}
+
 void few_scores(const AttentionHead& head, int64_t key_begin, int64_t key_end, const RowList& rows, const float* lse,
                 float* out, int64_t pitch) {
-  const int64_t n = key_end - key_begin, at = key_begin * head.k.stride;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    float q[256];
-    widen_row(head.q, head.dtype, rows.at(i), head.scale, q);
-    float* const x = out + i * pitch;
-    std::memset(x + n, 0, size_t(pitch - n) * sizeof(float));
+  const int64_t n = key_end - key_begin;
+  constexpr int64_t kRows = 4;  // that read the keys together
+  for (int64_t first = 0; first < rows.count; first += kRows) {
+    const int64_t count = rows.count - first < kRows ? rows.count - first : kRows;
+    float q[kRows * kFewWidth];
+    for (int64_t i = 0; i < count; ++i)
+      widen_row(head.q, head.dtype, rows.at(first + i), head.scale, q + i * kFewWidth);
+    float* const to = out + first * pitch;
     switch (head.dtype) {
       case Dtype::f16:
-        dot_products(q, static_cast<const f16*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
+        few_logits<f16>(q, count, head.k, key_begin, n, to, pitch);
         break;
       case Dtype::bf16:
-        dot_products(q, static_cast<const bf16*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
+        few_logits<bf16>(q, count, head.k, key_begin, n, to, pitch);
         break;
       default:
-        dot_products(q, static_cast<const float*>(head.k.data) + at, head.k.stride, n, head.k.width, x);
+        few_logits<float>(q, count, head.k, key_begin, n, to, pitch);
     }
-    finish_logits<Fp32>(head, rows.at(i), key_begin, key_end, pitch, x);
-    finish_scores(x, pitch, factor_left<Fp32>(head), lse ? lse + i : nullptr);
+    for (int64_t i = 0; i < count; ++i) {
+      float* const x = to + i * pitch;
+      std::memset(x + n, 0, size_t(pitch - n) * sizeof(float));
+      finish_logits<Fp32>(head, rows.at(first + i), key_begin, key_end, pitch, x);
+      finish_scores(x, pitch, factor_left<Fp32>(head), lse ? lse + first + i : nullptr);
+    }
   }
 }
 

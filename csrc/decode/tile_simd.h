@@ -37,10 +37,12 @@ inline __attribute__((always_inline)) void store_sums(const vf (&sum)[kRows][kTo
 #if defined(__AVX512F__)
   if constexpr (kTokens == 4 && kRows == 4) {
     vf pair[8], quad[4];
-    const vf* const s = &sum[0][0];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(s[2 * i], s[2 * i + 1]), _mm512_unpackhi_ps(s[2 * i], s[2 * i + 1]));
+    for (int i = 0; i < 8; ++i) {
+      // By row and column: as one array of 16, or in loops that are not unrolled, the sums would live in memory.
+      const vf a = sum[i / 2][i % 2 * 2], b = sum[i / 2][i % 2 * 2 + 1];
+      pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
@@ -58,15 +60,30 @@ inline __attribute__((always_inline)) void store_sums(const vf (&sum)[kRows][kTo
     return;
   }
 #endif
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) out[r * pitch + t] = horizontal_sum(sum[r][t]);
 }
 
+// The products over the last channels, fewer than a vector.
+template <class T>
+void add_rest(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows,
+              int64_t channels, float* out, int64_t pitch) {
+  for (int64_t t = 0; t < n; ++t) {
+    const vf x = load_part(keys[t] + first, channels);
+    for (int64_t r = 0; r < rows; ++r) out[r * pitch + t] += horizontal_sum(x * load_part(q + r * q_pitch, channels));
+  }
+}
+
+// Not inlined, so that all its pointers have registers.
 template <class T, int kTokens, int kRows>
-inline __attribute__((always_inline)) void dot_tile(const T* const* keys, int64_t first, const float* q,
-                                                    int64_t q_pitch, int64_t width, float* out, int64_t pitch) {
+__attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, const float* q, int64_t q_pitch,
+                                        int64_t width, float* out, int64_t pitch) {
   vf sum[kRows][kTokens];
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) sum[r][t] = splat(0.0f);
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) {
@@ -80,13 +97,8 @@ inline __attribute__((always_inline)) void dot_tile(const T* const* keys, int64_
       for (int t = 0; t < kTokens; ++t) sum[r][t] = fma(x[t], y, sum[r][t]);
     }
   }
-  if (d < width) {
-    for (int t = 0; t < kTokens; ++t) {
-      const vf x = load_part(keys[t] + first + d, width - d);
-      for (int r = 0; r < kRows; ++r) sum[r][t] = fma(x, load_part(q + r * q_pitch + d, width - d), sum[r][t]);
-    }
-  }
   store_sums<kTokens, kRows>(sum, out, pitch);
+  if (d < width) add_rest(keys, kTokens, first + d, q + d, q_pitch, kRows, width - d, out, pitch);
 }
 
 // out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels.
