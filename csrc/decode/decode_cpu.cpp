@@ -2,6 +2,7 @@
 #include "decode/decode.h"
 
 #include <atomic>
+#include <memory>
 #include <numeric>
 #include <tuple>
 
@@ -216,7 +217,7 @@ int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 // Places that take part, as rows in memory in the order of reading: all of [begin, end), or those listed, which have to
 // outlive this.
 struct RowPointers {
-  std::vector<const void*> row;
+  std::unique_ptr<const void*[]> row;
   std::vector<int32_t> range;
   const int32_t* place;
   int64_t count;
@@ -233,18 +234,19 @@ struct RowPointers {
     point(at);
   }
   DenseKeys keys(const DecodeCall& call) const {
-    return {call.dtype, row.data(), place, count, call.width, call.v_width};
+    return {call.dtype, row.get(), place, count, call.width, call.v_width};
   }
 
  private:
   template <class At>
   void point(const At& at) {
-    row.resize(size_t(2 * count + kRowsAhead));
+    row = std::make_unique_for_overwrite<const void*[]>(size_t(2 * count + kRowsAhead));
     for (int64_t begin = 0; begin < count; begin += kDecodeBlock) {
       const int64_t n = std::min(kDecodeBlock, count - begin);
-      for (int64_t i = 0; i < n; ++i) at(place[begin + i], row[size_t(2 * begin + i)], row[size_t(2 * begin + n + i)]);
+      const void **const keys = row.get() + 2 * begin, **const values = keys + n;
+      for (int64_t i = 0; i < n; ++i) at(place[begin + i], keys[i], values[i]);
     }
-    if (count > 0) std::fill(row.end() - kRowsAhead, row.end(), row[size_t(2 * count - 1)]);
+    if (count > 0) std::fill_n(row.get() + 2 * count, kRowsAhead, row[size_t(2 * count - 1)]);
   }
 };
 
