@@ -92,6 +92,7 @@ def sample(
     n: int | None = None,
     grid: Index = (1, 1, 1),
     block: Index = (64, 1, 1),
+    cluster: int = 1,
     shared_bytes: int = 0,
     zeroed: int = 0,
 ) -> Tensor:
@@ -101,6 +102,7 @@ def sample(
     """
     dimensions = {f"{name}_{'xyz'[i]}": size[i] for name, size in (("grid", grid), ("block", block)) for i in range(3)}
     options = dimensions | {"n": out.numel() if n is None else n, "shared_bytes": shared_bytes, "zeroed": zeroed}
+    options["cluster"] = cluster
     options["tiled"] = x.dtype == torch.float16 and x.dim() == 2
     call("sample", {"in": x}, {"out": out}, kernel=kernel, **options)
     return out
