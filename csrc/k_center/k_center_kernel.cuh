@@ -1,6 +1,6 @@
 // k_center on CUDA: exact distances (reference/k_center.py has their definition), so that every plan picks the same.
-// Either products_kernel makes the distances of all pairs and pick_kernel does all picks of a sample in one block, or
-// step_kernel is launched once per pick and streams the tokens.
+// Either products_kernel makes the distances of all pairs and pick_kernel does all picks of a sample in one block, or a
+// cluster of blocks does them (cluster_kernel.cuh), or step_kernel is launched once per pick and streams the tokens.
 #pragma once
 #include "common/exact.cuh"
 #include "k_center/k_center_plan.h"
@@ -27,7 +27,7 @@ struct CenterParams {
   double *norm, *rank;
   int* isolation;
   float* gram;         // [batch][n][n], nullptr: none
-  double* value;       // [batch][n], the objective between launches
+  double* value;       // [batch][n], the objective between picks, nullptr: it stays in shared memory
   double* best_value;  // [2][batch][token_blocks], by turns: each block's best token and its value
   int* best_token;
   int64_t* index;

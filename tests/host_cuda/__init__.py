@@ -2,7 +2,7 @@
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
 blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels;
-``most_similarities`` is how many of a pair max_coverage keeps.
+``most_shared_bytes`` is what it grants a block from 90 on; ``most_similarities`` is how many of a pair max_coverage keeps.
 What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
@@ -27,6 +27,7 @@ SOURCE = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
 capability = 80
+most_shared_bytes = 227 << 10
 most_similarities = 1 << 27
 
 
@@ -165,7 +166,10 @@ def k_center(
     batch = x.shape[0]
     results = {"index": torch.empty(batch, k, dtype=torch.int64), "distance": torch.empty(batch, k)}
     options = {"metric": metric, "objective": objective, "start": start}
-    call("k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k, **options)
+    call(
+        "k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k,
+        capability=capability, most_shared_bytes=most_shared_bytes, **options,
+    )  # fmt: skip
     return results["index"], results["distance"]
 
 

@@ -73,7 +73,8 @@ void Machine::leave_cluster() {
     fail("a thread exits, and has not waited for the cluster's barrier\n  thread    " + describe(me));
   if (cluster_barrier_.arrived > 0) {
     const std::span<Fiber> all = all_fibers();
-    const auto other = std::find_if(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.at_cluster_barrier; });
+    const auto other =
+        std::find_if(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.at_cluster_barrier; });
     fail("divergent cluster barrier: a thread exits, and others have arrived\n  exits     " + describe(me) +
          "\n  arrived   " + describe(*other));
   }
@@ -110,7 +111,8 @@ void Memory::require_left(int rank) {
   const Arena::Visit& last = arenas_[size_t(rank)].last_visit;
   if (last.phases_needed <= machine.cluster_phases()) return;
   machine.fail("a block exits while another may still be in its shared memory\n  exits     " +
-               machine.describe(*current) + "\n  visitor   " + machine.describe(machine.all_fibers()[size_t(last.fiber)]) + at(last.pc) +
+               machine.describe(*current) + "\n  visitor   " +
+               machine.describe(machine.all_fibers()[size_t(last.fiber)]) + at(last.pc) +
                "\n  hint      the cluster's barrier must come between a block's last visit and its end");
 }
 

@@ -17,7 +17,8 @@ std::string describe(const Site& site) {
   return site.file ? std::string(site.file) + ":" + std::to_string(site.line) : "csrc/ptx";
 }
 std::string describe(dim3 index) {
-  return std::string("(") + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return std::string("(") + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
 namespace {

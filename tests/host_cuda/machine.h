@@ -1,6 +1,6 @@
 // The SIMT machine: one fiber per CUDA thread, blocks one after another but for those of a cluster, which run together,
-// and whichever fiber can run next is drawn from a seeded generator. A fiber gives way at barriers, warp collectives and
-// atomics only; that accesses are ordered is not left to luck but told by clocks (order.h).
+// and whichever fiber can run next is drawn from a seeded generator. A fiber gives way at barriers, warp collectives
+// and atomics only; that accesses are ordered is not left to luck but told by clocks (order.h).
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>

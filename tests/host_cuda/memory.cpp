@@ -192,8 +192,7 @@ unsigned char* Memory::share_static(size_t bytes, const char* name, const char* 
   std::vector<StaticArray>& arrays = own().static_arrays;
   size_t begin = own().static_begin, used = 0;
   for (const StaticArray& array : arrays) {
-    if (std::strcmp(array.name, name) == 0 && std::strcmp(array.function, function) == 0)
-      return shared() + array.begin;
+    if (std::strcmp(array.name, name) == 0 && std::strcmp(array.function, function) == 0) return shared() + array.begin;
     begin = array.begin + rounded_up(array.bytes) + kRedZone;
     used += rounded_up(array.bytes);
   }

@@ -88,7 +88,8 @@ struct Launcher {
     // The arguments are read from the launcher's stack, which is no business of the detectors.
     const auto body = [&]() __attribute__((no_sanitize("thread"))) { kernel(args...); };
     const auto run = [](const void* it) { (*static_cast<decltype(body)*>(it))(); };
-    launch({grid, block, blocks, shared_bytes, granted_bytes, seed++, reinterpret_cast<const void*>(kernel), run, &body});
+    launch(
+        {grid, block, blocks, shared_bytes, granted_bytes, seed++, reinterpret_cast<const void*>(kernel), run, &body});
   }
   void zero(void* p, size_t bytes) { simt::zero(p, bytes); }
   fastok::cuda::TensorMap tensor_map(const fastok::cuda::TiledArray& array) { return encode_tensor_map(array); }
