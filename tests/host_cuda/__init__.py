@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from fastok.reference.attention import slice_length
 from fastok.reference.kv_layout import Addresses, Layout
+from fastok.testing import assert_same
 from torch import Tensor
 
 from .report import KernelError as KernelError
@@ -55,6 +56,18 @@ def races_allowed() -> Iterator[None]:
         yield
     finally:
         native.report_races(True)
+
+
+@contextmanager
+def playing(device: int, shared_bytes: int | None = None) -> Iterator[None]:
+    """A device of this compute capability, which grants a block so much shared memory."""
+    global capability, most_shared_bytes
+    before = capability, most_shared_bytes
+    capability, most_shared_bytes = device, shared_bytes or most_shared_bytes
+    try:
+        yield
+    finally:
+        capability, most_shared_bytes = before
 
 
 def call(
@@ -171,6 +184,17 @@ def k_center(
         capability=capability, most_shared_bytes=most_shared_bytes, **options,
     )  # fmt: skip
     return results["index"], results["distance"]
+
+
+def k_center_by_all_plans(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same as devices without and with clusters do it, where they differ, which must not show."""
+    results = []
+    for device in (80, 90):
+        with playing(device):
+            results.append(k_center(*arguments))
+    for of_80, of_90 in zip(*results, strict=True):
+        assert_same(of_90, of_80, "clusters and other plans")
+    return results[-1]
 
 
 def max_coverage(
