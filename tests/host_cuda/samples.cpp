@@ -95,6 +95,7 @@ const std::map<std::string, Kernel> kKernels{
     {"matrices", features::matrices},
     {"transposed_matrices", features::transposed_matrices},
     {"conversions", features::conversions},
+    {"rounding", features::rounding},
     {"product f16", features::product<fastok::f16, 16>},
     {"product bf16", features::product<fastok::bf16, 16>},
     {"product tf32", features::product<float, 8>},

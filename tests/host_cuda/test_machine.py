@@ -179,6 +179,14 @@ def test_conversions():
     torch.testing.assert_close(out[2], power, rtol=1e-6, atol=0)
 
 
+def test_rounding_to_integers():
+    exact = {0.5: 0, 1.5: 2, -2.5: -2, 2.4: 2, -0.6: -1, 2.0**24 - 1: 2**24 - 1, float("nan"): 0}
+    exact |= {3e9: 2**31 - 1, float("inf"): 2**31 - 1, -(2.0**31): -(2**31), -float("inf"): -(2**31)}
+    x = torch.tensor(list(exact) + [0.0] * (32 - len(exact)))
+    out = run("rounding", x, ints(32), block=(32, 1, 1))
+    assert out.tolist() == list(exact.values()) + [0] * (32 - len(exact))
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])
 def test_products(kind):
     """D + A B with exact products and one rounding; fp32 operands are rounded to tf32 first."""
