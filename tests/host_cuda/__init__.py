@@ -2,7 +2,8 @@
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
 blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels;
-``most_shared_bytes`` is what it grants a block from 90 on; ``most_similarities`` is how many of a pair max_coverage keeps.
+``most_shared_bytes`` is what it grants a block from 90 on; ``most_similarities`` is how many of a pair max_coverage
+keeps.
 What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 

@@ -188,7 +188,9 @@ BUGS |= {kernel: (pattern, None, on_hopper) for kernel, pattern in HOPPER.items(
 BETWEEN = r"data race between blocks of a cluster\n  place     shared array 'values{}"
 CLUSTERS = {
     "read_without_cluster_barrier": (
-        BETWEEN.format(r"' at byte \d+ of 256(.|\n)*  read(.|\n)*  write|' at byte \d+ of 256(.|\n)*  write(.|\n)*  read"),
+        BETWEEN.format(
+            r"' at byte \d+ of 256(.|\n)*  read(.|\n)*  write|' at byte \d+ of 256(.|\n)*  write(.|\n)*  read"
+        ),
         "ld_shared_cluster(",
     ),
     "two_blocks_write": (
@@ -203,8 +205,8 @@ CLUSTERS = {
         "s.to()[kCorrect",
     ),
     "remote_overrun": (
-        r"access out of bounds\n  place     shared memory, 0 bytes behind 'values' of 256 bytes, of block \d of the cluster"
-        r"\n  read      4 bytes by thread \(63, 0, 0\)",
+        r"access out of bounds\n  place     shared memory, 0 bytes behind 'values' of 256 bytes, of block \d of the "
+        r"cluster\n  read      4 bytes by thread \(63, 0, 0\)",
         "ld_shared_cluster(",
     ),
     "block_beyond_the_cluster": ("mapa to block 4 of a cluster of 4", "mapa(values"),

@@ -123,7 +123,9 @@ def test_wide_ticket():
 def test_clusters(blocks):
     """What goes round is every block's in turn, by loads and by stores; clusters know nothing of each other."""
     x = torch.randint(0, 1000, (3 * blocks, 64)).int()
-    out = run("cluster_ring", x, ints(3 * blocks, 64, 2), n=blocks, cluster=blocks, grid=(3 * blocks, 1, 1), shared_bytes=512)
+    out = run(
+        "cluster_ring", x, ints(3 * blocks, 64, 2), n=blocks, cluster=blocks, grid=(3 * blocks, 1, 1), shared_bytes=512
+    )
     handed = x.view(3, blocks, 64).roll(-1, 1).reshape(3 * blocks, 64)
     assert torch.equal(out[..., 0], handed)
     assert torch.equal(out[..., 1], torch.arange(3 * blocks).remainder(blocks)[:, None].expand(-1, 64).int())
