@@ -39,7 +39,7 @@ def awkward(batch, n, width, dtype):
     return x.to(dtype), torch.rand(batch, n) < 0.9
 
 
-# What a device grants a block, so many of whose 75 tokens of 12 channels are then kept, and whether their state is. Sums
+# What a device grants a block, how many of its 75 tokens of 12 channels are then kept, and whether their state is. Sums
 # take 1 KiB more.
 FITS = {"all": (MOST, 75, True), "some": (7000, 64, True), "none": (4000, 0, True), "not even state": (3000, 0, False)}
 
