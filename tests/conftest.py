@@ -25,6 +25,8 @@ else:
     def on_host(op: str) -> Callable[..., Any]:
         if op == "nearest":
             return lambda x, y, k, similarity, mask: host_cuda.nearest(x, y, k, similarity=similarity, mask=mask)
+        if op == "k_center":
+            return host_cuda.k_center_by_all_plans
         return getattr(host_cuda, {"bipartite_match": "match_map"}.get(op, op))
 
     register_backend("cuda-on-host", on_host)

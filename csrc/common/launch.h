@@ -22,16 +22,34 @@ class Launcher {
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...), const Arguments&... args) {
-    constexpr size_t kGrantedToAll = 48 << 10;
-    if (shared_bytes > kGrantedToAll)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    grant(kernel, shared_bytes);
     kernel<<<grid, block, shared_bytes, stream_>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  // The same with so many blocks, neighbours in x, to a cluster.
+  template <class... Parameters, class... Arguments>
+  void clusters(unsigned blocks, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...),
+                const Arguments&... args) {
+    grant(kernel, shared_bytes);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {blocks, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream_;
+    config.attrs = &attribute, config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(args)...));
   }
   void zero(void* p, size_t bytes) { STD_CUDA_CHECK(cudaMemsetAsync(p, 0, bytes, stream_)); }
   TensorMap tensor_map(const TiledArray& array) { return encode_tensor_map(array); }
 
  private:
+  template <class Kernel>
+  static void grant(Kernel* kernel, size_t shared_bytes) {
+    constexpr size_t kGrantedToAll = 48 << 10;
+    if (shared_bytes > kGrantedToAll)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
@@ -42,6 +60,22 @@ inline int capability_of(const Tensor& x) {
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index()));
   return 10 * major + minor;
+}
+
+// The architecture that the code of a kernel was written for which the current device runs: 80 on any newer one too, if
+// there is no other code for it.
+template <class... Parameters>
+int arch_of(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion;
+}
+
+// What the tensor's device grants a block, if it is asked to.
+inline size_t most_shared_bytes(const Tensor& x) {
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index()));
+  return size_t(bytes);
 }
 
 inline void check_on_device(const Tensor& x, const char* name, const Tensor& like, const char* like_name) {

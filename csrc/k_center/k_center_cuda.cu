@@ -1,4 +1,5 @@
 // CUDA backend of k_center: checks, plan, working memory, launches.
+#include <algorithm>
 #include <string>
 #include <tuple>
 
@@ -45,21 +46,26 @@ std::tuple<Tensor, Tensor> k_center(Tensor x, int64_t k, std::string metric, std
   p.cosine = metric == "cosine", p.max_sum = objective == "max_sum";
   p.start = start == "isolated" ? CenterStart::isolated : start == "norm" ? CenterStart::norm : CenterStart::given;
 
-  const CenterPlan plan = plan_k_center(batch, n, k, p.cosine);
+  Launcher launch(x);
+  const bool isolated = p.start == CenterStart::isolated;
+  const CenterPlan plan = plan_k_center({batch, n, width, k, p.cosine, p.max_sum, isolated},
+                                        {arch_of(cluster_kernel<float, true, false>), most_shared_bytes(x)});
+  check_grid(batch * std::max(plan.cluster.blocks, 1), "x");
   p.token_blocks = plan.token_blocks;
   const auto floats = [&](int64_t count) { return empty_like_device(x, {count}, ScalarType::Float); };
   const auto doubles = [&](int64_t count) { return empty_like_device(x, {count}, ScalarType::Double); };
   const auto ints = [&](int64_t count) { return empty_like_device(x, {count}, ScalarType::Int); };
-  const bool isolated = p.start == CenterStart::isolated;
-  const int64_t streamed = plan.gram ? 0 : 2 * batch * plan.token_blocks;
+  const int64_t streamed = plan.launch_per_pick() ? 2 * batch * plan.token_blocks : 0;
   const Tensor scale = floats(batch * n), norm = doubles(batch * n), rank = doubles(batch * n);
   const Tensor isolation = ints(isolated ? batch * n : 0), gram = floats(int64_t(plan.gram_numbers));
-  const Tensor value = doubles(plan.gram ? 0 : batch * n), best_value = doubles(streamed), best_token = ints(streamed);
+  const Tensor value = doubles(plan.global_values() ? batch * n : 0), best_value = doubles(streamed),
+               best_token = ints(streamed);
   p.scale = data<float>(scale), p.norm = data<double>(norm), p.rank = data<double>(rank);
   p.isolation = isolated ? data<int>(isolation) : nullptr, p.gram = plan.gram ? data<float>(gram) : nullptr;
-  p.value = data<double>(value), p.best_value = data<double>(best_value), p.best_token = data<int>(best_token);
+  p.value = plan.global_values() ? data<double>(value) : nullptr;
+  p.best_value = data<double>(best_value), p.best_token = data<int>(best_token);
   p.index = data<int64_t>(index), p.distance = data<float>(distance);
-  run_k_center(Launcher(x), dtype, plan, p);
+  run_k_center(launch, dtype, plan, p);
   return {index, distance};
 }
 

@@ -1,6 +1,6 @@
 // k_center on CUDA: exact distances (reference/k_center.py has their definition), so that every plan picks the same.
-// Either products_kernel makes the distances of all pairs and pick_kernel does all picks of a sample in one block, or
-// step_kernel is launched once per pick and streams the tokens.
+// Either products_kernel makes the distances of all pairs and pick_kernel does all picks of a sample in one block, or a
+// cluster of blocks does them (cluster_kernel.cuh), or step_kernel is launched once per pick and streams the tokens.
 #pragma once
 #include "common/exact.cuh"
 #include "k_center/k_center_plan.h"
@@ -27,7 +27,7 @@ struct CenterParams {
   double *norm, *rank;
   int* isolation;
   float* gram;         // [batch][n][n], nullptr: none
-  double* value;       // [batch][n], the objective between launches
+  double* value;       // [batch][n], the objective between picks, nullptr: it stays in shared memory
   double* best_value;  // [2][batch][token_blocks], by turns: each block's best token and its value
   int* best_token;
   int64_t* index;
@@ -160,19 +160,24 @@ struct BestToken {
   }
 };
 
-// The same in all threads of the block. `values` and `tokens` hold one entry per warp.
-__device__ __forceinline__ BestToken block_best(BestToken best, double* values, int* tokens) {
+// The same in all lanes.
+__device__ __forceinline__ BestToken warp_best(BestToken best) {
   for (int half = kWarpSize / 2; half > 0; half /= 2) {
     const double value = __shfl_xor_sync(kFullWarp, best.value, half);
     const int token = __shfl_xor_sync(kFullWarp, best.token, half);
     best.offer(value, token);
   }
+  return best;
+}
+
+// The same in all threads of the block. `values` and `tokens` hold one entry per warp.
+__device__ __forceinline__ BestToken block_best(BestToken best, double* values, int* tokens) {
+  best = warp_best(best);
   __syncthreads();  // the previous call's readers are done
   if (lane_index() == 0) values[warp_index()] = best.value, tokens[warp_index()] = best.token;
   __syncthreads();
-#pragma unroll 1  // more would only take registers
-  for (int warp = 0; warp < warps_in_block(); ++warp) best.offer(values[warp], tokens[warp]);
-  return best;
+  if (lane_index() < warps_in_block()) best.offer(values[lane_index()], tokens[lane_index()]);
+  return warp_best(best);
 }
 
 // What a token is worth as the first pick.

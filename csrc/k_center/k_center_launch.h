@@ -1,8 +1,23 @@
 // The launches of k_center, by a launcher that starts kernels on a stream or, in the tests, runs them on the host.
 #pragma once
-#include "k_center/k_center_kernel.cuh"
+#include "k_center/cluster_kernel.cuh"
 
 namespace fastok::cuda {
+
+using ClusterKernel = void (*)(CenterParams, ClusterPlan);
+
+template <class T>
+ClusterKernel cluster_kernel_of(bool cosine, bool max_sum) {
+  if (cosine) return max_sum ? cluster_kernel<T, true, true> : cluster_kernel<T, true, false>;
+  return max_sum ? cluster_kernel<T, false, true> : cluster_kernel<T, false, false>;
+}
+
+// Rows whose channels can be read by fours.
+template <class T>
+bool rows_by_fours(const CenterParams& p) {
+  return p.width % 4 == 0 && p.row_stride % 4 == 0 && p.batch_stride % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(p.x) % (4 * sizeof(T)) == 0;
+}
 
 template <class T, class Launch>
 void run_k_center_of(Launch& launch, const CenterPlan& plan, const CenterParams& p) {
@@ -20,6 +35,12 @@ void run_k_center_of(Launch& launch, const CenterPlan& plan, const CenterParams&
     launch(dim3(warps), dim3(kCenterThreads), size_t(0), isolation_kernel<T>, p);
   }
   if (plan.gram) return launch(dim3(unsigned(p.batch)), dim3(kPickThreads), plan.pick_bytes, pick_kernel, p);
+  if (ClusterPlan cluster = plan.cluster; cluster.blocks > 0) {
+    cluster.by_fours = rows_by_fours<T>(p);
+    return launch.clusters(unsigned(cluster.blocks), dim3(unsigned(p.batch * cluster.blocks)),
+                           dim3(unsigned(cluster.warps * kWarpSize)), cluster.bytes,
+                           cluster_kernel_of<T>(p.cosine, p.max_sum), p, cluster);
+  }
   for (int step = 0; step < p.k; ++step)
     launch(dim3(unsigned(p.token_blocks), samples), dim3(kCenterThreads), scratch, step_kernel<T>, p, step);
 }

@@ -78,6 +78,13 @@ def test_hopper_has_its_own_kernels(kernels: dict[KernelId, Kernel]) -> None:
         assert "HMMA" not in kernel.uses, name
 
 
+def test_kernels_for_clusters_are_empty_only_where_there_are_none(kernels: dict[KernelId, Kernel]) -> None:
+    own = {name for name, _ in kernels if name.startswith("cluster_kernel<")}
+    assert len(own) == 12
+    for name in own:
+        assert [kernels[name, arch].narrow_stores > 0 for arch in ("sm_80", "sm_90a", "sm_100")] == [False, True, True]
+
+
 def test_the_driver_is_not_linked(library: Path) -> None:
     """The library loads where there is no driver, and asks for what it needs of it when it runs."""
     dynamic = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout

@@ -2,7 +2,8 @@
 
 Build the module first (see CMakeLists.txt); it is looked for in ``build/host_cuda``. ``seed`` drives the order in which
 blocks and threads run; ``capability`` (80, or 90 for Hopper) is that of the device played, which decides on kernels;
-``most_similarities`` is how many of a pair max_coverage keeps.
+``most_shared_bytes`` is what it grants a block from 90 on; ``most_similarities`` is how many of a pair max_coverage
+keeps.
 What a kernel does wrong is a KernelError, see docs/testing-cuda-without-a-gpu.md.
 """
 
@@ -11,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from fastok.reference.attention import slice_length
 from fastok.reference.kv_layout import Addresses, Layout
+from fastok.testing import assert_same
 from torch import Tensor
 
 from .report import KernelError as KernelError
@@ -27,6 +29,7 @@ SOURCE = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build" / "host_cuda"
 seed = 0
 capability = 80
+most_shared_bytes = 227 << 10
 most_similarities = 1 << 27
 
 
@@ -54,6 +57,18 @@ def races_allowed() -> Iterator[None]:
         yield
     finally:
         native.report_races(True)
+
+
+@contextmanager
+def playing(device: int, shared_bytes: int | None = None) -> Iterator[None]:
+    """A device of this compute capability, which grants a block so much shared memory."""
+    global capability, most_shared_bytes
+    before = capability, most_shared_bytes
+    capability, most_shared_bytes = device, shared_bytes or most_shared_bytes
+    try:
+        yield
+    finally:
+        capability, most_shared_bytes = before
 
 
 def call(
@@ -92,6 +107,7 @@ def sample(
     n: int | None = None,
     grid: Index = (1, 1, 1),
     block: Index = (64, 1, 1),
+    cluster: int = 1,
     shared_bytes: int = 0,
     zeroed: int = 0,
 ) -> Tensor:
@@ -101,6 +117,7 @@ def sample(
     """
     dimensions = {f"{name}_{'xyz'[i]}": size[i] for name, size in (("grid", grid), ("block", block)) for i in range(3)}
     options = dimensions | {"n": out.numel() if n is None else n, "shared_bytes": shared_bytes, "zeroed": zeroed}
+    options["cluster"] = cluster
     options["tiled"] = x.dtype == torch.float16 and x.dim() == 2
     call("sample", {"in": x}, {"out": out}, kernel=kernel, **options)
     return out
@@ -163,8 +180,22 @@ def k_center(
     batch = x.shape[0]
     results = {"index": torch.empty(batch, k, dtype=torch.int64), "distance": torch.empty(batch, k)}
     options = {"metric": metric, "objective": objective, "start": start}
-    call("k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k, **options)
+    call(
+        "k_center", {"x": _dense(x), "first": first, "mask": mask}, results, dtype=_name(x), k=k,
+        capability=capability, most_shared_bytes=most_shared_bytes, **options,
+    )  # fmt: skip
     return results["index"], results["distance"]
+
+
+def k_center_by_all_plans(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same as devices without and with clusters do it, where they differ, which must not show."""
+    results = []
+    for device in (80, 90):
+        with playing(device):
+            results.append(k_center(*arguments))
+    for of_80, of_90 in zip(*results, strict=True):
+        assert_same(of_90, of_80, "clusters and other plans")
+    return results[-1]
 
 
 def max_coverage(

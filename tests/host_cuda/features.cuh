@@ -211,6 +211,9 @@ __global__ void conversions(Sample s) {
   s.to<float>()[64 + lane] = fastok::ptx::ex2_approx_ftz(high);
 }
 
+// A number each, rounded to an integer.
+__global__ void rounding(Sample s) { s.to()[threadIdx.x] = __float2int_rn(s.from<float>()[threadIdx.x]); }
+
 // in: A [16, k], B [8, k] of T, then D [16, 8] of fp32; out: D + A B^T. k is 16, or 8 for tf32.
 template <class T, int kDepth>
 __global__ void product(Sample s) {

@@ -136,7 +136,7 @@ uint32_t shared_offset(const void* p) {
 
 void multiply_async(bool f16, float* d, int columns, const uint32_t* a, uint64_t a_rows, uint64_t b, bool add) {
   current->products.push_back({f16, add, d, columns, a, a_rows, b, -1, pc_of(__builtin_return_address(0))});
-  ++Machine::get().warp_of(*current).products;
+  ++Machine::get().warp(current->warp).products;
 }
 
 void commit_products() {

@@ -206,6 +206,11 @@ T __ldcg(const T* address) {
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+// To the nearest integer, even ones of two; NaN to 0, what is too large to the largest.
+inline int __float2int_rn(float x) {
+  if (std::isnan(x)) return 0;
+  return x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : int(std::nearbyintf(x));
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(unsigned(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(unsigned(x)) + 1; }

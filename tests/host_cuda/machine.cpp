@@ -17,7 +17,8 @@ std::string describe(const Site& site) {
   return site.file ? std::string(site.file) + ":" + std::to_string(site.line) : "csrc/ptx";
 }
 std::string describe(dim3 index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return std::string("(") + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
 namespace {
@@ -57,34 +58,47 @@ void Machine::launch(const Launch& launch) {
         complaint("a block of " + std::to_string(threads()) + " threads: must be 32 to 1024, in whole warps"));
   if (count(launch.grid) == 0) throw Failure(complaint("a grid of no blocks"));
   if (launch.grid.y > 65535 || launch.grid.z > 65535) throw Failure(complaint("a grid of more than 65535 in y or z"));
+  if (launch.cluster == 0 || launch.cluster > kMostClusterBlocks || launch.grid.x % launch.cluster != 0)
+    throw Failure(complaint("clusters of " + std::to_string(launch.cluster) + " blocks: must be 1 to " +
+                            std::to_string(kMostClusterBlocks) + ", and divide the grid in x"));
   if (launch.shared_bytes > launch.granted_bytes)
     throw Failure(complaint(std::to_string(launch.shared_bytes) + " bytes of shared memory: some devices grant " +
                             std::to_string(launch.granted_bytes >> 10) + " KiB"));
   random_.seed(launch.seed);
   launch_begin_ = latest_ + 1;
-  block_begins_.clear();
+  cluster_begins_.clear();
   memory_.begin_launch();
-  block_order_.resize(count(launch.grid));
-  std::iota(block_order_.begin(), block_order_.end(), size_t(0));
-  std::shuffle(block_order_.begin(), block_order_.end(), random_);
-  for (const size_t i : block_order_) run_block(unflatten(i, launch.grid));
-  launches_.push_back(threads());
+  cluster_order_.resize(count(launch.grid) / launch.cluster);
+  std::iota(cluster_order_.begin(), cluster_order_.end(), size_t(0));
+  std::shuffle(cluster_order_.begin(), cluster_order_.end(), random_);
+  for (const size_t i : cluster_order_) run_cluster(i);
+  launches_.push_back({threads(), cluster_blocks()});
 }
 
-void Machine::run_block(dim3 index) {
-  block_index_ = index;
-  memory_.begin_block(launch_->shared_bytes);
-  if (int(fibers_.size()) < threads()) fibers_.resize(size_t(threads()));
-  warps_.assign(size_t(threads() / kWarpSize), {});
-  barriers_.assign(kNamedBarriers, {});
+dim3 Machine::block_index(size_t cluster, int rank) const {
+  return unflatten(cluster * launch_->cluster + size_t(rank), launch_->grid);
+}
+
+void Machine::run_cluster(size_t number) {
+  const int count = cluster_blocks() * threads();
+  memory_.begin_cluster(cluster_blocks(), launch_->shared_bytes);
+  if (int(fibers_.size()) < count) fibers_.resize(size_t(count));
+  const Clock begin = ++latest_;
+  cluster_begins_.push_back(begin);
+  blocks_.assign(size_t(cluster_blocks()), {});
+  for (int rank = 0; rank < cluster_blocks(); ++rank) {
+    Block& block = blocks_[size_t(rank)];
+    block.index = block_index(number, rank);
+    block.warps.resize(size_t(threads() / kWarpSize));
+    block.barriers.resize(kNamedBarriers);
+    block.base = begin;
+  }
+  cluster_barrier_ = {};
   mbarriers_.clear();
-  base_ = ++latest_;
-  block_begins_.push_back(base_);
   runnable_.clear();
-  exited_ = epoch_ = 0;
-  last_barrier_ = {};
-  for (int i = 0; i < threads(); ++i) start(i);
-  while (exited_ < threads()) {
+  exited_ = 0;
+  for (int i = 0; i < count; ++i) start(i);
+  while (exited_ < count) {
     if (runnable_.empty() && failure_.empty()) failure_ = complaint(deadlock());
     if (!failure_.empty()) throw Failure(failure_);
     std::swap(runnable_[random_() % runnable_.size()], runnable_.back());
@@ -94,9 +108,11 @@ void Machine::run_block(dim3 index) {
     current = nullptr;
   }
   const size_t n_warps = size_t(threads() / kWarpSize);
-  for (size_t i = 0; i < n_warps; ++i) {
-    if (warps_[i].products != (i / 4 * 4 + 3 < n_warps ? warps_[i / 4 * 4].products : 0))
-      throw Failure(complaint(std::string("wgmma by some warps of warpgroup ") + std::to_string(i / 4) + " only"));
+  for (const Block& block : blocks_) {
+    for (size_t i = 0; i < n_warps; ++i) {
+      if (block.warps[i].products != (i / 4 * 4 + 3 < n_warps ? block.warps[i / 4 * 4].products : 0))
+        throw Failure(complaint(std::string("wgmma by some warps of warpgroup ") + std::to_string(i / 4) + " only"));
+    }
   }
 }
 
@@ -116,9 +132,11 @@ void Machine::start(int i) {
   if (!stack) stack = std::make_unique<Stack>();
   fiber = Fiber();
   fiber.stack = std::move(stack);
-  fiber.number = i, fiber.warp = i / kWarpSize, fiber.lane = i % kWarpSize;
-  fiber.index = unflatten(size_t(i), launch_->block);
-  fiber.clock = base_;
+  const int own = i % threads();
+  fiber.number = i, fiber.rank = i / threads(), fiber.lane = own % kWarpSize;
+  fiber.warp = fiber.rank * kWarpNumbers + own / kWarpSize;
+  fiber.index = unflatten(size_t(own), launch_->block);
+  fiber.clock = block_of(fiber).base;
   getcontext(&fiber.start);
   fiber.start.uc_stack.ss_sp = fiber.stack->begin();
   fiber.start.uc_stack.ss_size = kStackBytes;
@@ -138,15 +156,17 @@ void Machine::enter() {
 void Machine::leave() {
   if (!current->products.empty())
     fail("a thread exits and has not waited for its wgmma\n  thread    " + describe(*current));
+  leave_cluster();
   current->done = true;
   ++exited_;
-  const Barrier& barrier = barriers_[0];
+  ++block_of(*current).exited;
+  const Barrier& barrier = block_of(*current).barriers[0];
   if (!barrier.waiting.empty()) {
     const Fiber& other = fibers_[size_t(barrier.waiting.front())];
     fail("divergent barrier: a thread exits while others wait\n  exits     " + describe(*current) + "\n  waits     " +
          describe(other) + "\n            in " + barrier.name + " at " + simt::describe(other.waits_at));
   }
-  Warp& warp = warp_of(*current);
+  Warp& warp = this->warp(current->warp);
   warp.exited |= 1u << current->lane;
   const auto ends = [&](const Meeting& meeting) { return (meeting.mask & ~warp.exited & ~meeting.arrived) == 0; };
   for (const Meeting& meeting : warp.meetings)
@@ -185,7 +205,7 @@ int Machine::synchronise(const char* name, int id, int count, bool predicate, Si
     fail(std::string(name) + " of barrier " + std::to_string(id) + " for " + std::to_string(count) +
          " threads: barriers are 0 to 15, for whole warps of the block\n  caller    " + describe(me) +
          "\n            at " + simt::describe(site));
-  Barrier& barrier = barriers_[size_t(id)];
+  Barrier& barrier = block_of(me).barriers[size_t(id)];
   if (barrier.arrived == 0) barrier.name = name, barrier.site = site, barrier.expected = count;
   const bool whole_block = id == 0;
   const auto differ = [&](const std::string& how) {
@@ -196,9 +216,9 @@ int Machine::synchronise(const char* name, int id, int count, bool predicate, Si
   if (barrier.expected != count) differ("threads expect different counts");
   if (whole_block && (barrier.site.line != site.line || std::strcmp(barrier.site.file, site.file) != 0))
     differ("threads of the block are at different barriers");
-  if (whole_block && exited_ > 0) {
-    const auto gone =
-        std::find_if(fibers_.begin(), fibers_.begin() + threads(), [](const Fiber& fiber) { return fiber.done; });
+  if (whole_block && block_of(me).exited > 0) {
+    const std::span<Fiber> all = fibers_of(me.rank);
+    const auto gone = std::find_if(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.done; });
     fail("divergent barrier: a thread has exited, and others wait\n  exited    " + describe(*gone) + "\n  waits     " +
          describe(me) + "\n            in " + name + " at " + simt::describe(site));
   }
@@ -219,11 +239,12 @@ int Machine::synchronise(const char* name, int id, int count, bool predicate, Si
 
 void Machine::complete(Barrier& barrier) {
   if (int(barrier.waiting.size()) == threads()) {
-    last_barrier_ = barrier.site;
-    ++epoch_;
+    Block& block = block_of(fibers_[size_t(barrier.waiting.front())]);
+    block.last_barrier = barrier.site;
+    ++block.epoch;
     share_knowledge(barrier.waiting);
-    base_ = ++latest_;
-    for (const int i : barrier.waiting) fibers_[size_t(i)].clock = base_;
+    block.base = ++latest_;
+    for (const int i : barrier.waiting) fibers_[size_t(i)].clock = block.base;
   } else {
     const auto seen = std::make_shared<Knowledge>(barrier.seen);
     for (const int i : barrier.waiting) fibers_[size_t(i)].known = joined(fibers_[size_t(i)].known, seen);
@@ -242,8 +263,9 @@ void Machine::complete(Barrier& barrier) {
 Mbarrier& Machine::mbarrier(const void* place) {
   Mbarrier& found = mbarriers_[place];
   if (found.warp == 0) {
-    found.warp = int(warps_.size());
-    warps_.emplace_back();
+    std::vector<Warp>& warps = block_of(*current).warps;
+    found.warp = current->rank * kWarpNumbers + int(warps.size());
+    warps.emplace_back();
   }
   return found;
 }
@@ -257,7 +279,8 @@ void Machine::arrive(Mbarrier& barrier) {
 void Machine::begin_copy(const Mbarrier& barrier) {
   copies_for_ = current;
   if (!copier_.stack) copier_.stack = std::make_unique<Stack>();
-  copier_.number = current->number, copier_.index = current->index, copier_.warp = barrier.warp;
+  copier_.number = current->number, copier_.rank = current->rank;
+  copier_.index = current->index, copier_.warp = barrier.warp;
   copier_.shared = current->shared;
   copier_.known = std::make_shared<Knowledge>(own_knowledge(*current));
   current->clock = ++latest_;
@@ -268,7 +291,7 @@ void Machine::begin_copy(const Mbarrier& barrier) {
 void Machine::end_copy(Mbarrier& barrier, int64_t bytes) {
   Row row{};
   row[0] = copier_.clock;
-  barrier.seen.add(Knowledge(uint32_t(block_begins_.size() - 1), base_, barrier.warp, row));
+  barrier.seen.add(own_key(copier_), base(), barrier.warp, row);
   current = copies_for_;
   barrier.bytes -= bytes;
   complete_if_due(barrier);
@@ -296,7 +319,7 @@ void Machine::wait(Mbarrier& barrier, int parity) {
 
 void Machine::meet(const char* name, unsigned mask, void* given, void (*act)(const Meeting&), Site site) {
   Fiber& me = *current;
-  Warp& warp = warp_of(me);
+  Warp& warp = this->warp(me.warp);
   const unsigned my_lane = 1u << me.lane;
   const auto where = [&] { return "\n            in " + std::string(name) + " at " + simt::describe(site); };
   if (!(mask & my_lane))
@@ -344,31 +367,30 @@ void Machine::order_warp(int warp, unsigned mask) {
   share_knowledge(members);
   ++latest_;
   for (const int i : members) fibers_[size_t(i)].seen = seen, fibers_[size_t(i)].clock = latest_;
-  if (mask == kFullMask) warps_[size_t(warp)].last_sync = latest_;
+  if (mask == kFullMask) this->warp(warp).last_sync = latest_;
 }
 
 // ---- order ----------------------------------------------------------------------------------------------------------
 
-size_t Machine::block_of(Clock clock) const {
-  return size_t(std::upper_bound(block_begins_.begin(), block_begins_.end(), clock) - block_begins_.begin()) - 1;
+size_t Machine::cluster_at(Clock clock) const {
+  return size_t(std::upper_bound(cluster_begins_.begin(), cluster_begins_.end(), clock) - cluster_begins_.begin()) - 1;
 }
 
-dim3 Machine::block_at(Clock clock) const { return unflatten(block_order_[block_of(clock)], launch_->grid); }
-
-bool Machine::ordered(const Stamp& stamp, int lane, const void* word) const {
+bool Machine::ordered(const Stamp& stamp, int lane, const void* word) {
   const Fiber& me = *current;
-  if (stamp.clock >= base_ && stamp.warp == me.warp &&
-      (stamp.clock < warps_[size_t(me.warp)].last_sync || me.seen[size_t(lane)] >= stamp.clock || lane == me.lane))
+  if (stamp.clock >= base() && stamp.warp == me.warp &&
+      (stamp.clock < warp(me.warp).last_sync || me.seen[size_t(lane)] >= stamp.clock || lane == me.lane))
     return true;
   if (!me.known) return false;
-  return me.known->covers(uint32_t(block_of(stamp.clock)), stamp.warp, lane, stamp.clock) ||
+  const uint32_t block = block_key(cluster_at(stamp.clock), stamp.warp / kWarpNumbers);
+  return me.known->covers(block, stamp.warp, lane, stamp.clock) ||
          (stamp.access == Access::atomic && me.known->observed(word, stamp.clock));
 }
 
 Knowledge Machine::own_knowledge(const Fiber& fiber) const {
   Row row = fiber.seen;
   row[size_t(fiber.lane)] = fiber.clock;
-  Knowledge own(uint32_t(block_begins_.size() - 1), base_, fiber.warp, row);
+  Knowledge own(own_key(fiber), block_of(fiber).base, fiber.warp, row);
   if (fiber.known) own.add(*fiber.known);
   return own;
 }
@@ -411,11 +433,23 @@ std::string Machine::describe_thread(int number, dim3 block) const {
          ", warp " + std::to_string(number / kWarpSize) + " lane " + std::to_string(number % kWarpSize);
 }
 
-std::string Machine::describe(const Fiber& fiber) const { return describe_thread(fiber.number, block_index_); }
+std::string Machine::describe(const Fiber& fiber) const {
+  return describe_thread(fiber.number % threads(), block_of(fiber).index);
+}
+
+// Who left a stamp in this launch.
+std::string Machine::describe_author(const Stamp& stamp, int lane) const {
+  const int warp = stamp.warp % kWarpNumbers;
+  if (warp >= threads() / kWarpSize) return "a bulk copy that was not waited for";
+  const size_t cluster = cluster_order_[cluster_at(stamp.clock)];
+  return describe_thread(warp * kWarpSize + lane, block_index(cluster, stamp.warp / kWarpNumbers));
+}
 
 std::string Machine::describe_epoch() const {
-  if (epoch_ == 0) return "none since the block began";
-  return "none since barrier " + std::to_string(epoch_) + " of the block, at " + simt::describe(last_barrier_);
+  const Block& block = block_of(*current);
+  if (block.epoch == 0) return "none since the block began";
+  return "none since barrier " + std::to_string(block.epoch) + " of the block, at " +
+         simt::describe(block.last_barrier);
 }
 
 std::string Machine::deadlock() const {
@@ -423,7 +457,7 @@ std::string Machine::deadlock() const {
     int threads = 0, first = 0;
   };
   std::map<std::string, Group> groups;
-  for (int i = threads() - 1; i >= 0; --i) {
+  for (int i = cluster_blocks() * threads() - 1; i >= 0; --i) {
     const Fiber& fiber = fibers_[size_t(i)];
     if (fiber.done) continue;
     Group& group = groups[std::string(fiber.waits_in) + " at " + simt::describe(fiber.waits_at)];
@@ -446,7 +480,7 @@ std::string Machine::complaint(const std::string& what) const {
 // ---- what simt.h promises -------------------------------------------------------------------------------------------
 
 dim3 thread_index() { return current->index; }
-dim3 block_index() { return Machine::get().block_index(); }
+dim3 block_index() { return Machine::get().block_of(*current).index; }
 dim3 block_dim() { return Machine::get().launched().block; }
 dim3 grid_dim() { return Machine::get().launched().grid; }
 

@@ -19,7 +19,6 @@ constexpr size_t kRedZone = 64, kMostArrays = 64;
 constexpr size_t kMostAlignment = 1024, kMostAligned = 4;
 // What CUDA grants static arrays, and what the red zones between them take besides.
 constexpr size_t kStaticShared = 48 << 10, kMostStatic = 16;
-constexpr uint8_t kInFlight = 0xff, kStaticPhase = 0xfe;
 
 size_t rounded_up(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
@@ -109,7 +108,8 @@ void Array::watch() {
 // ---- the caller's side ----------------------------------------------------------------------------------------------
 
 void Memory::begin_call(bool rewind) {
-  if (rewind) arena_room_ = 0;  // the next block gets new cells
+  for (Arena& arena : arenas_)
+    if (rewind) arena.room = 0;  // the next block gets new cells
   arrays_.clear();
   last_array_ = 0;
 }
@@ -127,23 +127,28 @@ void Memory::end_call() {
         throw Failure("output " + array.element_at(offset) + " was never written");
 }
 
-void Memory::begin_block(size_t shared_bytes) {
+void Memory::begin_cluster(int blocks, size_t shared_bytes) {
   released_in_block_.clear();
-  static_arrays_.clear();
-  static_begin_ = rounded_up(shared_bytes) + kMostArrays * (kRedZone + 16) + kMostAligned * kMostAlignment;
-  const size_t room = static_begin_ + kStaticShared + kMostStatic * kRedZone;
-  if (room > arena_room_) {
-    arena_room_ = room;
-    arena_.reset(static_cast<unsigned char*>(
-        std::aligned_alloc(kMostAlignment, (room + kMostAlignment - 1) / kMostAlignment * kMostAlignment)));
-    cells_.reset(static_cast<Cell*>(std::aligned_alloc(64, (room / kWordBytes + 2) * sizeof(Cell))));
-    std::memset(static_cast<void*>(cells_.get()), 0, (room / kWordBytes + 2) * sizeof(Cell));
-    state_.resize(room);
-  }
   granted_ = shared_bytes;
-  arena_bytes_ = room;
-  std::memset(arena_.get(), 0xcd, room);
-  std::fill_n(state_.begin(), room, uint8_t(0));
+  if (arenas_.size() < size_t(blocks)) arenas_.resize(size_t(blocks));
+  for (int rank = 0; rank < blocks; ++rank) arenas_[size_t(rank)].begin_block(shared_bytes);
+}
+
+void Arena::begin_block(size_t granted) {
+  static_arrays.clear();
+  last_visit = {};
+  static_begin = rounded_up(granted) + kMostArrays * (kRedZone + 16) + kMostAligned * kMostAlignment;
+  bytes = static_begin + kStaticShared + kMostStatic * kRedZone;
+  if (bytes > room) {
+    room = bytes;
+    memory.reset(static_cast<unsigned char*>(
+        std::aligned_alloc(kMostAlignment, (room + kMostAlignment - 1) / kMostAlignment * kMostAlignment)));
+    cells.reset(static_cast<Cell*>(std::aligned_alloc(64, (room / kWordBytes + 2) * sizeof(Cell))));
+    std::memset(static_cast<void*>(cells.get()), 0, (room / kWordBytes + 2) * sizeof(Cell));
+    state.resize(room);
+  }
+  std::memset(memory.get(), 0xcd, bytes);
+  std::fill_n(state.begin(), bytes, uint8_t(0));
 }
 
 void Memory::zero(void* p, size_t bytes) {
@@ -161,7 +166,7 @@ void Memory::zero(void* p, size_t bytes) {
 
 void Memory::start_sharing() {
   SharedLayout& layout = current->shared;
-  layout.phase = layout.phase == kStaticPhase - 1 ? 1 : uint8_t(layout.phase + 1);
+  layout.phase = layout.phase == Arena::kStaticPhase - 1 ? 1 : uint8_t(layout.phase + 1);
   layout.used = 0;
   layout.arrays.clear();
 }
@@ -180,32 +185,39 @@ unsigned char* Memory::share(size_t bytes, const char* name, size_t alignment) {
     begin = (begin + alignment - 1) / alignment * alignment;
   }
   layout.arrays.push_back({name, begin, bytes});
-  return arena_.get() + begin;
+  return shared() + begin;
 }
 
 unsigned char* Memory::share_static(size_t bytes, const char* name, const char* function) {
-  size_t begin = static_begin_, used = 0;
-  for (const StaticArray& array : static_arrays_) {
-    if (std::strcmp(array.name, name) == 0 && std::strcmp(array.function, function) == 0)
-      return arena_.get() + array.begin;
+  std::vector<StaticArray>& arrays = own().static_arrays;
+  size_t begin = own().static_begin, used = 0;
+  for (const StaticArray& array : arrays) {
+    if (std::strcmp(array.name, name) == 0 && std::strcmp(array.function, function) == 0) return shared() + array.begin;
     begin = array.begin + rounded_up(array.bytes) + kRedZone;
     used += rounded_up(array.bytes);
   }
-  if (used + bytes > kStaticShared || static_arrays_.size() == kMostStatic)
+  if (used + bytes > kStaticShared || arrays.size() == kMostStatic)
     Machine::get().fail("static shared memory exceeded: with '" + std::string(name) + "' the block uses " +
-                        bytes_text(used + bytes) + " in " + std::to_string(static_arrays_.size() + 1) +
+                        bytes_text(used + bytes) + " in " + std::to_string(arrays.size() + 1) +
                         " arrays; CUDA grants 48 KiB, this machine 16 arrays");
-  static_arrays_.push_back({{name, begin, bytes}, function});
-  return arena_.get() + begin;
+  arrays.push_back({{name, begin, bytes}, function});
+  return shared() + begin;
 }
 
-const SharedArray* Memory::shared_array_at(size_t offset, size_t size) const {
+int Memory::own_rank() { return current ? current->rank : 0; }
+
+const SharedLayout& Memory::layout_of(const Arena& arena) const {
+  const bool visiting = &arena != &own();
+  return visiting ? Machine::get().fibers_of(int(&arena - arenas_.data())).front().shared : current->shared;
+}
+
+const SharedArray* Arena::array_at(const SharedLayout& layout, size_t offset, size_t size) const {
   const auto holds = [&](const SharedArray& array) {
     return offset >= array.begin && offset + size <= array.begin + array.bytes;
   };
-  for (const SharedArray& array : current->shared.arrays)
+  for (const SharedArray& array : layout.arrays)
     if (holds(array)) return &array;
-  for (const SharedArray& array : static_arrays_)
+  for (const SharedArray& array : static_arrays)
     if (holds(array)) return &array;
   return nullptr;
 }
@@ -221,7 +233,7 @@ void Memory::begin_copy(void* to, const void* from, size_t size, bool valid, Pc 
     std::memcpy(copy.bytes, from, size);
   }
   current->copies.push_back(copy);
-  std::fill_n(state_.begin() + (copy.to - arena_.get()), size, kInFlight);
+  std::fill_n(own().state.data() + own().offset(copy.to), size, Arena::kInFlight);
 }
 
 void Memory::commit_copies() {
@@ -239,7 +251,7 @@ void Memory::finish_copies(int groups_left) {
       left.push_back(copy);
       continue;
     }
-    std::fill_n(state_.begin() + (copy.to - arena_.get()), copy.size, uint8_t(0));
+    std::fill_n(own().state.data() + own().offset(copy.to), copy.size, uint8_t(0));
     touch(copy.to, copy.size, Access::write, copy.pc);
     std::memcpy(copy.to, copy.bytes, copy.size);
   }
@@ -258,8 +270,7 @@ void Memory::touch(const void* p, size_t size, Access access, Pc pc) {
   const auto address = static_cast<const unsigned char*>(p);
   const auto stack = reinterpret_cast<const unsigned char*>(current->stack->begin());
   if (size_t(address - stack) < kStackBytes) return;
-  if (size_t(address - arena_.get()) < arena_bytes_)
-    return touch_shared(size_t(address - arena_.get()), size, access, pc);
+  if (Arena& arena = own(); arena.holds(p)) return touch_shared(arena, arena.offset(p), size, access, pc);
 
   // Arrays may overlap (the inputs of one call can be views of one tensor): the first that has all of it counts.
   for (size_t i = 0; i < arrays_.size(); ++i) {
@@ -275,16 +286,16 @@ void Memory::touch(const void* p, size_t size, Access access, Pc pc) {
   fail_outside(p, size, access, pc);
 }
 
-void Memory::touch_shared(size_t offset, size_t size, Access access, Pc pc) {
-  const unsigned char* const p = arena_.get() + offset;
-  const SharedLayout& layout = current->shared;
-  const bool undivided = layout.arrays.empty() && !is_static(offset);
-  if (undivided ? offset + size > granted_ : !shared_array_at(offset, size)) fail_outside(p, size, access, pc);
-  const uint8_t phase = is_static(offset) ? kStaticPhase : layout.phase;
-  uint8_t* const state = state_.data() + offset;
+void Memory::touch_shared(Arena& arena, size_t offset, size_t size, Access access, Pc pc) {
+  const unsigned char* const p = arena.memory.get() + offset;
+  const SharedLayout& layout = layout_of(arena);
+  const bool undivided = layout.arrays.empty() && !arena.is_static(offset);
+  if (undivided ? offset + size > granted_ : !arena.array_at(layout, offset, size)) fail_outside(p, size, access, pc);
+  const uint8_t phase = arena.is_static(offset) ? Arena::kStaticPhase : layout.phase;
+  uint8_t* const state = arena.state.data() + offset;
   for (size_t i = 0; i < size; ++i) {
     if (state[i] == phase) continue;
-    if (state[i] == kInFlight)
+    if (state[i] == Arena::kInFlight)
       fail("access to shared memory that cp.async is still writing", p + i, 1, access, pc,
            "\n  hint      the thread that began the copy has not waited for it");
     if (access != Access::write)
@@ -292,7 +303,7 @@ void Memory::touch_shared(size_t offset, size_t size, Access access, Pc pc) {
            "\n  hint      nobody has written it since it was divided, or not yet: a barrier may be missing");
     state[i] = phase;
   }
-  stamp(cells_.get(), true, p, offset, size, access, pc);
+  stamp(arena.cells.get(), true, p, offset, size, access, pc);
 }
 
 void Memory::touch_array(Array& array, size_t offset, size_t size, Access access, Pc pc) {
@@ -317,15 +328,18 @@ void Memory::stamp(Cell* cells, bool shared, const void* p, size_t offset, size_
 }
 
 void Memory::stamp_word(Cell& cell, bool shared, const void* p, uint8_t bytes, Access access, Pc pc) {
-  const Machine& machine = Machine::get();
+  Machine& machine = Machine::get();
   const Fiber& me = *current;
   const void* const word = static_cast<const unsigned char*>(p) - std::countr_zero(unsigned(bytes));
   const uint32_t my_lane = 1u << me.lane;
   Stamp* room = nullptr;
   bool merged = false;
   for (Stamp& other : cell.stamps) {
-    const bool of_block = other.clock >= machine.base();
-    const bool of_others = !shared && other.clock >= machine.launch_begin() && other.clock < machine.block_begin();
+    // By the block itself since its last barrier, or by others: of the cluster, or of those that ran before.
+    const bool of_cluster = other.clock >= machine.cluster_begin();
+    const bool same_rank = other.warp / kWarpNumbers == me.rank;
+    const bool of_block = of_cluster && same_rank && other.clock >= machine.base();
+    const bool of_others = of_cluster ? !same_rank : !shared && other.clock >= machine.launch_begin();
     if (!of_block && !of_others) {
       if (!room) room = &other;
       continue;
@@ -338,7 +352,7 @@ void Memory::stamp_word(Cell& cell, bool shared, const void* p, uint8_t bytes, A
     for (uint32_t lanes = of_warp ? other.lanes & ~my_lane : other.lanes; lanes != 0; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
       if (machine.ordered(other, lane, word)) continue;
-      if (may_conflict && report_races) fail_race(other, lane, shared, p, access, pc);
+      if (may_conflict && report_races) fail_race(other, lane, shared, of_block, p, access, pc);
       ordered = false;
       break;
     }
@@ -370,18 +384,22 @@ std::string Memory::describe(const void* p) {
     least = distance;
     nearest = bytes_text(distance) + (before ? " before '" : " behind '") + name + "' of " + bytes_text(bytes);
   };
-  if (is_shared(p)) {
-    const auto offset = size_t(address - arena_.get());
-    if (current)
-      if (const SharedArray* array = shared_array_at(offset, 1))
-        return "shared array '" + std::string(array->name) + "' at byte " + std::to_string(offset - array->begin) +
-               " of " + std::to_string(array->bytes);
-    if (!current || (current->shared.arrays.empty() && !is_static(offset)))
-      return "shared memory at byte " + std::to_string(offset);
-    for (const SharedArray& array : current->shared.arrays)
-      consider(array.name, arena_.get() + array.begin, array.bytes);
-    for (const SharedArray& array : static_arrays_) consider(array.name, arena_.get() + array.begin, array.bytes);
-    return "shared memory, " + nearest;
+  for (const Arena& arena : arenas_) {
+    if (!arena.holds(p)) continue;
+    const size_t offset = arena.offset(p);
+    if (!current) return "shared memory at byte " + std::to_string(offset);
+    const SharedLayout& layout = layout_of(arena);
+    const std::string whose =
+        &arena == &own() ? "" : ", of block " + std::to_string(&arena - arenas_.data()) + " of the cluster";
+    if (const SharedArray* array = arena.array_at(layout, offset, 1))
+      return "shared array '" + std::string(array->name) + "' at byte " + std::to_string(offset - array->begin) +
+             " of " + std::to_string(array->bytes) + whose;
+    if (layout.arrays.empty() && !arena.is_static(offset))
+      return "shared memory at byte " + std::to_string(offset) + whose;
+    const unsigned char* const begin = arena.memory.get();
+    for (const SharedArray& array : layout.arrays) consider(array.name, begin + array.begin, array.bytes);
+    for (const SharedArray& array : arena.static_arrays) consider(array.name, begin + array.begin, array.bytes);
+    return "shared memory, " + nearest + whose;
   }
   for (const Array& array : arrays_) {
     if (address < array.data || address >= array.data + array.extent) {
@@ -407,19 +425,19 @@ void Memory::fail_outside(const void* p, size_t size, Access access, Pc pc) {
   fail("access out of bounds", p, size, access, pc);
 }
 
-void Memory::fail_race(const Stamp& other, int lane, bool shared, const void* p, Access access, Pc pc) {
-  Machine& machine = Machine::get();
-  const bool of_block = other.clock >= machine.base();
+void Memory::fail_race(const Stamp& other, int lane, bool shared, bool of_block, const void* p, Access access, Pc pc) {
+  const Machine& machine = Machine::get();
+  const bool of_cluster = other.clock >= machine.cluster_begin();
   const std::string earlier = name_of(other.access);
-  const bool copy = of_block && other.warp >= machine.threads() / kWarpSize;
-  const std::string thread =
-      copy       ? std::string("a bulk copy that was not waited for")
-      : of_block ? machine.describe(machine.fiber(other.warp, lane))
-                 : machine.describe_thread(other.warp * kWarpSize + lane, machine.block_at(other.clock));
-  fail(of_block ? (shared ? "data race in shared memory" : "data race in global memory") : "data race between blocks",
+  fail(of_block     ? (shared ? "data race in shared memory" : "data race in global memory")
+       : of_cluster ? "data race between blocks of a cluster"
+                    : "data race between blocks",
        p, kWordBytes, access, pc,
-       "\n  " + earlier + std::string(10 - earlier.size(), ' ') + "before that by " + thread + "\n            at " +
-           at(other.pc) + "\n  order     " + (of_block ? machine.describe_epoch() : "none between blocks of a launch"));
+       "\n  " + earlier + std::string(10 - earlier.size(), ' ') + "before that by " +
+           machine.describe_author(other, lane) + "\n            at " + at(other.pc) + "\n  order     " +
+           (of_block     ? machine.describe_epoch()
+            : of_cluster ? "none between these blocks since they last met"
+                         : "none between blocks of a launch"));
 }
 
 }  // namespace simt

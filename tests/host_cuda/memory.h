@@ -81,6 +81,34 @@ struct SharedLayout {
   std::vector<SharedArray> arrays;
 };
 
+// The shared memory of a block.
+struct Arena {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<unsigned char[], Free> memory;
+  std::unique_ptr<Cell[], Free> cells;
+  std::vector<uint8_t> state;  // of each byte: the phase it was written in, or one of the two below
+  size_t bytes = 0, room = 0;
+  // Static arrays, as far as the block has come to them: behind the dynamic ones.
+  std::vector<StaticArray> static_arrays;
+  size_t static_begin = 0;
+  // The last access by another block of the cluster: who, and how many phases of the cluster's barrier must end until
+  // it has come to an end.
+  struct Visit {
+    int phases_needed = 0, fiber = 0;
+    Pc pc = 0;
+  } last_visit;
+
+  static constexpr uint8_t kInFlight = 0xff, kStaticPhase = 0xfe;
+
+  void begin_block(size_t granted);
+  bool holds(const void* p) const { return size_t(static_cast<const unsigned char*>(p) - memory.get()) < bytes; }
+  size_t offset(const void* p) const { return size_t(static_cast<const unsigned char*>(p) - memory.get()); }
+  bool is_static(size_t at) const { return at >= static_begin; }
+  const SharedArray* array_at(const SharedLayout& layout, size_t offset, size_t size) const;
+};
+
 struct AsyncCopy {
   unsigned char* to;
   size_t size;
@@ -98,20 +126,21 @@ class Memory {
   void add(Array array);
   void end_call();  // every output must have been written
   void begin_launch() { released_in_launch_.clear(); }
-  void begin_block(size_t shared_bytes);
+  void begin_cluster(int blocks, size_t shared_bytes);
   void zero(void* p, size_t bytes);
 
   // ---- the kernel's side
-  unsigned char* shared() { return arena_.get(); }
+  unsigned char* shared() { return own().memory.get(); }
   void start_sharing();
   unsigned char* share(size_t bytes, const char* name, size_t alignment);
   unsigned char* share_static(size_t bytes, const char* name, const char* function);
 
   void touch(const void* p, size_t size, Access access, Pc pc);
   void require_aligned(const void* p, size_t alignment, const char* what, Pc pc);
-  bool is_shared(const void* p) const {
-    return size_t(static_cast<const unsigned char*>(p) - arena_.get()) < arena_bytes_;
-  }
+  bool is_shared(const void* p) const { return own().holds(p); }  // of the current fiber's block
+  // Of block `rank` of the cluster, what lies there; at its exit, that nobody may be in it.
+  unsigned char* visit(int rank, size_t offset, size_t size, Access access, Pc pc);
+  void require_left(int rank);
 
   // cp.async: nothing is seen of a copy until the thread that began it has waited.
   void begin_copy(void* to, const void* from, size_t size, bool valid, Pc pc);
@@ -123,31 +152,27 @@ class Memory {
   std::string describe(const void* p);
 
  private:
-  void touch_shared(size_t offset, size_t size, Access access, Pc pc);
+  Arena& own() { return arenas_[size_t(own_rank())]; }
+  const Arena& own() const { return arenas_[size_t(own_rank())]; }
+  static int own_rank();
+  // Divided as the current fiber has, or, if it is another block's, as that block's first thread.
+  const SharedLayout& layout_of(const Arena& arena) const;
+  void touch_shared(Arena& arena, size_t offset, size_t size, Access access, Pc pc);
   void touch_array(Array& array, size_t offset, size_t size, Access access, Pc pc);
   void stamp(Cell* cells, bool shared, const void* p, size_t offset, size_t size, Access access, Pc pc);
   void stamp_word(Cell& cell, bool shared, const void* p, uint8_t bytes, Access access, Pc pc);
   [[noreturn]] void fail(const std::string& problem, const void* p, size_t size, Access access, Pc pc,
                          const std::string& more = "");
-  [[noreturn]] void fail_race(const Stamp& other, int lane, bool shared, const void* p, Access access, Pc pc);
+  [[noreturn]] void fail_race(const Stamp& other, int lane, bool shared, bool of_block, const void* p, Access access,
+                              Pc pc);
   [[noreturn]] void fail_outside(const void* p, size_t size, Access access, Pc pc);
-  bool is_static(size_t offset) const { return offset >= static_begin_; }
-  const SharedArray* shared_array_at(size_t offset, size_t size) const;
 
   std::vector<Array> arrays_;
   size_t last_array_ = 0;
   std::map<const void*, Known> released_in_launch_, released_in_block_;
 
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<unsigned char[], Free> arena_;
-  std::unique_ptr<Cell[], Free> cells_;
-  std::vector<uint8_t> state_;  // of each byte: the phase it was written in, kStaticPhase or kInFlight
-  size_t arena_bytes_ = 0, arena_room_ = 0, granted_ = 0;
-  // Static arrays, as far as the block has come to them: behind the dynamic ones.
-  std::vector<StaticArray> static_arrays_;
-  size_t static_begin_ = 0;
+  std::vector<Arena> arenas_ = std::vector<Arena>(1);  // of the blocks of the cluster
+  size_t granted_ = 0;
 };
 
 }  // namespace simt

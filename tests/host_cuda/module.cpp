@@ -5,9 +5,11 @@
 
 #include "call.h"
 #include "floats.h"
+#include "k_center/k_center_plan.h"
 #include "machine.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -71,6 +73,18 @@ PYBIND11_MODULE(_host_cuda, m) {
   m.def("launches", [] { return simt::Machine::get().launches(); });
   m.def("report_races", [](bool report) { simt::Machine::get().memory().report_races = report; });
 
+  m.def(
+      "plan_k_center",
+      [](int64_t batch, int64_t n, int64_t width, int64_t k, bool cosine, bool max_sum, bool isolated, int arch,
+         size_t most_bytes) {
+        const auto plan =
+            fastok::cuda::plan_k_center({batch, n, width, k, cosine, max_sum, isolated}, {arch, most_bytes});
+        const auto& cluster = plan.cluster;
+        return py::dict("gram"_a = plan.gram, "blocks"_a = cluster.blocks, "warps"_a = cluster.warps,
+                        "share"_a = cluster.share, "resident"_a = cluster.resident,
+                        "shared_state"_a = cluster.shared_state, "bytes"_a = cluster.bytes);
+      },
+      "batch"_a, "n"_a, "width"_a, "k"_a, "cosine"_a, "max_sum"_a, "isolated"_a, "arch"_a, "most_bytes"_a);
   m.def("half_to_float", [](uint16_t x) { return __half2float({x}); });
   m.def("float_to_half", [](float x) { return __float2half_rn(x).bits; });
   m.def("float_to_bfloat16", [](float x) { return __float2bfloat16_rn(x).bits; });

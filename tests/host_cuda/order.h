@@ -4,7 +4,7 @@
 // clocks in a warp mean "synchronised together, and not since". A block barrier orders all threads of a block: what
 // carries a smaller clock than the last one (the block's `base`) needs no further thought. Within a warp each lane
 // keeps what it has seen of the 31 others. All other order is rare (between warps without a block barrier, and between
-// blocks) and is kept as Knowledge, shared by the threads that have the same.
+// blocks, of a cluster or not) and is kept as Knowledge, shared by the threads that have the same.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -27,7 +27,7 @@ class Knowledge {
  public:
   Knowledge() = default;
   // All that one thread of block `block` has seen of its own block.
-  Knowledge(uint32_t block, Clock base, int warp, const Row& row) : blocks_{{block, {base, {{warp, row}}}}} {}
+  Knowledge(uint32_t block, Clock base, int warp, const Row& row) { add(block, base, warp, row); }
 
   bool covers(uint32_t block, int warp, int lane, Clock clock) const {
     const auto part = blocks_.find(block);
@@ -46,13 +46,14 @@ class Knowledge {
 
   void add(const Knowledge& other) {
     for (const auto& [word, clock] : other.words_) words_[word] = std::max(words_[word], clock);
-    for (const auto& [block, theirs] : other.blocks_) {
-      Part& ours = blocks_[block];
-      ours.base = std::max(ours.base, theirs.base);
-      for (const auto& [warp, row] : theirs.warps)
-        for (size_t lane = 0; lane < row.size(); ++lane)
-          ours.warps[warp][lane] = std::max(ours.warps[warp][lane], row[lane]);
-    }
+    for (const auto& [block, theirs] : other.blocks_)
+      for (const auto& [warp, row] : theirs.warps) add(block, theirs.base, warp, row);
+  }
+  void add(uint32_t block, Clock base, int warp, const Row& row) {
+    Part& part = blocks_[block];
+    part.base = std::max(part.base, base);
+    Row& ours = part.warps[warp];
+    for (size_t lane = 0; lane < row.size(); ++lane) ours[lane] = std::max(ours[lane], row[lane]);
   }
 
  private:

@@ -2,6 +2,7 @@
 #include "samples.h"
 
 #include "call.h"
+#include "cluster_samples.cuh"
 #include "features.cuh"
 #include "hopper_samples.cuh"
 #include "planted.cuh"
@@ -63,6 +64,23 @@ const std::map<std::string, Kernel> kKernels{
     TWINS(product_never_waited_for),
     TWINS(part_of_a_warpgroup),
     TWINS(arrival_too_many),
+    TWINS(read_without_cluster_barrier),
+    TWINS(two_blocks_write),
+    TWINS(one_buffer_for_two_rounds),
+    TWINS(written_after_arriving),
+    TWINS(cluster_block_race),
+    TWINS(remote_overrun),
+    TWINS(block_beyond_the_cluster),
+    TWINS(global_address_mapped),
+    TWINS(divided_differently),
+    TWINS(uninitialised_remote),
+    TWINS(before_the_blocks_have_met),
+    TWINS(exit_without_cluster_barrier),
+    TWINS(block_skips_the_cluster_barrier),
+    TWINS(cluster_barrier_in_a_branch),
+    TWINS(wait_without_arrival),
+    TWINS(arrival_without_wait),
+    TWINS(second_arrival),
     {"indices", features::indices},
     {"block_votes", features::block_votes},
     {"collectives", features::collectives},
@@ -77,11 +95,15 @@ const std::map<std::string, Kernel> kKernels{
     {"matrices", features::matrices},
     {"transposed_matrices", features::transposed_matrices},
     {"conversions", features::conversions},
+    {"rounding", features::rounding},
     {"product f16", features::product<fastok::f16, 16>},
     {"product bf16", features::product<fastok::bf16, 16>},
     {"product tf32", features::product<float, 8>},
     {"tile_products", features::tile_products},
     {"late_product", features::late_product},
+    {"cluster_ring", features::cluster_ring},
+    {"cluster_split", features::cluster_split},
+    {"cluster_ticket", features::cluster_ticket},
 };
 #undef TWINS
 
@@ -101,8 +123,8 @@ void sample(const Call& call) {
         {in.data, fastok::Dtype::f16, {width, rows, 1, 1}, {width * 2, bytes, bytes}, {64, 64, 1, 1}});
   }
   if (call.integer("zeroed") > 0) launch.zero(s.out, size_t(call.integer("zeroed")));
-  launch(dimensions(call, "grid"), dimensions(call, "block"), size_t(call.integer("shared_bytes")),
-         kKernels.at(call.word("kernel")), s);
+  launch.clusters(unsigned(call.integer("cluster")), dimensions(call, "grid"), dimensions(call, "block"),
+                  size_t(call.integer("shared_bytes")), kKernels.at(call.word("kernel")), s);
 }
 
 }  // namespace simt

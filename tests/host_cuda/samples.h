@@ -1,4 +1,5 @@
-// What the sample kernels of planted.cuh, features.cuh and hopper_samples.cuh are given: one input, one output.
+// What the sample kernels (planted.cuh, features.cuh, hopper_samples.cuh, cluster_samples.cuh) are given: one input,
+// one output.
 #pragma once
 #include "common/device.cuh"
 #include "common/tensor_map.h"

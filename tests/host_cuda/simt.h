@@ -29,6 +29,7 @@ void* memset(void*, int, size_t) noexcept __asm__("simt_memset");
 }
 #endif
 
+#include "cluster.h"
 #include "hopper.h"
 
 struct dim3 {
@@ -61,6 +62,7 @@ struct Site {
 
 struct Launch {
   dim3 grid, block;
+  unsigned cluster;  // blocks, along x
   size_t shared_bytes, granted_bytes;
   uint64_t seed;
   const void* kernel;
@@ -77,10 +79,17 @@ struct Launcher {
 
   template <class... Parameters, class... Arguments>
   void operator()(dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...), const Arguments&... args) {
+    clusters(1, grid, block, shared_bytes, kernel, args...);
+  }
+  // The same with so many blocks, neighbours in x, to a cluster.
+  template <class... Parameters, class... Arguments>
+  void clusters(unsigned blocks, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(Parameters...),
+                const Arguments&... args) {
     // The arguments are read from the launcher's stack, which is no business of the detectors.
     const auto body = [&]() __attribute__((no_sanitize("thread"))) { kernel(args...); };
     const auto run = [](const void* it) { (*static_cast<decltype(body)*>(it))(); };
-    launch({grid, block, shared_bytes, granted_bytes, seed++, reinterpret_cast<const void*>(kernel), run, &body});
+    launch(
+        {grid, block, blocks, shared_bytes, granted_bytes, seed++, reinterpret_cast<const void*>(kernel), run, &body});
   }
   void zero(void* p, size_t bytes) { simt::zero(p, bytes); }
   fastok::cuda::TensorMap tensor_map(const fastok::cuda::TiledArray& array) { return encode_tensor_map(array); }

@@ -1,4 +1,7 @@
-"""Each detector of the host machine finds the bug planted for it (planted.cuh) and says where; correct twins pass."""
+"""Each detector of the host machine finds the bug planted for it (planted.cuh and its like) and says where.
+
+Correct twins pass.
+"""
 
 import re
 
@@ -19,10 +22,14 @@ def run(kernel, **options):
 
 
 def line_of(kernel, text):
-    """Where in planted.cuh a kernel says ``text``."""
-    lines = (host.SOURCE / "planted.cuh").read_text().splitlines()
-    begin = next(i for i, line in enumerate(lines) if f" {kernel}(" in line)
-    return "tests/host_cuda/planted.cuh:" + str(next(i for i in range(begin, len(lines)) if text in lines[i]) + 1)
+    """Where a planted kernel says ``text``."""
+    for source in ("planted.cuh", "cluster_samples.cuh"):
+        lines = (host.SOURCE / source).read_text().splitlines()
+        begin = next((i for i, line in enumerate(lines) if f" {kernel}(" in line), len(lines))
+        for i in range(begin, len(lines)):
+            if text in lines[i]:
+                return f"tests/host_cuda/{source}:{i + 1}"
+    raise ValueError(f"{kernel} says no {text}")
 
 
 # Kernel, what the report says, the source line it names, how to run it. Where any of several threads may be the first
@@ -178,6 +185,70 @@ HOPPER = {
 }
 on_hopper = {"x": torch.ones(64, 64).half(), "block": (128, 1, 1), "shared_bytes": 2 * 8192 + 16}
 BUGS |= {kernel: (pattern, None, on_hopper) for kernel, pattern in HOPPER.items()}
+BETWEEN = r"data race between blocks of a cluster\n  place     shared array 'values{}"
+CLUSTERS = {
+    "read_without_cluster_barrier": (
+        BETWEEN.format(
+            r"' at byte \d+ of 256(.|\n)*  read(.|\n)*  write|' at byte \d+ of 256(.|\n)*  write(.|\n)*  read"
+        ),
+        "ld_shared_cluster(",
+    ),
+    "two_blocks_write": (
+        BETWEEN.format("' at byte 0 of 256(, of block 3 of the cluster)?\n  write(.|\n)*  write     before that"),
+        "st_shared_cluster(",
+    ),
+    "one_buffer_for_two_rounds": (BETWEEN.format("' at byte 0 of 8"), "sum += *value"),
+    "written_after_arriving": (BETWEEN.format("'"), "if (!kCorrect) values"),
+    "cluster_block_race": (
+        r"data race between blocks of a cluster\n  place     global array out\[7\](.|\n)*"
+        r"order     none between these blocks since they last met",
+        "s.to()[kCorrect",
+    ),
+    "remote_overrun": (
+        r"access out of bounds\n  place     shared memory, 0 bytes behind 'values' of 256 bytes, of block \d of the "
+        r"cluster\n  read      4 bytes by thread \(63, 0, 0\)",
+        "ld_shared_cluster(",
+    ),
+    "block_beyond_the_cluster": ("mapa to block 4 of a cluster of 4", "mapa(values"),
+    "global_address_mapped": (r"mapa of what is not the block's shared memory: global array in\[0\]", "mapa(place"),
+    "divided_differently": (
+        r"blocks of a cluster divide their shared memory differently\n  place     shared array '(sums|values)'",
+        "st_shared_cluster(",
+    ),
+    "uninitialised_remote": (
+        r"read of uninitialised shared memory\n  place     shared array 'values' at byte 36 of 256, of block \d of the",
+        "ld_shared_cluster(",
+    ),
+    "before_the_blocks_have_met": ("access to a block that may not have begun", "st_shared_cluster("),
+    "exit_without_cluster_barrier": (
+        "access to a block that has exited|a block exits while another may still be in its shared memory",
+        "ld_shared_cluster(",
+    ),
+    "block_skips_the_cluster_barrier": (
+        r"divergent cluster barrier: a thread (has exited, and others arrive|exits, and others have arrived)",
+        None,
+    ),
+    "cluster_barrier_in_a_branch": (
+        r"deadlock: all threads wait(.|\n)*  waits     128 threads in __syncthreads(.|\n)*"
+        r"  waits     128 threads in barrier.cluster.wait",
+        "__syncthreads",
+    ),
+    "wait_without_arrival": (
+        r"a thread waits for the cluster's barrier, and has not arrived\n  thread    thread \(5, 0, 0\)",
+        "barrier_cluster_wait",
+    ),
+    "arrival_without_wait": (
+        r"a thread exits, and has not waited for the cluster's barrier\n  thread    thread \(5, 0, 0\)",
+        None,
+    ),
+    "second_arrival": (
+        r"arrives again at the cluster's barrier, and has not waited\n  thread    thread \(5, 0, 0\)",
+        "if (!kCorrect && threadIdx.x == 5)",
+    ),
+}
+in_clusters = {"cluster": 4, "grid": (8, 1, 1), "n": 4, "shared_bytes": 512}
+in_clusters |= {"x": torch.arange(8 * N, dtype=torch.int32), "out": torch.empty(8 * N, dtype=torch.int32)}
+BUGS |= {kernel: (*found, in_clusters) for kernel, found in CLUSTERS.items()}
 
 
 @pytest.fixture(autouse=True, params=range(6))
@@ -215,6 +286,9 @@ RESULTS = {
     "stale_shared": torch.full((N,), 2),
     "copy_without_wait": torch.arange(128),
     "copy_without_barrier": torch.arange(128),
+    "read_without_cluster_barrier": torch.arange(8 * N).view(4, 2, N).flip(1).flatten(),
+    "one_buffer_for_two_rounds": torch.full((8 * N,), 3),
+    "divided_differently": torch.ones(8 * N),
 }
 
 
@@ -268,6 +342,9 @@ def test_impossible_launches_are_refused():
         ({"block": (33, 1, 1)}, "a block of 33 threads"),
         ({"block": (2048, 1, 1)}, "a block of 2048 threads"),
         ({"shared_bytes": 100 << 10}, "102400 bytes of shared memory"),
+        ({"cluster": 0}, "clusters of 0 blocks"),
+        ({"cluster": 16, "grid": (16, 1, 1)}, "clusters of 16 blocks: must be 1 to 8, and divide the grid in x"),
+        ({"cluster": 2, "grid": (3, 2, 1)}, "clusters of 2 blocks"),
     ):
         with pytest.raises(host.KernelError, match=reason):
             run("unwritten_output (correct)", **options)

@@ -119,6 +119,29 @@ def test_wide_ticket():
     assert run("wide_ticket", ints(1), ints(2), grid=(9, 1, 1), zeroed=8).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 5, 8])
+def test_clusters(blocks):
+    """What goes round is every block's in turn, by loads and by stores; clusters know nothing of each other."""
+    x = torch.randint(0, 1000, (3 * blocks, 64)).int()
+    out = run(
+        "cluster_ring", x, ints(3 * blocks, 64, 2), n=blocks, cluster=blocks, grid=(3 * blocks, 1, 1), shared_bytes=512
+    )
+    handed = x.view(3, blocks, 64).roll(-1, 1).reshape(3 * blocks, 64)
+    assert torch.equal(out[..., 0], handed)
+    assert torch.equal(out[..., 1], torch.arange(3 * blocks).remainder(blocks)[:, None].expand(-1, 64).int())
+
+
+def test_arriving_and_waiting():
+    out = run("cluster_split", ints(1), ints(2, 4, 64), cluster=2, grid=(4, 1, 1), shared_bytes=256)
+    assert torch.equal(out[0], torch.arange(4)[:, None].expand(4, 64).int())
+    assert torch.equal(out[1], 100 * (torch.arange(4) ^ 1)[:, None].int() + torch.arange(63, -1, -1).int())
+
+
+def test_a_fence_after_the_cluster_s_barrier_is_for_all_of_it():
+    out = run("cluster_ticket", ints(1), ints(13), n=4, cluster=4, grid=(12, 1, 1), shared_bytes=16, zeroed=4)
+    assert out.tolist() == [12] + [1] * 12
+
+
 # ---- host bodies of csrc/ptx -----------------------------------------------------------------------------------------
 
 
@@ -156,6 +179,14 @@ def test_conversions():
     assert torch.equal(out[1].view(torch.bfloat16).view(32, 2), x.bfloat16())
     power = torch.where(x[:, 1] < -126, 0, torch.exp2(x[:, 1]))
     torch.testing.assert_close(out[2], power, rtol=1e-6, atol=0)
+
+
+def test_rounding_to_integers():
+    exact = {0.5: 0, 1.5: 2, -2.5: -2, 2.4: 2, -0.6: -1, 2.0**24 - 1: 2**24 - 1, float("nan"): 0}
+    exact |= {3e9: 2**31 - 1, float("inf"): 2**31 - 1, -(2.0**31): -(2**31), -float("inf"): -(2**31)}
+    x = torch.tensor(list(exact) + [0.0] * (32 - len(exact)))
+    out = run("rounding", x, ints(32), block=(32, 1, 1))
+    assert out.tolist() == list(exact.values()) + [0] * (32 - len(exact))
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "tf32"])

@@ -36,6 +36,17 @@ def _image(dtype: torch.dtype) -> Arguments:
     return torch.randn(1, 576, 1024).to(dtype), 58, "cosine", "max_min", "isolated", None, None, 0
 
 
+@example("k_center", "large", "(1,576,1024), k=58, longest first", flops=2 * 57 * 576 * 1024)
+def _kept_tokens(dtype: torch.dtype) -> Arguments:
+    return torch.randn(1, 576, 1024).to(dtype), 58, "cosine", "max_min", "norm", None, None, 0
+
+
+@example("k_center", "large", "(2,4096,1024), k=32, sums from a token on", flops=2 * 2 * 31 * 4096 * 1024)
+def _streamed_tokens(dtype: torch.dtype) -> Arguments:
+    x = torch.randn(2, 4096, 1024).to(dtype)
+    return x, 32, "cosine", "max_sum", "given", torch.tensor([5, 4095]), None, 0
+
+
 @example("k_center", "large", "(16,576,1024), k=58", flops=2 * 16 * 576**2 * 1024)
 def _images(dtype: torch.dtype) -> Arguments:
     return torch.randn(16, 576, 1024).to(dtype), 58, "cosine", "max_min", "isolated", None, None, 0
