@@ -5,7 +5,6 @@ import math
 import sys
 from typing import Any
 
-import fastok
 import pytest
 import torch
 from fastok.reducers import FlowCut, TokenContext
@@ -368,10 +367,10 @@ def test_qwen_shows_the_mean_querys_row(case: Case, attention: str, monkeypatch:
 
     inputs = case.inputs([5, picture, 6])
     ours = copy.deepcopy(model)
-    if attention == "flash":
-        fastok.register_transformers()
-        ours.model.visual.set_attn_implementation("fastok")
+    packed = vlm.with_flash(monkeypatch)
+    ours.model.visual.config._attn_implementation = attention
     (ctx,) = seen(ours, inputs, MeanQuery(1, ("cls",)))
+    assert len(packed) == (len(ours.model.visual.blocks) if attention == "flash" else 0)
     model.model.visual.set_attn_implementation("eager")
     monkeypatch.setattr(source, "eager_attention_forward", spy)
     with torch.no_grad():

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import fastok
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,17 +209,7 @@ def test_images_do_not_depend_on_each_other(case: Case, model: Any) -> None:
 @pytest.mark.parametrize("attention", ["eager", "fastok", "flash"])
 def test_other_attention_functions(case: Case, model: Any, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those named after FlashAttention are given all sequences at once, by their cumulative lengths."""
-    fastok.register_transformers()
-    functions, packed = transformers.AttentionInterface(), []
-
-    def flash(module: Any, *args: Any, cu_seq_lens_q: Tensor, max_length_q: int, **options: Any) -> Any:
-        packed.append(cu_seq_lens_q.tolist())
-        assert cu_seq_lens_q.dtype == torch.int32
-        assert int(cu_seq_lens_q.diff().min()) > 0
-        assert int(cu_seq_lens_q.diff().max()) <= max_length_q
-        return functions["fastok"](module, *args, cu_seq_lens_q=cu_seq_lens_q, max_length_q=max_length_q, **options)
-
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash", flash)
+    packed = vlm.with_flash(monkeypatch)
     inputs = case.inputs(*PROMPTS)
     with apply(model, FlowCut(2)) as handle:
         plain = logits(model, inputs)

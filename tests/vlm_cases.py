@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fastok
+import pytest
 import torch
 import torchvision_shim  # noqa: F401
 import transformers
@@ -378,3 +380,22 @@ def hand_logits(model: Any, embeds: Tensor, positions: Tensor | None = None) -> 
     with torch.no_grad():
         hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state
         return model.lm_head(hidden)
+
+
+def with_flash(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Have an attention function "flash", which is given all sequences at once as those named after FlashAttention are.
+
+    Returns the cumulative lengths that its calls are going to bring.
+    """
+    fastok.register_transformers()
+    functions, packed = transformers.AttentionInterface(), []
+
+    def flash(module: Any, *args: Any, cu_seq_lens_q: Tensor, max_length_q: int, **options: Any) -> Any:
+        packed.append(cu_seq_lens_q.tolist())
+        assert cu_seq_lens_q.dtype == torch.int32
+        assert int(cu_seq_lens_q.diff().min()) > 0
+        assert int(cu_seq_lens_q.diff().max()) <= max_length_q
+        return functions["fastok"](module, *args, cu_seq_lens_q=cu_seq_lens_q, max_length_q=max_length_q, **options)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flash", flash)
+    return packed

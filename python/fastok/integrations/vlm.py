@@ -87,12 +87,13 @@ class PromptSession:
         self.tokens_in: list[int] = []
         self.prompts: list[tuple[int, int]] = []
         self.seconds: float | None = None
-        # Here and not by decorators, which would make `import fastok` import the compiler.
+        # Here and not by decorators, which would make `import fastok` import the compiler; of the class, since a copy of
+        # the model has a session of its own.
         self._show = torch.compiler.disable(
-            self._show_images, reason="which tokens of the tower belong to which image is read on the host"
+            PromptSession._show_images, reason="which tokens of the tower belong to which image is read on the host"
         )
         self._counted = torch.compiler.disable(
-            self._count, reason="how long the shortened prompts are depends on what is in them"
+            PromptSession._count, reason="how long the shortened prompts are depends on what is in them"
         )
 
     @property
@@ -124,7 +125,7 @@ class PromptSession:
         if self.traces and torch.compiler.is_compiling():
             self.fresh = self.family.visuals(core, modality, arguments, output)
         else:
-            self._show(core, modality, arguments, output)
+            self._show(self, core, modality, arguments, output)
         return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
 
     def _show_images(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> None:
@@ -243,7 +244,7 @@ class PromptSession:
         if traced.traceable(self.fresh, len(x)) and not (wants_text and mask is not None):
             return self._traced(next(iter(places.values())), x)
         fresh, self.fresh = self.fresh, []
-        return self._counted(features, fresh, places, ids, x, mask)
+        return self._counted(self, features, fresh, places, ids, x, mask)
 
     def _traced(self, placeholders: Tensor, x: Tensor) -> tuple[Layout, list[Span]]:
         """As `_counted`, in a compiled graph, where nothing is recorded."""
