@@ -85,9 +85,7 @@ def models() -> dict[str, Any]:
 
 
 def unsupported(name: str, reducer: Any) -> bool:
-    """A method that needs a class token in a model that has none, or layers that cannot be reduced in."""
-    if isinstance(reducer, FlowCut):
-        return name not in ("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-OneVision")
+    """A method that needs a class token in a model that has none."""
     return isinstance(reducer, RecoverableCompression) and name not in ("LLaVA-1.5", "LLaVA-NeXT")
 
 
