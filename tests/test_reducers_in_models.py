@@ -85,7 +85,9 @@ def models() -> dict[str, Any]:
 
 
 def unsupported(name: str, reducer: Any) -> bool:
-    """A method that needs a class token in a model that has none."""
+    """A method that needs a class token in a model that has none, or layers before tokens are pooled."""
+    if isinstance(reducer, FlowCut):
+        return name == "LLaVA-OneVision, video"
     return isinstance(reducer, RecoverableCompression) and name not in ("LLaVA-1.5", "LLaVA-NeXT")
 
 
