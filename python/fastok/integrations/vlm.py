@@ -87,8 +87,8 @@ class PromptSession:
         self.tokens_in: list[int] = []
         self.prompts: list[tuple[int, int]] = []
         self.seconds: float | None = None
-        # Here and not by decorators, which would make `import fastok` import the compiler; functions of the class, since
-        # a copy of the model has a session of its own.
+        # Here and not by decorators, which would make `import fastok` import the compiler. They are functions of the
+        # class, since a copy of the model has a session of its own.
         self._show = torch.compiler.disable(
             PromptSession._show_images, reason="which tokens of the tower belong to which image is read on the host"
         )
