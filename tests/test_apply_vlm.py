@@ -231,20 +231,6 @@ def test_a_batch_without_padding_that_needs_some(case: Case, model: Any) -> None
 
 
 @over_models
-def test_a_copy_of_a_reduced_model_is_one_of_its_own(case: Case, model: Any) -> None:
-    picture = case.pictures[0]
-    first, second = (case.inputs([5, x, 6]) for x in (picture, Picture(7, picture.size, picture.frames)))
-    with apply(model, Every(2)) as handle:
-        plain, kept = logits(model, first), handle.patches
-        other = copy.deepcopy(model)
-        expected = logits(model, second)
-        logits(model, first)
-        torch.testing.assert_close(logits(other, second), expected, atol=0, rtol=0)
-        assert [[x.tolist() for x in image] for image in handle.patches] == [[x.tolist() for x in y] for y in kept]
-    torch.testing.assert_close(logits(other, first), plain, atol=0, rtol=0)  # still reduces
-
-
-@over_models
 def test_a_second_turn_goes_on_from_the_cache(case: Case, model: Any) -> None:
     picture = case.pictures[0]
     first, more = [5, picture, 6, 7], [8, 9, 3]

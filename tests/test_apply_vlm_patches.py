@@ -1,5 +1,6 @@
 """Where the patches of images went in a vision-language model, and pictures of that."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import vlm_cases as vlm  # noqa: E402
 from fastok import apply, viz  # noqa: E402
 from fastok.cli import main  # noqa: E402
 from fastok.reducers import DivPrune, RecoverableCompression, ToMe  # noqa: E402
+from fastok.testing import assert_same  # noqa: E402
 from vlm_cases import Case, Every, Fused, Pairs, Picture  # noqa: E402
 
 over_models = pytest.mark.parametrize("name", vlm.MODELS)
@@ -222,3 +224,19 @@ def test_mistakes_at_the_command_line_are_told_in_one_line(
         OSError, match=r"RecoverableCompression\(.*\) in LlavaOnevisionForConditionalGeneration: .*class token"
     ):
         drawing.draw(vlm.onevision(), None, Image.open(photo), RecoverableCompression(), "what")
+
+
+@over_models
+def test_a_copy_of_a_reduced_model_is_one_of_its_own(name: str) -> None:
+    case = vlm.MODELS[name]
+    model, picture = case.make(), case.pictures[0]
+    first, second = (case.inputs([5, x, 6]) for x in (picture, Picture(7, picture.size, picture.frames)))
+    with apply(model, Every(2)) as handle, torch.no_grad():
+        plain, kept = model(**first).logits, handle.patches
+        other = copy.deepcopy(model)
+        expected = model(**second).logits
+        model(**first)
+        assert_same(other(**second).logits, expected)
+        assert [[x.tolist() for x in image] for image in handle.patches] == [[x.tolist() for x in y] for y in kept]
+    with torch.no_grad():
+        assert_same(other(**first).logits, plain)  # still reduces
