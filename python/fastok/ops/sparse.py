@@ -142,7 +142,7 @@ def label_tokens(
     shared: bool | str = True,
     seq_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`select_tokens` of `label_scores`, without the scores going through memory; arguments and errors as there."""
+    """`select_tokens` of `label_scores`; on CPUs the scores stay in the caches. Arguments and errors as there."""
     if shared == "sum":
         return select_tokens(label_scores(q, labels, shared=shared, seq_lens=seq_lens), k, sink=sink, recent=recent,
                              seq_lens=seq_lens)  # fmt: skip
