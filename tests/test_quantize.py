@@ -118,6 +118,34 @@ def test_two_bit_codes_next_to_half_steps(backend: Backend, scale_dtype: str) ->
     assert_same(got, wanted)
 
 
+@pytest.mark.parametrize("scale_dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@over_backends("kv_seal", without=("reference",))
+def test_two_bit_codes_of_any_16_bit_numbers(backend: Backend, dtype: torch.dtype, scale_dtype: str) -> None:
+    """Any bits at all; steps and their halves with their neighbours, around zero and far from it."""
+    bits = torch.randint(-(2**15), 2**15, (128, 64), dtype=torch.int16)
+    finite = bits.where(bits.view(dtype).isfinite(), 0)
+    small = finite.where(torch.rand(128, 64) < 0.5, finite & ~0x6000)  # exponents that a scale can hold
+    step = torch.logspace(-30, 12, 64, base=2) * (1 + torch.rand(64))
+    least = step * torch.randint(-4, 5, (64,)) * (torch.rand(64) < 0.8).float()
+    halves = (least + step * (torch.arange(128)[:, None] % 7 / 2)).to(dtype).view(torch.int16)
+    halves += torch.randint(-1, 2, halves.shape, dtype=torch.int16)
+    zeros = torch.where(torch.rand(128, 64) < 0.5, -0.0, 0.0).to(dtype).view(torch.int16)
+    for case in (bits, finite, small, halves, zeros, zeros.where(torch.rand(128, 64) < 0.9, 1)):
+        for width in (64, 128):  # tokens are 128, of which the first 64 are of one group
+            columns = case if width == 64 else torch.cat([case, case.roll(3, 1)], 1)
+            rows = case.mT.repeat(2, 1) if width == 128 else torch.cat([case[:64].mT, case[64:].mT])
+            k, v = (x.contiguous().view(dtype)[None, :, None] for x in (columns, rows))
+            fmt = KVFormat(Code(2, "channel"), Code(2, "token"), 64, 64, 0, scale_dtype)
+            record = fmt.layout(width).full_record()
+            offset = torch.tensor([[[0, record]]])
+            rest = (offset, k, v, None, None, None, fmt.flat, 0.0, 0.0)
+            wanted = torch.full((2 * record,), 77, dtype=torch.uint8)
+            got = backend.kv_seal(wanted.clone(), *rest)
+            reference.kv_seal(wanted, *rest)
+            assert_same(got, wanted)
+
+
 # ---- numerics --------------------------------------------------------------------------------------------------------
 
 

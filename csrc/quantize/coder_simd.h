@@ -8,6 +8,8 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
+constexpr float kMost = std::numeric_limits<float>::max();
+
 // Room for a row's codes, one byte each.
 struct RowCodes {
   alignas(64) uint8_t byte[kMostChannels + 64];
@@ -34,20 +36,36 @@ struct Steps {
 struct Bounds {
   float* bound[3];
 
-  void set(int64_t i, float step) {
+  // Reads and writes up to kLanes - 1 more.
+  void set(const float* step, int64_t count) {
     // Quotients go to the nearest fp32, half-way to the even one, then to the nearest integer likewise: what becomes
     // 0.5 or 2.5 still counts as below, what becomes 1.5 no longer. In fp64 these products are exact.
-    bound[0][i] = largest(step * (0.5 + 0x1p-25), true, step);
-    bound[1][i] = largest(step * (1.5 - 0x1p-24), false, step);
-    bound[2][i] = largest(step * (2.5 + 0x1p-23), true, step);
+    largest<true>(step, 0.5 + 0x1p-25, count, bound[0]);
+    largest<false>(step, 1.5 - 0x1p-24, count, bound[1]);
+    largest<true>(step, 2.5 + 0x1p-23, count, bound[2]);
   }
 
  private:
-  // The largest fp32 number below a limit, or at it; above everything if there is no step.
-  static float largest(double limit, bool at_it, float step) {
-    const float near = float(limit);
-    const bool beyond = at_it ? double(near) > limit : double(near) >= limit;
-    return step > 0 ? float_of(bits_of(near) - uint32_t(beyond)) : std::numeric_limits<float>::infinity();
+  // The largest fp32 number below factor * step, or at it; above everything if there is no step.
+  template <bool kAtIt>
+  static void largest(const float* step, double factor, int64_t count, float* out) {
+    constexpr int kHalf = kLanes / 2;
+    typedef float Floats __attribute__((vector_size(4 * kHalf)));
+    typedef double Doubles __attribute__((vector_size(8 * kHalf)));
+    typedef int32_t Bits __attribute__((vector_size(4 * kHalf)));
+    for (int64_t i = 0; i < count; i += kHalf) {
+      Floats by;
+      std::memcpy(&by, step + i, sizeof by);
+      const Doubles limit = __builtin_convertvector(by, Doubles) * factor;
+      const Floats near = __builtin_convertvector(limit, Floats);
+      // Its sign is what counts.
+      const Floats short_of =
+          __builtin_convertvector((limit - __builtin_convertvector(near, Doubles)) * 0x1p60, Floats);
+      const Bits beyond = kAtIt ? short_of < 0 : short_of <= 0;  // -1 where it is
+      const Floats below = (Floats)((Bits)near + beyond);
+      const Floats found = by > 0 ? below : Floats{} + std::numeric_limits<float>::infinity();
+      std::memcpy(out + i, &found, sizeof found);
+    }
   }
 };
 

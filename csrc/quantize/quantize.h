@@ -18,7 +18,9 @@ struct KvChannels {
 struct KvRows {
   const void* data;
   int64_t stride;  // elements from one token to the next
-  int64_t next;    // elements to the rows that come after these
+  // As many rows that are worth fetching meanwhile.
+  const void* ahead;
+  int64_t ahead_stride;
 };
 
 struct QuantizeKernels {

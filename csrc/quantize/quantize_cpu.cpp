@@ -25,11 +25,6 @@ const float* fourier_basis(int64_t n) {
 
 namespace {
 
-KvRows page_rows(const Tensor& x, int64_t b, int64_t token, int64_t g, int64_t element_bytes) {
-  const int64_t at = b * x.stride(0) + token * x.stride(1) + g * x.stride(2);
-  return {static_cast<const char*>(x.const_data_ptr()) + at * element_bytes, x.stride(1), x.stride(2)};
-}
-
 void kv_seal(Tensor data_out, Tensor offset_in, Tensor k, Tensor v, std::optional<Tensor> classes_in,
              std::optional<Tensor> key_channels, std::optional<Tensor> value_channels, std::vector<int64_t> ints,
              double key_gamma, double value_gamma) {
@@ -70,11 +65,30 @@ void kv_seal(Tensor data_out, Tensor offset_in, Tensor k, Tensor v, std::optiona
   const QuantizeKernels& kernels = pick_quantize_kernels();
   torch::stable::parallel_for(0, batch * groups * pages, 1, [&](int64_t begin, int64_t end) {
     const AlignedMemory scratch(kernels.scratch_bytes(fmt));
-    for (int64_t task = begin; task < end; ++task) {
-      // The heads of a page one after the other: their tokens are neighbours, on the same pages of memory.
+    // The heads of a page one after the other: their tokens are neighbours, on the same pages of memory.
+    const auto start = [&](const Tensor& x, int64_t task) {
       const int64_t g = task % groups, page = task / groups % pages, b = task / groups / pages;
-      const int64_t i = (b * groups + g) * pages + page, size = int64_t(element_size(dtype));
-      const KvRows rows[2] = {page_rows(k, b, page * fmt.page, g, size), page_rows(v, b, page * fmt.page, g, size)};
+      return b * x.stride(0) + page * fmt.page * x.stride(1) + g * x.stride(2);
+    };
+    const auto rows_of = [&](const Tensor& x, int64_t task) {
+      const int64_t size = int64_t(element_size(dtype));
+      const char* const base = static_cast<const char*>(x.const_data_ptr());
+      KvRows rows{base + start(x, task) * size, x.stride(1), nullptr, 0};
+      // Where heads lie beside each other, memory is fetched best in its order: of the next page, this task's share.
+      const int64_t next = task - task % groups + groups;
+      if (x.stride(2) == width && x.stride(1) == groups * width && next < end) {
+        rows.ahead = base + (start(x, next) + task % groups * fmt.page * width) * size;
+        rows.ahead_stride = width;
+      } else {
+        rows.ahead = base + start(x, task + 1 < end ? task + 1 : task) * size;
+        rows.ahead_stride = x.stride(1);
+      }
+      return rows;
+    };
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task % groups, page = task / groups % pages, b = task / groups / pages;
+      const int64_t i = (b * groups + g) * pages + page;
+      const KvRows rows[2] = {rows_of(k, task), rows_of(v, task)};
       const KvChannels channels[2] = {of_keys.of(b, g), of_values.of(b, g)};
       kernels.seal(fmt, dtype, rows, channels, gamma, classes_of(i), bytes + offsets[i], scratch.get());
     }

@@ -3,26 +3,27 @@
 #include "quantize/quantize.h"
 
 #include <initializer_list>
-#include <limits>
 
 #include "quantize/coder_simd.h"
+#include "quantize/keys_simd.h"
 #include "quantize/unseal_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
-
-constexpr float kMost = std::numeric_limits<float>::max();
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t pitch_of(int64_t width) { return (width + 15) / 16 * 16; }
 
 struct Scratch {
   float* rows;        // [page][pitch]
+  int16_t* keys;      // [page][width], instead
   float *lo, *hi;     // per group: first its range, then what is subtracted
   float* step;        // the same
   Steps of_codes[2];  // of the low class and the high
   Bounds bounds;      // of 2-bit codes
-  float* line;        // [2 * kMostChannels]
+  int16_t* last[3];   // the last keys that are not above them
+  int16_t *least, *most;
+  float* line;  // [2 * kMostChannels]
 
   static int64_t groups(const KvFormat& fmt) {
     int64_t most = kMostChannels;
@@ -36,17 +37,21 @@ struct Scratch {
   Scratch(const KvFormat& fmt, void* memory) {
     const int64_t n = groups(fmt);
     rows = static_cast<float*>(memory);
+    keys = static_cast<int16_t*>(memory);
     float* next = rows + row_floats(fmt);
     for (float** array : {&lo, &hi, &step, &bounds.bound[0], &bounds.bound[1], &bounds.bound[2]})
       *array = next, next += n;
     for (Steps& steps : of_codes)
       for (float** array : {&steps.step, &steps.top, &steps.inverse, &steps.limit}) *array = next, next += n;
     line = next;
+    int16_t* of_keys = reinterpret_cast<int16_t*>(line + 2 * kMostChannels);
+    for (int16_t** array : {&last[0], &last[1], &last[2], &least, &most}) *array = of_keys, of_keys += n;
   }
 };
 
 size_t scratch_bytes(const KvFormat& fmt) {
-  return size_t(Scratch::row_floats(fmt) + 14 * Scratch::groups(fmt) + 2 * kMostChannels) * sizeof(float);
+  const int64_t floats = Scratch::row_floats(fmt) + 14 * Scratch::groups(fmt) + 2 * kMostChannels;
+  return size_t(floats) * sizeof(float) + size_t(5 * Scratch::groups(fmt)) * sizeof(int16_t);
 }
 
 template <class T>
@@ -72,7 +77,8 @@ void read_rows(const KvFormat& fmt, const KvSide& side, const KvRows& source, co
     float* const out = rows + t * pitch;
     const T* const x = static_cast<const T*>(source.data) + t * source.stride;
     // Short rows, far apart, are more than the hardware's own prefetcher foresees.
-    for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + source.next + d);
+    const T* const ahead = static_cast<const T*>(source.ahead) + t * source.ahead_stride;
+    for (int64_t d = 0; d < width; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead + d, 0, 2);
     widen_row(x, width, plain ? out : line);
     if (plain) continue;
     if (channels.factor)
@@ -100,52 +106,59 @@ void read_rows(const KvFormat& fmt, const KvSide& side, Dtype dtype, const KvRow
 // ---- parameters -----------------------------------------------------------------------------------------------------
 
 // x in the scale dtype, rounded to nearest (0) or in a direction, NaN where out of range; `x` becomes what is stored.
-template <class S, class Bits>
-void write_scales(float* x, int64_t count, int direction, Bits infinity, Bits nan, uint8_t* out) {
+// Reads and writes up to kLanes - 1 more of x.
+template <class S, class Key>
+void write_scales(float* x, int64_t count, int direction, Key infinity, Key nan, uint8_t* out) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t n = smaller(count - i, kLanes);
-    float exact[kLanes] = {}, stored[kLanes];
-    Bits bits[kLanes];
+    float exact[kLanes], stored[kLanes];
+    Key key[kLanes];
     S rounded[kLanes];
-    std::memcpy(exact, x + i, size_t(n) * sizeof(float));
-    store(rounded, load(exact));
+    const vf all = load(x + i);
+    store(exact, all);
+    store(rounded, all);
     store(stored, load(rounded));
-    std::memcpy(bits, rounded, sizeof bits);
+    std::memcpy(key, rounded, sizeof key);
     for (int l = 0; l < kLanes; ++l) {
       const bool beyond = direction < 0 ? stored[l] > exact[l] : direction > 0 && stored[l] < exact[l];
-      const Bits kept = beyond ? next_bits(bits[l], direction) : bits[l];
-      bits[l] = (kept & infinity) == infinity ? nan : kept;
+      const Key kept = Key(key_of(key[l]) + (beyond ? direction : 0));
+      key[l] = kept >= infinity || kept <= Key(~infinity) ? nan : key_of(kept);
     }
-    std::memcpy(rounded, bits, sizeof bits);
-    store(stored, load(rounded));
-    std::memcpy(out + i * int64_t(sizeof(S)), rounded, size_t(n) * sizeof(S));
-    std::memcpy(x + i, stored, size_t(n) * sizeof(float));
+    std::memcpy(rounded, key, sizeof key);
+    store(x + i, load(rounded));
+    if (count - i >= kLanes) {
+      std::memcpy(out + i * int64_t(sizeof(S)), rounded, sizeof rounded);
+    } else {
+      std::memcpy(out + i * int64_t(sizeof(S)), rounded, size_t(count - i) * sizeof(S));
+    }
   }
 }
 
 void write_scales(KvScale scale, float* x, int64_t count, int direction, uint8_t* out) {
   switch (scale) {
     case KvScale::f16:
-      return write_scales<f16, uint16_t>(x, count, direction, 0x7c00, 0x7e00, out);
+      return write_scales<f16>(x, count, direction, int16_t(0x7c00), int16_t(0x7e00), out);
     case KvScale::bf16:
-      return write_scales<bf16, uint16_t>(x, count, direction, 0x7f80, 0x7fc0, out);
+      return write_scales<bf16>(x, count, direction, int16_t(0x7f80), int16_t(0x7fc0), out);
     default:
-      return write_scales<float, uint32_t>(x, count, direction, 0x7f800000, 0x7fc00000, out);
+      return write_scales<float>(x, count, direction, int32_t(0x7f800000), int32_t(0x7fc00000), out);
   }
 }
 
 inline bool finite(float x) { return (x < 0 ? -x : x) <= kMost; }
 
-// Groups that could not be stored have zero 0.
+// Groups that could not be stored have zero 0. Reads up to kLanes - 1 more.
 void without_scale(const float* scale, int64_t count, float* zero, uint8_t* zeros, int64_t size) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (scale[i] == scale[i]) continue;
-    zero[i] = 0;
-    std::memset(zeros + i * size, 0, size_t(size));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    if (!any(unordered(load(scale + i)))) continue;
+    for (int64_t j = i; j < smaller(count, i + kLanes); ++j) {
+      if (scale[j] == scale[j]) continue;
+      zero[j] = 0;
+      std::memset(zeros + j * size, 0, size_t(size));
+    }
   }
 }
 
-// Of each column of x[tokens][pitch]; bad[i] is NaN where not all of it is finite, else 0.
+// Of each column of x[tokens][pitch], 0 and inf where not all of it is finite. `bad` is scratch.
 void ranges(const float* x, int64_t pitch, int64_t tokens, int64_t columns, float* lo, float* hi, float* bad) {
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
@@ -175,38 +188,64 @@ void ranges(const float* x, int64_t pitch, int64_t tokens, int64_t columns, floa
       bad[i] += value * 0.0f;
     }
   }
+  for (i = 0; i < columns; ++i) {
+    hi[i] = bad[i] == 0 ? hi[i] : std::numeric_limits<float>::infinity();
+    lo[i] = bad[i] == 0 ? lo[i] + 0.0f : 0.0f;  // never -0
+  }
 }
 
-// The parameters of groups whose elements are x[t * pitch + i] for t in [0, tokens), i in [0, groups) (along channels),
-// as they are stored in `arrays` at row `row`. Leaves in lo[i] what is subtracted first (trits: the threshold), and
-// in of_codes[class] what codes are made with.
-void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, int64_t pitch,
-                    int64_t tokens, float gamma, int64_t row, int64_t rows, uint8_t* arrays, Scratch& s) {
+// From the ranges in s.lo and s.hi to the parameters of groups along channels, as they are stored in `arrays` at row
+// `row`. Leaves in s.lo what is subtracted first, and in s.bounds or s.of_codes[class] what codes are made with.
+void close_channels(const KvFormat& fmt, const KvSide& side, const KvPart& part, int64_t row, int64_t rows,
+                    uint8_t* arrays, Scratch& s) {
   const int64_t n = part.channels, size = side.scale_bytes;
   uint8_t* const first = arrays + row * n * size;
   float* const __restrict lo = s.lo, * const __restrict hi = s.hi, * const __restrict step = s.step;
-  if (part.kind == KvKind::affine) {
-    float* const __restrict bad = s.line;
-    ranges(x, pitch, tokens, n, lo, hi, bad);
-    const float top = top_code(side, part, true);
-    for (int64_t i = 0; i < n; ++i) lo[i] = bad[i] == 0 ? lo[i] + 0.0f : 0.0f;  // never -0
-    write_scales(fmt.scale, lo, n, -1, first + rows * n * size);
-    for (int64_t i = 0; i < n; ++i) {
-      const float span = bad[i] == 0 ? hi[i] - lo[i] + 0.0f : std::numeric_limits<float>::quiet_NaN();
-      step[i] = side.low_bits ? span : span / top;
-    }
-    write_scales(fmt.scale, step, n, 1, first);
-    without_scale(step, n, lo, first + rows * n * size, size);
-    if (fits_two_bits(side, part)) {
-      for (int64_t i = 0; i < n; ++i) s.bounds.set(i, step[i]);
-      return;
-    }
-    const float low_top = side.low_bits ? top_code(side, part, false) : 1.0f;
-    for (int64_t i = 0; i < n; ++i) {
-      s.of_codes[1].set(i, side.low_bits ? step[i] / top : step[i], top);
-      if (side.low_bits) s.of_codes[0].set(i, step[i] / low_top, low_top);
-    }
+  const float top = top_code(side, part, true);
+  write_scales(fmt.scale, lo, n, -1, first + rows * n * size);
+  for (int64_t i = 0; i < n; ++i) {
+    const float span = hi[i] - lo[i] + 0.0f;
+    step[i] = side.low_bits ? span : span / top;
+  }
+  write_scales(fmt.scale, step, n, 1, first);
+  without_scale(step, n, lo, first + rows * n * size, size);
+  if (fits_two_bits(side, part)) {
+    s.bounds.set(step, n);
     return;
+  }
+  const float low_top = side.low_bits ? top_code(side, part, false) : 1.0f;
+  for (int64_t i = 0; i < n; ++i) {
+    s.of_codes[1].set(i, side.low_bits ? step[i] / top : step[i], top);
+    if (side.low_bits) s.of_codes[0].set(i, step[i] / low_top, low_top);
+  }
+}
+
+// The same of groups along tokens, entry rank * groups + g.
+void close_tokens(const KvFormat& fmt, const KvSide& side, const KvPart& part, const KvPage& page, uint8_t* arrays,
+                  Scratch& s) {
+  const int64_t groups = side.groups_of(part), count = fmt.page * groups, size = side.scale_bytes;
+  uint8_t* const zeros = arrays + count * size;
+  const auto top_of = [&](int64_t i) { return top_code(side, part, i < page.n_high * groups); };
+  write_scales(fmt.scale, s.lo, count, -1, zeros);
+  for (int64_t i = 0; i < count; ++i) s.step[i] = (s.hi[i] - s.lo[i] + 0.0f) / top_of(i);
+  write_scales(fmt.scale, s.step, count, 1, arrays);
+  without_scale(s.step, count, s.lo, zeros, size);
+  if (fits_two_bits(side, part)) {
+    s.bounds.set(s.step, count);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) s.of_codes[1].set(i, s.step[i], top_of(i));
+}
+
+// The parameters of groups whose elements are x[t * pitch + i] for t in [0, tokens), i in [0, groups) (along channels).
+// Leaves in s.lo what is subtracted first (trits: the threshold), and what codes are made with as close_channels does.
+void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, int64_t pitch,
+                    int64_t tokens, float gamma, int64_t row, int64_t rows, uint8_t* arrays, Scratch& s) {
+  const int64_t n = part.channels;
+  float* const __restrict lo = s.lo, * const __restrict hi = s.hi, * const __restrict step = s.step;
+  if (part.kind == KvKind::affine) {
+    ranges(x, pitch, tokens, n, lo, hi, s.line);
+    return close_channels(fmt, side, part, row, rows, arrays, s);
   }
   float* const __restrict mean = lo;
   for (int64_t i = 0; i < n; ++i) mean[i] = 0;
@@ -230,7 +269,7 @@ void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part,
     if (!side.compat)
       for (int64_t i = 0; i < n; ++i) step[i] = finite(step[i]) ? total[i] / (count[i] > 1 ? count[i] : 1) : kMost * 2;
   }
-  write_scales(fmt.scale, step, n, 0, first);
+  write_scales(fmt.scale, step, n, 0, arrays + row * n * side.scale_bytes);
   for (int64_t i = 0; i < n; ++i) s.of_codes[1].top[i] = step[i] == step[i] ? 1.0f : 0.0f;
 }
 
@@ -239,7 +278,7 @@ void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part,
 template <class RankOf>
 void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, int64_t pitch,
                   const KvPage& page, const RankOf& rank_of, float gamma, uint8_t* arrays, Scratch& s) {
-  const int64_t groups = side.groups_of(part), size = side.scale_bytes, count_all = fmt.page * groups;
+  const int64_t groups = side.groups_of(part), count_all = fmt.page * groups;
   for (int64_t t = 0; t < fmt.page; ++t) {
     const float* const row = x + t * pitch;
     for (int64_t g = 0, at = rank_of(t) * groups; g < groups; ++g, ++at) {
@@ -280,23 +319,9 @@ void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
       s.step[at] = means ? mean : total / (count > 1 ? count : 1);
     }
   }
-  Steps& steps = s.of_codes[1];
-  if (part.kind != KvKind::affine) {
-    write_scales(fmt.scale, s.step, count_all, 0, arrays);
-    for (int64_t i = 0; i < count_all; ++i) steps.top[i] = s.step[i] == s.step[i] ? 1.0f : 0.0f;
-    return;
-  }
-  uint8_t* const zeros = arrays + count_all * size;
-  const auto top_of = [&](int64_t i) { return top_code(side, part, i < page.n_high * groups); };
-  write_scales(fmt.scale, s.lo, count_all, -1, zeros);
-  for (int64_t i = 0; i < count_all; ++i) s.step[i] = (s.hi[i] - s.lo[i] + 0.0f) / top_of(i);
-  write_scales(fmt.scale, s.step, count_all, 1, arrays);
-  without_scale(s.step, count_all, s.lo, zeros, size);
-  if (fits_two_bits(side, part)) {
-    for (int64_t i = 0; i < count_all; ++i) s.bounds.set(i, s.step[i]);
-    return;
-  }
-  for (int64_t i = 0; i < count_all; ++i) steps.set(i, s.step[i], top_of(i));
+  if (part.kind == KvKind::affine) return close_tokens(fmt, side, part, page, arrays, s);
+  write_scales(fmt.scale, s.step, count_all, 0, arrays);
+  for (int64_t i = 0; i < count_all; ++i) s.of_codes[1].top[i] = s.step[i] == s.step[i] ? 1.0f : 0.0f;
 }
 
 // ---- pages ----------------------------------------------------------------------------------------------------------
@@ -350,17 +375,80 @@ void seal_side(const KvFormat& fmt, const KvSide& side, const KvPage& page, KvHa
   }
 }
 
+// Whether seal_keys does it: 2 bits for all channels, of 16-bit numbers as they are.
+bool fits_keys(const KvFormat& fmt, const KvSide& side, Dtype dtype, const KvChannels& channels) {
+  return dtype != Dtype::f32 && !fmt.two_classes && side.n_parts == 1 && fits_two_bits(side, side.part[0]) &&
+         !channels.factor && !channels.order && side.width % (2 * kKeys) == 0 &&
+         (!side.per_token || side.group % kKeys == 0);
+}
+
+// As read_rows and seal_side, on the numbers' keys. V: of as many as divide a quarter of the row.
+template <class T, class V>
+void seal_keys(const KvFormat& fmt, const KvSide& side, const KvPage& page, const KvRows& source, KvHalf half,
+               Scratch& s) {
+  const KvPart& part = side.part[0];
+  const int64_t width = side.width, per_row = side.groups_of(part);
+  uint8_t* const codes = const_cast<uint8_t*>(half.codes);
+  uint8_t* const arrays = const_cast<uint8_t*>(half.params);
+  const auto to_numbers = [&](int64_t count) { ends_of<T>(s.least, s.most, count, s.lo, s.hi); };
+  const auto to_keys = [&](int64_t count) {
+    for (int k = 0; k < 3; ++k) last_below<T>(s.lo, s.bounds.bound[k], count, s.last[k]);
+  };
+  if (side.per_token) {
+    read_rows(KeyReader(source, 0, width, s.keys), fmt.page, width, side.group, s.least, s.most);
+    to_numbers(fmt.page * per_row);
+    close_tokens(fmt, side, part, page, arrays, s);
+    to_keys(fmt.page * per_row);
+    fetch_rest(source, 0, fmt.page, width);
+    code_rows<V>(s.keys, fmt.page, width, side.group, s.last, codes);
+    return;
+  }
+  for (int64_t t = 0; t < fmt.page; t += fmt.group) {
+    read_columns(KeyReader(source, t, width, s.keys), fmt.group, width, s.least, s.most);
+    to_numbers(width);
+    close_channels(fmt, side, part, t / fmt.group, half.param_rows, arrays, s);
+    to_keys(width);
+    fetch_rest(source, t, fmt.group, width);
+    code_columns<V>(s.keys + t * width, fmt.group, width, s.last, codes + t * part.bytes());
+  }
+}
+
+template <class T>
+void seal_keys(const KvFormat& fmt, const KvSide& side, const KvPage& page, const KvRows& source, KvHalf half,
+               Scratch& s) {
+  const bool whole = side.width % (4 * kKeys) == 0;
+  const auto seal_with = whole ? seal_keys<T, Keys<kKeys>> : seal_keys<T, Keys<kKeys / 2>>;
+  seal_with(fmt, side, page, source, half, s);
+}
+
+// What aligns the parts of a side's half of the record.
+void clear_gaps(const KvSide& side, const KvPage& page, KvHalf half) {
+  const int64_t low = page.n - page.n_high;
+  const int64_t codes = page.n_high * side.row_bytes(true) + (side.low_bits ? low * side.row_bytes(false) : 0);
+  const int64_t params = half.param_rows * side.arrays_width() * side.scale_bytes;
+  std::memset(const_cast<uint8_t*>(half.codes) + codes, 0, size_t(kv_aligned(codes) - codes));
+  std::memset(const_cast<uint8_t*>(half.params) + params, 0, size_t(kv_aligned(params) - params));
+}
+
 void seal(const KvFormat& fmt, Dtype dtype, const KvRows rows[2], const KvChannels channels[2], const float gamma[2],
           const uint8_t* classes, uint8_t* record, void* memory) {
   Scratch s(fmt, memory);
   int16_t counts[kMostTokenGroups];
   for (int64_t i = 0; i < fmt.token_groups; ++i) counts[i] = int16_t(fmt.page / fmt.token_groups);
   const KvPage page = KvPage::of(fmt, record, counts, classes);
-  std::memset(record, 0, size_t(page.size));  // what aligns the parts
   for (int which = 0; which < 2; ++which) {
     const KvSide& side = which ? fmt.value : fmt.key;
+    const KvHalf half = which ? page.value : page.key;
+    clear_gaps(side, page, half);
+    if (fits_keys(fmt, side, dtype, channels[which])) {
+      if (dtype == Dtype::f16)
+        seal_keys<f16>(fmt, side, page, rows[which], half, s);
+      else
+        seal_keys<bf16>(fmt, side, page, rows[which], half, s);
+      continue;
+    }
     read_rows(fmt, side, dtype, rows[which], channels[which], s.line, s.rows);
-    seal_side(fmt, side, page, which ? page.value : page.key, gamma[which], s);
+    seal_side(fmt, side, page, half, gamma[which], s);
   }
 }
 

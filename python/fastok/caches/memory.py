@@ -12,6 +12,9 @@ LEAST = 4 << 20
 MAPPED = 1 << 18
 """Bytes from which records are in a mapping of their own."""
 
+POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE, which Python does not name."""
+
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``like.new_empty(shape)``; on a CPU in huge pages, if it is large and the system has them.
@@ -29,11 +32,15 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def records(size: int, device: torch.device) -> Tensor:
     """uint8 ``[size]``; on a CPU, if it is large, in a mapping that goes back to the system when a cache outgrows it.
 
-    The C library keeps what is freed of up to 32 MB, which would double the memory of a process whose caches grow.
+    The C library keeps what is freed of up to 32 MB, which would double the memory of a process whose caches grow. All
+    of it is taken here, where the system allows, since threads that do so together wait for each other.
     """
     if size < MAPPED or not _can_map(device):
         return torch.empty(size, dtype=torch.uint8, device=device)
-    return torch.frombuffer(_map(size), dtype=torch.uint8)
+    mapping = _map(size)
+    with contextlib.suppress(OSError):  # a kernel that does not know it
+        mapping.madvise(POPULATE_WRITE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def _can_map(device: torch.device) -> bool:
