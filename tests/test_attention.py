@@ -384,6 +384,17 @@ def test_merging_with_nothing_changes_nothing(dtype: torch.dtype) -> None:
     assert (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("s", [5, 12, 37])
+def test_merging_does_not_depend_on_the_batch(s: int) -> None:
+    """Nor on the place in a tensor: PyTorch's logaddexp and sigmoid do on CPUs, in the last bit."""
+    a, b, lse_a, lse_b = (torch.randn(shape) for shape in ((8, s, 5, 16), (8, s, 5, 16), (8, 5, s), (8, 5, s)))
+    out, lse = fastok.merge_states(a, lse_a, b, lse_b)
+    for i in range(8):
+        alone, lse_alone = fastok.merge_states(*(x[i : i + 1].clone() for x in (a, lse_a, b, lse_b)))
+        assert_same(alone, out[i : i + 1])
+        assert_same(lse_alone, lse[i : i + 1])
+
+
 @pytest.mark.parametrize("far", [1e3, 1e30])
 def test_a_state_far_below_does_not_count(far: float) -> None:
     (a, lse_a), (b, lse_b) = split(sized(), [(0, 11), (11, 29)])

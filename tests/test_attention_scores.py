@@ -287,6 +287,23 @@ def test_with_scores_is_attention_and_scores(backend: Backend, mask: str) -> Non
         assert fastok.attention_with_scores(*case.qkv, scores=(), **case.mask)[2] == ()
 
 
+@over_masks
+@over_scores
+def test_with_scores_over_their_own_columns(backend: Backend, mask: str) -> None:
+    """A softmax over the selected columns takes a pass of its own over the keys, which has no values."""
+    some_masks(backend, mask)
+    case = MASKS[mask]()
+    cols = (None,) if "cu_seqlens_k" in case.mask else (None, (3, 11))
+    for spec in (ScoreSpec(cols=part, normalize="cols", heads="none") for part in cols):
+        with through(backend, check=False):
+            out, lse, (scores,) = fastok.attention_with_scores(*case.qkv, scores=(spec,), **case.mask)
+            assert_same(scores, scores_of(case, spec))
+            wanted_out, wanted_lse = fastok.attention(*case.qkv, **case.mask)
+        assert_same(out, wanted_out)
+        assert_same(lse, wanted_lse)
+        torch.testing.assert_close(scores, dense_scores(case, spec).float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mask", [{"causal": True}, {"window": (70, 5), "softcap": 4.0}], ids=("causal", "window"))
 @over_dtypes
 @over_backends("attention_with_scores", without=("reference", "triton-interpreter", "cuda-on-host"))

@@ -264,6 +264,17 @@ def test_no_mask_has_a_row_per_query() -> None:
     assert sizes.count(0) == 2 * sum(x > 0 for x in sizes)  # without padding nothing is stored
 
 
+def test_sinks_do_not_depend_on_the_batch() -> None:
+    q, k, v, sinks = torch.randn(6, 5, 37, 16), torch.randn(6, 5, 37, 16), torch.randn(6, 5, 37, 16), torch.randn(5)
+
+    def attend(*qkv: Tensor) -> Tensor:
+        return transformers_attention.attention_forward(nn.Module(), *qkv, None, is_causal=True, s_aux=sinks)[0]
+
+    whole = attend(q, k, v)
+    for i in range(6):
+        assert_same(attend(*(x[i : i + 1].clone() for x in (q, k, v))), whole[i : i + 1])
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import torch
 from fastok.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from fastok.testing import assert_accurate, assert_same
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 
 def formula(
@@ -142,11 +143,29 @@ def test_gradients() -> None:
     assert_accurate(results[0], results[1], results[2], factor=4)
 
 
-def test_compiles_without_graph_breaks() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_graph_breaks(dynamic: bool | None) -> None:
     torch._dynamo.reset()
-    q, k, v = draw(2, 6, 4, 16), draw(2, 9, 2, 16), draw(2, 9, 2, 16)
-    compiled = torch.compile(flash_attn_func, fullgraph=True, backend="eager")
-    assert_same(compiled(q, k, v, causal=True), flash_attn_func(q, k, v, causal=True))
+    compiled = torch.compile(flash_attn_func, fullgraph=True, dynamic=dynamic, backend="eager")
+    for batch, n in ((2, 9), (3, 12)):
+        q, k, v = draw(batch, 6, 4, 16), draw(batch, n, 2, 16), draw(batch, n, 2, 16)
+        assert_same(compiled(q, k, v, causal=True), flash_attn_func(q, k, v, causal=True))
+
+
+def test_a_cache_of_any_size_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def step(q: Tensor, k: Tensor, v: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+        return flash_attn_with_kvcache(q, k, v, new, new, cache_seqlens=lengths, causal=True)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for batch, n in ((2, 9), (3, 12), (4, 17), (5, 11)):
+        q, new, k, v = draw(batch, 1, 4, 16), draw(batch, 1, 2, 16), draw(batch, n, 2, 16), draw(batch, n, 2, 16)
+        lengths = torch.randint(0, n, (batch,), dtype=torch.int32)
+        expected = step(q, k.clone(), v.clone(), new, lengths)
+        assert_same(compiled(q, k, v, new, lengths), expected)
+    assert counter.frame_count == 2  # the second for all that follow
 
 
 # ---- flash_attn_varlen_func ------------------------------------------------------------------------------------------

@@ -71,7 +71,13 @@ def test_public_names_have_docstrings_and_specifications() -> None:
         if inspect.isfunction(getattr(module, name))
     }
     for name in functions.keys() - {"apply", "calibrate", "register_transformers", "retrieval_heads"}:  # of models
-        assert inspect.isfunction(getattr(fastok.reference, name)), name
+        specification = getattr(fastok.reference, name)
+        assert inspect.isfunction(specification), name
+        own, public = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+            for function in (specification, functions[name])
+        )
+        assert own == public, name
 
 
 def test_specifications_are_called_as_the_public_functions() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastok import SoftMap, TokenMap
 from fastok.testing import assert_same
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ASSIGN = torch.tensor([[0, 1, -1, 0, 2, 1], [2, 2, 2, -1, -1, 0]])
 
@@ -133,6 +134,9 @@ def soft() -> SoftMap:
         (lambda: TokenMap.from_assign(ASSIGN, -1), ValueError, "n_out must be >= 0"),
         (lambda: TokenMap.from_assign(ASSIGN, 3, counts=torch.tensor([1, 4])), ValueError, "counts"),
         (lambda: TokenMap.from_assign(ASSIGN, 3, counts=torch.tensor([1])), ValueError, "counts"),
+        (lambda: TokenMap.from_assign(ASSIGN, 3, counts=torch.tensor([3, 2])), ValueError, r"\[3, 3\]; got \[3, 2\]"),
+        (lambda: TokenMap.keep(torch.tensor([[0]])[:, :0], -1), ValueError, "n_in must be >= 0"),
+        (lambda: SoftMap.from_rows(torch.tensor([[[0]]]), torch.ones(1, 1, 1), 2.0), TypeError, "n_in must be an int"),
         (lambda: TokenMap.keep(torch.tensor([[0, 0]]), 3), ValueError, "repeated"),
         (lambda: TokenMap.keep(torch.tensor([[0, 3]]), 3), ValueError, "got 3"),
         (lambda: example().merge(torch.randn(2, 5, 4)), ValueError, "x must have shape"),
@@ -289,6 +293,23 @@ def test_soft_map_weights_of_zero_leave_gradients_alone(compiling: bool) -> None
     assert weights.grad[0, [0, 1, 3]].isfinite().all()
 
 
+def test_soft_map_sums_in_fp32_under_autocast() -> None:
+    weights, x = torch.rand(2, 5, 300, requires_grad=True), torch.randn(2, 300, 8, requires_grad=True)
+    y = torch.randn(2, 5, 8)
+
+    def everything() -> tuple[torch.Tensor, ...]:
+        soft = SoftMap.from_dense(weights)
+        merged, back = soft.merge(x)[0], soft.unmerge(y)
+        then, after = soft.then(soft.from_dense(torch.ones(2, 1, 5))), TokenMap.identity(2, 300).then(soft)
+        return merged, back, then.dense(), after.dense(), *torch.autograd.grad(merged.sum(), (weights, x))
+
+    expected = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = everything()
+    for one, other in zip(got, expected, strict=True):
+        assert_same(one, other)
+
+
 def test_soft_map_compiles() -> None:
     weights, x = connected()
 
@@ -303,6 +324,29 @@ def test_soft_map_compiles() -> None:
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def test_maps_of_fake_tensors() -> None:
+    """What has no values is not looked at: shapes come out as they do with values."""
+    index, x = torch.tensor([[[0, 2], [-1, 5]]] * 2), torch.randn(2, 6, 8)
+    src, dst = torch.tensor([0, 2, 4]), torch.tensor([1, 3])
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+    def shapes(assign, x, index, src, dst, cu_seqlens) -> list[torch.Size]:  # type: ignore[no-untyped-def]
+        maps = (
+            TokenMap.from_assign(assign, 3, counts=assign.amax(1) + 1),
+            TokenMap.keep(index[:, 1], 6),
+            SoftMap.from_rows(index, index.float(), 6),
+            fastok.bipartite_match(x, 2, partition=(src, dst)),
+        )
+        q = x[0, :, None]
+        packed = fastok.attention(q, q, q, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        return [part.shape for token_map in maps for part in token_map.merge(x)] + [part.shape for part in packed]
+
+    arguments = (ASSIGN, x, index.clamp(min=1), src, dst, cu_seqlens)
+    with FakeTensorMode() as mode:
+        got = shapes(*(mode.from_tensor(each) for each in arguments))
+    assert got == shapes(*arguments)
 
 
 def test_maps_live_inside_compiled_functions() -> None:

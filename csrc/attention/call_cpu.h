@@ -70,6 +70,13 @@ struct AttentionCall {
     }
   }
 
+  // The same queries and keys, for what has no values to add up.
+  AttentionCall without_values() const {
+    AttentionCall call = *this;
+    call.has_values = false;
+    return call;
+  }
+
   int64_t batch() const { return packed ? 1 : sequences; }
   int64_t q_begin(int64_t b) const { return packed ? const_data<int32_t>(cu_q)[b] : 0; }
   int64_t k_begin(int64_t b) const { return packed ? const_data<int32_t>(cu_k)[b] : 0; }

@@ -353,8 +353,7 @@ bool fits_attention(const Job& job, bool listed_rows) {
   return rows_fit_one_task(call, rows.first, rows.first + rows.count);
 }
 
-std::tuple<Tensor, Tensor> attend_with_scores(const Job& job) {
-  const AttentionCall& call = job.call;
+std::tuple<Tensor, Tensor> attend_with_scores(const AttentionCall& call, const Job& job) {
   const RowList& all = job.selections[0].rows;
   const int64_t n_keys = call.total_k, step = job.engine.key_step, pitch = (n_keys + step - 1) / step * step;
   const int64_t n_out = call.heads / job.group;
@@ -392,13 +391,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_with_scores(Tensor q, Tensor k, Ten
                                                          int64_t col_begin, int64_t col_end, bool over_cols,
                                                          std::string reduce, std::string heads, bool logits) {
   const AttentionCall call(q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k);
+  const AttentionCall of_scores = call.without_values();
   const bool by_group = heads.rfind("group_", 0) == 0, mean = heads == "mean" || heads == "group_mean";
   const int64_t group = heads == "none" ? 1 : by_group ? call.heads / call.groups : call.heads;
-  Job job(call, std::nullopt, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, group,
+  Job job(of_scores, std::nullopt, key_weight, rows, row_begin, row_end, col_begin, col_end, over_cols, reduce, group,
           heads == "none" || by_group, heads == "max", logits);
   Tensor out, lse;
   if (fits_attention(job, rows.has_value())) {
-    std::tie(out, lse) = attend_with_scores(job);
+    std::tie(out, lse) = attend_with_scores(call, job);
   } else {
     std::tie(out, lse) = attend(call, nullptr);
     job.lse = over_cols ? nullptr : const_data<float>(lse);

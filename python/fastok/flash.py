@@ -239,12 +239,10 @@ class _Masking(NamedTuple):
 
 
 def _refuse(dropout_p: float = 0.0, alibi_slopes: Tensor | None = None) -> None:
-    for name, given, required, supported in (
-        ("dropout_p", dropout_p != 0, f"dropout_p={dropout_p}", "0.0"),
-        ("alibi_slopes", alibi_slopes is not None, "ALiBi", "None"),
-    ):
-        if given:
-            raise NotImplementedError(f"{name}: required, {required}; supported, {supported}; missing, {required}")
+    if dropout_p != 0:
+        raise NotImplementedError(f"dropout_p: required, dropout_p={dropout_p}; supported, 0.0; missing, dropout")
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes: required, ALiBi; supported, None; missing, ALiBi")
 
 
 def _masking(

@@ -1,6 +1,7 @@
 """The one currency of fastok: every token reduction is a map from N input tokens to M output tokens."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, overload
 
@@ -47,8 +48,8 @@ class TokenMap:
             counts: int ``[B]``, slots used per sample, by default M for each.
 
         Raises:
-            TypeError: ``assign`` is not an integer tensor.
-            ValueError: wrong shape, or a value out of range.
+            TypeError: ``assign`` or ``counts`` is not an integer tensor.
+            ValueError: wrong shape, a value out of range, or ``counts`` that leave out a slot in use.
         """
         assign = _ops.checked_assign(assign, n_out)
         if counts is None:
@@ -165,7 +166,7 @@ class TokenMap:
         """
         _ops.check_composable(self, other)
         if isinstance(other, SoftMap):
-            return SoftMap.from_dense(other.dense() @ self.dense())
+            return SoftMap.from_dense(_weighted_sums(other.dense(), self.dense()))
         slot = self.assign.long()
         if other.n_in == 0:
             assign = torch.full_like(self.assign, -1)
@@ -267,6 +268,7 @@ class SoftMap:
             )
         if not weight.is_floating_point():
             raise TypeError(f"weight must be floating-point, got {weight.dtype}")
+        _checks.check_at_least("n_in", n_in, 0)
         _checks.check_range("index", index, -1, n_in)
         return cls(None, (index.long(), weight), n_in, index.shape[1])
 
@@ -359,7 +361,8 @@ class _WeightedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(weights: Tensor, x: Tensor) -> Tensor:
-        return _product(weights, x)
+        with _full_precision(x):
+            return _product(weights, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -368,11 +371,18 @@ class _WeightedSums(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         weights, x = ctx.saved_tensors
-        return grad @ _numbers(x).mT, _product(weights.mT, grad)
+        with _full_precision(grad):
+            return grad @ _numbers(x).mT, _product(weights.mT, grad)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Where autocast does not round factors."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _product(weights: Tensor, x: Tensor) -> Tensor:
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and _checks.has_values(x):
         plain = weights @ x
         if bool(plain.isfinite().all()):  # what is no number would have spoilt its channel
             return plain

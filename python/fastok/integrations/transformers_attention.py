@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..flash import padded
 from ..ops.attention import attention
+from ..reference.attention import log_add
 from . import recording
 from .held import Held, handle_of
 from .session import in_autocast
@@ -236,7 +237,8 @@ def _packed_mask(begins: Tensor, code: int) -> Tensor:
         starts = torch.where(begins.flatten(), places, total).sort().values
     else:
         starts = begins.flatten().nonzero()[:, 0]
-    return F.pad(starts, (0, 1), value=total).to(torch.int32).expand(1, 1, code, -1)
+    # Not F.pad, which would compile for each total anew.
+    return torch.cat([starts, starts.new_full((1,), total)]).to(torch.int32).expand(1, 1, code, -1)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -342,8 +344,9 @@ def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor | None) -> tuple[Tensor, 
     if s_aux is None:
         return out, lse
     sink = s_aux.float()[:, None]
-    share = torch.sigmoid(lse - sink).transpose(-1, -2)[..., None]
-    return (out * share).to(out.dtype), torch.logaddexp(lse, sink)
+    total = log_add(lse, sink)
+    share = torch.exp(lse - total).transpose(-1, -2)[..., None]
+    return (out * share).to(out.dtype), total
 
 
 def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -12,6 +13,11 @@ def check_tensor(name: str, x: object) -> None:
     """TypeError unless ``x`` is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__} {x!r}")
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything in ``x`` to be looked at: not while tracing, nor in meta and fake tensors."""
+    return not (torch.compiler.is_compiling() or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
 def check_dtype(name: str, x: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -72,11 +78,11 @@ def check_same_device(name: str, x: Tensor, other: str, device: torch.device) ->
 
 
 def check_range(name: str, x: Tensor, low: int, high: int) -> None:
-    """TypeError unless ``x`` is integer, ValueError unless ``low <= x < high``. Values are trusted when tracing."""
+    """TypeError unless ``x`` is integer, ValueError unless ``low <= x < high``; what has no values yet is trusted."""
     check_tensor(name, x)
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {str(x.dtype).removeprefix('torch.')}")
-    if torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0:
+    if not has_values(x) or x.numel() == 0:
         return
     least, most = (int(value) for value in x.aminmax())
     if least < low or most >= high:

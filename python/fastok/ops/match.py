@@ -13,6 +13,7 @@ from .checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    has_values,
 )
 
 Partition = str | tuple[Tensor, Tensor]
@@ -151,7 +152,7 @@ def _checked_pair(partition: tuple[Tensor, Tensor], metric: Tensor) -> tuple[Ten
         check_same_device(name, index, "metric", metric.device)
         check_range(name, index, 0, n)
     src, dst = (index.long() for index in partition)
-    if not torch.compiler.is_compiling() and metric.device.type != "meta":
+    if has_values(src) and has_values(dst):
         width = src.shape[-1] + dst.shape[-1]
         both = torch.cat([src.expand(batch, -1), dst.expand(batch, -1)], dim=1)
         ascending = both.sort(dim=1).values

@@ -9,11 +9,11 @@ from .checks import (
     FLOATS,
     check_at_least,
     check_dtype,
-    check_int,
     check_range,
     check_same_device,
     check_shape,
     check_tensor,
+    has_values,
 )
 
 if TYPE_CHECKING:
@@ -35,16 +35,20 @@ def checked_counts(counts: Tensor, assign: Tensor, n_out: int) -> Tensor:
     check_shape("counts", counts, (assign.shape[0],), "[B]")
     check_same_device("counts", counts, "assign", assign.device)
     check_range("counts", counts, 0, n_out + 1)
+    if has_values(counts) and has_values(assign) and assign.numel() > 0:
+        used = assign.amax(1) + 1
+        if bool((counts < used).any()):
+            raise ValueError(f"counts must cover the slots that assign uses, {used.tolist()}; got {counts.tolist()}")
     return counts.to(torch.int32).contiguous()
 
 
 def checked_indices(indices: Tensor, n_in: int) -> Tensor:
     """Kept ``indices`` as int64, each in range and at most once per row."""
-    check_int("n_in", n_in)
+    check_at_least("n_in", n_in, 0)
     check_shape("indices", indices, (None, None), "[B,K]")
     check_range("indices", indices, 0, n_in)
     indices = indices.long()
-    if not torch.compiler.is_compiling() and indices.device.type != "meta" and indices.shape[1] > 1:
+    if has_values(indices) and indices.shape[1] > 1:
         ascending = indices.sort(dim=1).values
         if bool((ascending[:, 1:] == ascending[:, :-1]).any()):
             raise ValueError("indices must be different within a row, got a repeated index")

@@ -3,11 +3,10 @@
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention
-from .checks import check_dtype, check_range, check_same_device, check_shape
+from .checks import check_dtype, check_range, check_same_device, check_shape, has_values
 from .decode import MOST_ROWS, PagedKV, attention_decode
 
 CHUNK = 4096  # keys of each sequence that are copied out of their pages at a time
@@ -31,7 +30,7 @@ def check_pages(
 
 def check_used_pages(block_table: Tensor, pages: int, size: int, lengths: Tensor) -> None:
     """ValueError unless the entries that hold ``lengths[B]`` tokens are pages. Only the CPU looks at them."""
-    if block_table.device.type != "cpu" or torch.compiler.is_compiling():
+    if block_table.device.type != "cpu" or not has_values(block_table):
         return
     used = torch.arange(block_table.shape[1]) * size < lengths[:, None]
     check_range("block_table", block_table[used], 0, pages)
@@ -50,13 +49,14 @@ def attention_between(
     """Packed queries ``[total,H,D]`` over tokens ``first[B]`` to ``last[B]`` of ``k, v [B,T,G,D]``, uncopied."""
     batch, capacity = k.shape[:2]
     # What lies before and behind each sequence's tokens is made into sequences without queries.
-    starts = torch.arange(batch, device=q.device) * capacity
-    bounds = torch.stack([starts, starts + first, starts + torch.maximum(first, last)], 1).flatten()
+    starts = torch.arange(batch + 1, device=q.device) * capacity
+    begins = starts[:-1]
+    bounds = torch.stack([begins, begins + first, begins + torch.maximum(first, last)], 1).flatten()
     queries = torch.stack([cu_seqlens_q[:-1], cu_seqlens_q[:-1], cu_seqlens_q[1:]], 1).flatten()
     return attention(
         q, k.flatten(0, 1), v.flatten(0, 1), scale=scale, window=(left, right), softcap=softcap,
         cu_seqlens_q=torch.cat([queries, cu_seqlens_q[-1:]]).int(),
-        cu_seqlens_k=F.pad(bounds, (0, 1), value=batch * capacity).int(),
+        cu_seqlens_k=torch.cat([bounds, starts[-1:]]).int(),
         max_seqlen_q=most_rows, max_seqlen_k=capacity,
     )  # fmt: skip
 

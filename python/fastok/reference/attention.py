@@ -238,9 +238,16 @@ def with_scores(
     return out, lse, over_heads(heads, raw, group, same[-1] == "none")
 
 
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.logaddexp``, whose last bit, on CPUs, would depend on the places of the numbers in their tensor."""
+    high = torch.maximum(a, b)
+    gap = torch.where(high.isinf(), 0, torch.minimum(a, b) - high)
+    return high + gap.exp().log1p()
+
+
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.ops.fastok.merge_states``: attention over the union of two disjoint sets of keys."""
-    lse = torch.logaddexp(lse_a, lse_b)
+    lse = log_add(lse_a, lse_b)
     out = torch.zeros_like(_wide(out_a))
     for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
         weight = _probabilities(part_lse, lse, per_row=True).movedim(-2, -1)[..., None]

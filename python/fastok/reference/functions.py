@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,14 +19,27 @@ class _OverSpecifications(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_all: list[tuple[Callable[..., Any], Callable[[], Callable[..., Any]]]] = []
+
+
 def _specification(module: str, name: str) -> Callable[..., Any]:
+    def public() -> Callable[..., Any]:
+        return getattr(import_module(module, __package__), name)
+
     def function(*args: Any, **kwargs: Any) -> Any:
         with _OverSpecifications():
-            return getattr(import_module(module, __package__), name)(*args, **kwargs)
+            return public()(*args, **kwargs)
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"Specification of the public ``{name}``, same arguments and result."
+    _all.append((function, public))
     return function
+
+
+def adopt_signatures() -> None:
+    """Of the public functions, once there are any: they are imported after their ops' specifications."""
+    for function, public in _all:
+        function.__signature__ = signature(public())  # type: ignore[attr-defined]
 
 
 attention = _specification("..ops.attention", "attention")
