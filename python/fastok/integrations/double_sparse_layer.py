@@ -30,7 +30,7 @@ class DoubleSparseLayer(DenseLayer):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
         super().append(keys, values)
-        self.labels.append(keys.transpose(1, 2))
+        self.labels.append(keys.transpose(1, 2).to(self.dtype))
 
     def budget(self, rows: int, length: int) -> tuple[int, int]:
         """How many tokens ``rows`` new queries attend to, of ``length``, and how many of them are the newest."""
