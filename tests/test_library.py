@@ -72,6 +72,8 @@ def test_public_names_have_docstrings_and_specifications() -> None:
     }
     for name in functions.keys() - {"apply", "calibrate", "register_transformers", "retrieval_heads"}:  # of models
         assert inspect.isfunction(getattr(fastok.reference, name)), name
+        names = list(inspect.signature(functions[name]).parameters)
+        assert list(inspect.signature(getattr(fastok.reference, name)).parameters) == names, name
 
 
 def test_specifications_are_called_as_the_public_functions() -> None:

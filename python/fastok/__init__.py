@@ -16,6 +16,8 @@ from .ops.scores import ScoreSpec  # noqa: E402
 from .ops.select import density_peaks, sample_cdf, top_tokens  # noqa: E402
 from .token_map import SoftMap, TokenMap  # noqa: E402
 
+reference.functions.sign()
+
 __version__ = "0.1.0"
 
 

@@ -25,7 +25,17 @@ def _specification(module: str, name: str) -> Callable[..., Any]:
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"Specification of the public ``{name}``, same arguments and result."
+    _made.append((function, module))
     return function
+
+
+_made: list[tuple[Callable[..., Any], str]] = []
+
+
+def sign() -> None:
+    """Give the functions here the signatures of the public ones, whose modules need this package to be there first."""
+    for function, module in _made:
+        function.__wrapped__ = getattr(import_module(module, __package__), function.__name__)  # type: ignore[attr-defined]
 
 
 attention = _specification("..ops.attention", "attention")
