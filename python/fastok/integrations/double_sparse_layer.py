@@ -47,6 +47,7 @@ class DoubleSparseLayer(DenseLayer):
         if key_bias is None:
             tokens, _ = label_tokens(rows, self.labels, n_keep, sink=self.sink, recent=recent, shared=self.shared)
         else:
-            scores = hidden(label_scores(rows, self.labels, shared=self.shared), key_bias)
-            tokens, _ = select_tokens(scores, n_keep, sink=self.sink, recent=recent)
+            # A sample's own first tokens are its sinks, not the padding in front of them.
+            scores = hidden(label_scores(rows, self.labels, shared=self.shared), key_bias, self.sink)
+            tokens, _ = select_tokens(scores, n_keep, recent=recent)
         return self.to_tokens(tokens, q, scale, softcap, key_bias)
