@@ -115,6 +115,10 @@ def test_saving_loading_and_refusing_another_model(tmp_path: Path) -> None:
     assert (loaded.statistic, loaded.model) == ("qk", "LlamaForCausalLM")
     with pytest.raises(ValueError, match="model must be the one that was calibrated"):
         Calibration.load(tmp_path / "channels.safetensors", build(seed=1))
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(2)  # adapters are often merged into queries only
+    with pytest.raises(ValueError, match="model must be the one that was calibrated"):
+        found.check(model)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -122,6 +126,29 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     numbers.save_file({"channels": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"Calibration\.save"):
         Calibration.load(tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("channels")
+    with pytest.raises(ValueError, match=r"Calibration\.save"):
+        Calibration.load(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("about", "channels"),
+    [
+        ("{", [[[0]]]),
+        ("[]", [[[0]]]),
+        ('{"statistic": "qk", "model": ""}', [[[0]]]),
+        ('{"statistic": "qk", "model": "", "checksum": "", "more": ""}', [[[0]]]),
+        ('{"statistic": "qk", "model": "", "checksum": 0}', [[[0]]]),
+        ('{"statistic": "qk", "model": "", "checksum": ""}', [[0]]),
+        ('{"statistic": "qk", "model": "", "checksum": ""}', [[[-1]]]),
+        ('{"statistic": "qk", "model": "", "checksum": ""}', [[[0.5]]]),
+    ],
+)
+def test_a_file_that_was_changed_is_refused(tmp_path: Path, about: str, channels: list) -> None:
+    numbers = pytest.importorskip("safetensors.torch")
+    numbers.save_file({"channels": torch.tensor(channels)}, tmp_path / "it", {"fastok.calibration": about})
+    with pytest.raises(ValueError, match="path must name a file"):
+        Calibration.load(tmp_path / "it")
 
 
 def test_refusals() -> None:
@@ -132,5 +159,11 @@ def test_refusals() -> None:
         calibrate(model, [], 2)
     with pytest.raises(ValueError, match="statistic"):
         calibrate(model, [], 2, statistic="v")
+    with pytest.raises(ValueError, match=r"batches must have shape \[B,S\] each, .* got \[9\]"):
+        calibrate(model, torch.ones(2, 9, dtype=torch.int64), 2)
+    with pytest.raises(TypeError, match=r"batches must have tensors or .* got list"):
+        calibrate(model, [[1, 2]], 2)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"model must be .* got int 3"):
+        calibrate(3, [], 2)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="q_proj, k_proj"):
         calibrate(nn.Linear(2, 2), [], 2)

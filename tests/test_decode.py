@@ -455,3 +455,18 @@ def test_any_bytes_can_be_read(backend: Backend, name: str) -> None:
         out, lse = attention_decode(torch.randn(1, 2, 4, 128).bfloat16(), cache)
     assert out.shape == (1, 2, 4, 128)
     assert lse.shape == (1, 4, 2)
+
+
+def test_no_gradient_flows() -> None:
+    """So that a backward pass that needs one fails, rather than leaving it out."""
+    q, k = torch.randn(1, 1, 4, 32, requires_grad=True), torch.randn(1, 40, 2, 32, requires_grad=True)
+    for cache in ((k, k, None), kv_pack(k, k, "int8")):
+        assert not attention_decode(q, cache)[0].requires_grad
+
+
+@over_backends("decode_packed")
+def test_a_bias_for_no_tokens(backend: Backend) -> None:
+    cache, q = kv_pack(torch.randn(2, 0, 2, 32), torch.randn(2, 0, 2, 32), "int8"), torch.randn(2, 3, 4, 32)
+    out, lse = backend.decode_packed(q, *cache.arguments, cache.format.flat, 0.2, 0.0, torch.zeros(2, 0), None)
+    assert_same(out, torch.zeros_like(q))
+    assert (lse == -torch.inf).all()

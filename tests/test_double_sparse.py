@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from fastok import PagedKV, attention_decode, kv_pack
-from fastok.sparse import LabelCache, double_sparse_decode, label_scores
+from fastok.sparse import LabelCache, double_sparse_decode, label_scores, select_tokens
 from fastok.testing import assert_accurate, assert_same
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 H, G, D = 8, 2, 32
 F64, F32 = torch.float64, torch.float32
@@ -182,6 +183,18 @@ def test_heads_of_different_lengths_and_too_small_budgets_are_refused() -> None:
         double_sparse_decode(q, (k, v, None), labels, 5, sink=3, recent=3)
     with pytest.raises(ValueError, match="labels must be of the cache's 300 tokens, got 299"):
         double_sparse_decode(q, (k, v, None), LabelCache(channels(4)).append(k[:, :299]), 16)
+    with pytest.raises(TypeError, match=r"labels must be a fastok\.sparse\.LabelCache, got NoneType"):
+        double_sparse_decode(q, (k, v, None), None, 16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"cache must be .* got NoneType"):
+        double_sparse_decode(q, None, labels, 16)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cache must be .* got a tuple of 2"):
+        double_sparse_decode(q, (k, v), labels, 16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seq_lens must be a tensor"):
+        double_sparse_decode(q, (k, v, [300]), labels, 16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="sink must be an int, got str"):
+        double_sparse_decode(q, (k, v, None), labels, 16, sink="1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="recent must be >= 0, got -1"):
+        double_sparse_decode(q, (k, v, None), labels, 16, recent=-1)
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -193,3 +206,29 @@ def test_compiles_without_graph_breaks() -> None:
 
     for got, wanted in zip(torch.compile(step, fullgraph=True)(q), step(q), strict=True):
         assert_same(got, wanted)
+
+
+def test_labels_can_be_begun_inside_a_graph() -> None:
+    q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 20, 2, 8)
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        labels = LabelCache(torch.tensor([[0, 3], [7, 1]]), 4)
+        return label_scores(q, labels.append(k[:, :12]).append(k[:, 12:]))
+
+    assert_same(torch.compile(scores, fullgraph=True)(q, k), scores(q, k))
+
+
+def test_selection_by_lengths_reads_no_value_on_a_device() -> None:
+    """Where it would have to wait for it. Tensors of no values raise when one is read."""
+    with FakeTensorMode():
+        lengths = torch.zeros(2, dtype=torch.int64, device="cuda")
+        index, count = select_tokens(torch.rand(2, 3, 9, device="cuda"), 4, seq_lens=lengths)
+    assert index.shape == (2, 3, 4)
+    assert count.shape == (2, 3)
+
+
+def test_labels_hold_no_graph() -> None:
+    q, k = torch.randn(1, 1, 4, 8, requires_grad=True), torch.randn(1, 20, 2, 8, requires_grad=True)
+    labels = LabelCache(torch.tensor([[0, 3], [7, 1]])).append(k).append(k)
+    assert not labels.data.requires_grad
+    assert not label_scores(q, labels).requires_grad

@@ -1,5 +1,7 @@
 """Packed caches as a whole: storage, growth, eviction, threads, errors."""
 
+import copy
+
 import fastok
 import pytest
 import torch
@@ -202,6 +204,18 @@ def test_errors_name_the_argument() -> None:
         kv_pack(k, k, 8)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"gamma must be a number, got str '0\.7'"):
         Code(1.58, "channel", gamma="0.7")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bits must be one of .* got True"):
+        Code(True, "channel")
+    with pytest.raises(TypeError, match=r"compat must be True or False, got 'no'"):
+        Code(2, "channel", compat="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"hot must be an int >= 0, got True"):
+        KVFormat(Code(2, "token"), Code(2, "token"), hot=True)
+    with pytest.raises(ValueError, match=r"fmt must be .* got \['int8'\]"):
+        KVFormat.preset(["int8"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="head dim must be an int, got str '64'"):
+        KVFormat.preset("int8").bits_per_element("64")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"salient must be within \[0, 1\], got 2.0"):
+        KVFormat.preset("zipcache-4/2").bits_per_element(64, salient=2.0)
     with pytest.raises(ValueError, match="page must be a multiple of group"):
         KVFormat(Code(2, "channel"), Code(2, "token"), group=64, page=32)
     with pytest.raises(ValueError, match="k must have a head dim that is"):
@@ -328,3 +342,13 @@ def test_public_names() -> None:
                                          "vidkv-1.5/1.58")  # fmt: skip
     text = KVFormat.preset("vidkv-1.5").describe(80)
     assert "40 channels by signs of their own (40 is no power of two)" in text
+
+
+def test_no_gradient_flows_through_a_cache() -> None:
+    """Part of one (of the hot window) would be worse than none, and a growing graph would hold every token."""
+    k = torch.randn(2, 200, 2, 32, requires_grad=True)
+    for cache in (kv_pack(k, k, "int8"), kv_pack(k, k, "int8", seq_lens=torch.tensor([200, 150]))):
+        cache.append(k[:, :9], k[:, :9])
+        assert not cache.hot_k.requires_grad
+        assert not cache.unpack()[0].requires_grad
+        assert copy.deepcopy(cache).seq_lens.tolist() == cache.seq_lens.tolist()

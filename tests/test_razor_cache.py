@@ -203,6 +203,11 @@ def test_a_head_made_to_look_back_is_found() -> None:
         (ValueError, "heads must have a row for every layer", lambda: run(build(), RazorCache(HEADS[:2]), ids(1, 9))),
         (ValueError, "heads must have a column", lambda: run(build(), RazorCache(HEADS[:, :1]), ids(1, 9))),
         (NotImplementedError, "attn_implementation", lambda: run(build("sdpa"), RazorCache(HEADS), ids(1, 9))),
+        (
+            NotImplementedError,
+            "sliding_window: required, 8",
+            lambda: run(build(kind="Mistral", sliding_window=8), RazorCache(HEADS), ids(1, 2), (1,)),
+        ),
         (ValueError, "echo must be within", lambda: retrieval_heads(build(), echo=2.0)),
         (ValueError, "repeats must be >= 2", lambda: retrieval_heads(build(), repeats=1)),
         (TypeError, "model must have attention layers", lambda: retrieval_heads(torch.nn.Linear(2, 2))),
@@ -211,3 +216,11 @@ def test_a_head_made_to_look_back_is_found() -> None:
 def test_refusals(error: type[Exception], message: str, make: Any) -> None:
     with pytest.raises(error, match=message), torch.no_grad():
         make()
+
+
+def test_heads_that_keep_everything_heed_sliding_windows() -> None:
+    model, tokens, every = build(kind="Mistral", sliding_window=8), ids(2, 30), torch.ones(LAYERS, G, dtype=torch.bool)
+    with torch.no_grad():
+        got = run(model, RazorCache(every, recent=2), tokens, tuple(range(20, 30)))
+        wanted = run(model, transformers.DynamicCache(), tokens, tuple(range(20, 30)))
+    assert_close(got, wanted)

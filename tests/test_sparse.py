@@ -406,6 +406,19 @@ def test_fisher_puts_nan_last_and_takes_the_lowest_of_equal_channels() -> None:
             "q must have",
             lambda q, k: label_scores(q[..., :4], LabelCache(listed(2)).append(k)),
         ),
+        (TypeError, "k must have dtype float32", lambda q, k: LabelCache(listed(2), 8).append(k).append(k.half())),
+        (TypeError, "q must be a tensor", lambda q, k: label_scores(None, LabelCache(listed(2)).append(k))),
+        (TypeError, "labels must be", lambda q, k: label_scores(q, k)),
+        (
+            TypeError,
+            "seq_lens must have dtype",
+            lambda q, k: label_scores(q, LabelCache(listed(2)).append(k), seq_lens=torch.ones(1)),
+        ),
+        (
+            ValueError,
+            "seq_lens must be within",
+            lambda q, k: label_scores(q, LabelCache(listed(2)).append(k), seq_lens=torch.tensor([-1])),
+        ),
     ],
 )
 def test_refusals_name_the_argument(error: type[Exception], message: str, call) -> None:  # type: ignore[no-untyped-def]

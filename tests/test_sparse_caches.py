@@ -123,8 +123,8 @@ def test_double_sparsity_attends_to_few_tokens_of_each_sequence(shared: bool) ->
     for _, tokens in seen[1:]:
         assert tokens.shape == (2, G if shared else H, 20)
         assert bool((tokens[..., -4:] == torch.arange(97, 101)).all())
-        assert bool((tokens[..., :2] == torch.arange(2)).all())
-        assert bool((tokens[1, :, 2:] >= 60).all())  # no padding, but for the sinks that were asked for
+        assert bool((tokens[0, :, :2] == torch.arange(2)).all())
+        assert bool((tokens[1, :, :2] == torch.arange(60, 62)).all())  # no padding
 
 
 @torch.no_grad()
@@ -168,6 +168,23 @@ def test_tidal_lists_of_query_heads_are_their_own_and_made_anew_in_every_step() 
         assert before is None or not torch.equal(best, before)
         before = best
     assert bool((best[:, 0] != best[:, 1]).any())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("offload", [False, True])
+def test_sinks_of_samples_with_padding_are_their_own_first_tokens(offload: bool) -> None:
+    model, tokens, missing = build(), ids(2, 50), 9
+    mask = torch.ones(2, 50, dtype=torch.int64)
+    mask[1, :missing] = 0
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    how = {"dense_layers": (), "sink": 3, "recent": 1, "offload": offload, "prefetch": model if offload else None}
+    both, alone = (DoubleSparseCache(calibration(model), 6, **how) for _ in range(2))
+    for begin, end in ((0, 40), *((n, n + 1) for n in range(40, 50))):
+        new, first = slice(begin, end), max(begin, missing)
+        options = {"attention_mask": mask[:, :end], "position_ids": place[:, new]}
+        got = model(tokens[:, new], past_key_values=both, **options).logits[1:, first - begin :]
+        wanted = model(tokens[1:, first:end], past_key_values=alone).logits
+        assert (got - wanted).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -298,7 +315,17 @@ def test_what_was_evicted_cannot_come_back() -> None:
         (ValueError, "n_keep", lambda model: DoubleSparseCache(calibration(model), 8, recent=9)),
         (ValueError, "n_keep", lambda model: DoubleSparseCache(calibration(model), 0.0)),
         (ValueError, "bits", lambda model: DoubleSparseCache(calibration(model), 80, bits=3)),
+        (ValueError, "shared must be", lambda model: DoubleSparseCache(calibration(model), 80, shared="most")),
+        (TypeError, "dense_layers must be", lambda model: DoubleSparseCache(calibration(model), 80, dense_layers=0)),
+        (
+            ValueError,
+            "dense_layers must be",
+            lambda model: DoubleSparseCache(calibration(model), 80, dense_layers=(-1,)),
+        ),
         (ValueError, "n_keep", lambda model: TidalCache(0)),
+        (TypeError, "select_layers must be", lambda model: TidalCache(8, select_layers=2)),
+        (TypeError, "select_layers must be", lambda model: TidalCache(8, select_layers=(1.5,))),
+        (TypeError, "shared must be", lambda model: TidalCache(8, shared="sum")),
         (ValueError, "select_layers", lambda model: TidalCache(8, select_layers=())),
         (ValueError, "capacity", lambda model: SnapKVCache(32)),
         (ValueError, "pool", lambda model: SnapKVCache(64, pool=4)),

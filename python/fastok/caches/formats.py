@@ -5,7 +5,7 @@ from typing import Literal, Union
 
 import torch
 
-from ..ops.checks import check_number
+from ..ops.checks import check_int, check_number
 from ..reference.kv_layout import CHANNEL_SCALE, COMPAT, SIGN_MIXES, Layout
 
 BITS = (8, 4, 2, 1.58, 1.5, 1.25, 1)
@@ -40,10 +40,13 @@ class Code:
     compat: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS or isinstance(self.bits, bool):
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {self.bits!r}")
         if self.axis not in AXES:
             raise ValueError(f"axis must be 'channel' or 'token', got {self.axis!r}")
+        for name in ("channel_scale", "compat"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.channel_scale and (self.bits not in AFFINE or self.axis != "token"):
             raise ValueError(f"channel_scale goes with bits 8, 4 or 2 and axis 'token'; got {self.bits}, {self.axis!r}")
         check_number("gamma", self.gamma)
@@ -92,7 +95,7 @@ class KVFormat:
         if along_channels and self.page % self.group:
             raise ValueError(f"page must be a multiple of group, {self.group}, for codes of axis 'channel'; "
                              f"got {self.page}")  # fmt: skip
-        if not isinstance(self.hot, int) or self.hot < 0:
+        if not isinstance(self.hot, int) or isinstance(self.hot, bool) or self.hot < 0:
             raise ValueError(f"hot must be an int >= 0, got {self.hot!r}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}; got {self.scale_dtype!r}")
@@ -108,7 +111,7 @@ class KVFormat:
     @classmethod
     def preset(cls, name: str) -> "KVFormat":
         """A published format by name, one of ``KVFormat.presets()``; ValueError for others."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"fmt must be a KVFormat or one of {', '.join(PRESETS)}; got {name!r}")
         return PRESETS[name]
 
@@ -143,7 +146,13 @@ class KVFormat:
         Args:
             width: channels of a head.
             salient: share of tokens in the high class, where there are two (0.6 as in ZipCache).
+
+        Raises:
+            TypeError, ValueError: ``width`` of no head that can be coded, ``salient`` outside [0, 1].
         """
+        check_number("salient", salient)
+        if not 0 <= salient <= 1:
+            raise ValueError(f"salient must be within [0, 1], got {salient}")
         layout = self.layout(width)
         high = round(self.page * salient) if self.low_bits else self.page
         sizes = layout.sizes(high, self.page - high, layout.token_groups)
@@ -152,6 +161,7 @@ class KVFormat:
 
     def layout(self, width: int) -> Layout:
         """The byte layout for heads of ``width`` channels; ValueError where there is none."""
+        check_int("head dim", width)
         if width % 8 or not 32 <= width <= 256:
             raise ValueError(f"head dim must be {WIDTHS}, got {width}")
         return Layout.of(self.flat, width)

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..ops.checks import ACTIVATIONS, check_dtype, check_int, check_same_device, check_shape, check_tensor
+from ..ops.checks import (
+    ACTIVATIONS,
+    check_dtype,
+    check_int,
+    check_range,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from .memory import empty
 
 BITS = (16, 8, 4)
@@ -33,11 +41,12 @@ class LabelCache:
                 f"{list(channels.shape)}"
             )
         if bits not in BITS:
-            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits}")
+            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits!r}")
         self.channels = channels
         self.bits = bits
         self.kv_heads = 0
         self.head_dim = 0
+        self._dtype = torch.float32
         self._length = 0
         self._data: Tensor | None = None
         self._scale: Tensor | None = None
@@ -77,9 +86,11 @@ class LabelCache:
         check_dtype("k", k, ACTIVATIONS)
         if k.dim() != 4:
             raise ValueError(f"k must be [B,T,G,D], got shape {list(k.shape)}")
+        k = k.detach()
         if self._data is None:
             self._start(k)
         assert self._data is not None
+        check_dtype("k", k, (self._dtype,))
         check_shape("k", k, (self._data.shape[0], None, self.kv_heads, self.head_dim), "[B,T,G,D] as appended before")
         check_same_device("k", k, "the label cache", self._data.device)
         data, scale = self._encoded(k)
@@ -108,10 +119,10 @@ class LabelCache:
     def _start(self, k: Tensor) -> None:
         heads, r = self.channels.shape
         batch, _, self.kv_heads, self.head_dim = k.shape
+        self._dtype = k.dtype
         if self.kv_heads == 0 or heads % self.kv_heads != 0:
             raise ValueError(f"channels must be of a multiple of k's {self.kv_heads} KV heads, got {heads} rows")
-        if r > 0 and not 0 <= int(self.channels.min()) <= int(self.channels.max()) < self.head_dim:
-            raise ValueError(f"channels must be within [0, D={self.head_dim}), got up to {int(self.channels.max())}")
+        check_range("channels", self.channels, 0, self.head_dim)
         self.channels = self.channels.to(k.device)
         rows, dtype = {16: (r, k.dtype), 8: (r, torch.int8), 4: ((r + 1) // 2, torch.uint8)}[self.bits]
         self._data = torch.empty((batch, heads, rows, 0), dtype=dtype, device=k.device)

@@ -25,16 +25,17 @@ def kv_pack(
         fmt: a :class:`KVFormat` or the name of a preset. The first ``max(0, T - hot) // page * page`` tokens are
             sealed, the others stay as they are.
         salient: bool ``[B,G,T]``: the tokens of the high class, for formats of two classes (None: all).
+        seq_lens: integer ``[B]``: how many first tokens of each sequence there are (None: T); the others are not read.
 
     Raises:
         TypeError: a dtype that is not listed. ValueError: shapes that do not fit, an unknown preset, or ``salient`` for
         a format of one class. NotImplementedError: values of another width than the keys.
 
     Bytes are the same on every backend, and the same whether tokens come at once or one by one. A group that contains
-    NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected.
-    Deterministic; no host synchronisation but to read ``seq_lens``, and for the total size where ``salient`` says what
-    is high; without these, ``torch.compile(fullgraph=True)`` works. KIVI (Liu et al., ICML 2024), ZipCache (He et al.,
-    NeurIPS 2024), VidKV (Tao et al., 2025).
+    NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected. No
+    gradient flows through a cache. Deterministic; no host synchronisation but to read ``seq_lens``, and for the total
+    size where ``salient`` says what is high; without these, ``torch.compile(fullgraph=True)`` works. KIVI (Liu et al.,
+    ICML 2024), ZipCache (He et al., NeurIPS 2024), VidKV (Tao et al., 2025).
     """
     fmt = KVFormat.of(fmt)
     ops.check_keys_values(k, v)
@@ -176,6 +177,7 @@ class PackedKV:
 
     def _append(self, k: Tensor, v: Tensor, salient: Tensor | None) -> "PackedKV":
         total, page, window = k.shape[1], self.format.page, self.hot_k.shape[2]
+        k, v = k.detach(), v.detach()
         start = 0
         if not self.hot_len.numel():
             return self
@@ -199,6 +201,7 @@ class PackedKV:
     def _fill(self, rows: list[int], k: Tensor, v: Tensor, salient: Tensor | None) -> None:
         """All tokens ``[rows,T,G,D]`` of sequences that have none yet."""
         total, page, groups = k.shape[1], self.format.page, k.shape[2]
+        k, v = k.detach(), v.detach()
         sealed = max(0, total - self.format.hot) // page * page
         if sealed:
             heads = [(b, g) for b in rows for g in range(groups)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_int
+from ..ops.checks import check_int, check_shape
 from ..ops.sparse import check_statistic
 from ..reference.sparse import channel_statistic, fisher_sums, heaviest, most_discriminating
 from .swap import Swaps, calls, rebound
@@ -43,13 +43,23 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> "Calibration":
         """Read what `save` wrote. ValueError if the file is no calibration, or one of another model than ``model``."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("fastok.calibration", "null"))
-            if about is None or "channels" not in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                raise ValueError(f"path must name a file that Calibration.save wrote, got {path}")
-            loaded = cls(file.get_tensor("channels"), **about)
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get("fastok.calibration", "null"))
+                channels = file.get_tensor("channels")
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"path must name a file that Calibration.save wrote, got {path}: {error}") from error
+        whole = isinstance(about, dict) and set(about) == {"statistic", "model", "checksum"}
+        if not whole or not all(isinstance(text, str) for text in about.values()):
+            raise ValueError(f"path must name a file that Calibration.save wrote, got {path}, which says {about!r}")
+        if channels.dtype != torch.int64 or channels.dim() != 3 or bool((channels < 0).any()):
+            raise ValueError(
+                f"path must name a file with channels int64 [layers,H or G,r] from 0, got {path} with "
+                f"{str(channels.dtype).removeprefix('torch.')} {list(channels.shape)}"
+            )
+        loaded = cls(channels, **about)
         if model is not None:
             loaded.check(model)
         return loaded
@@ -108,7 +118,7 @@ def calibrate(
                 projection = attention.q_proj if statistic == "q" else attention.k_proj
                 hooks.append(projection.register_forward_hook(counter.projected(head_dim)))
         for batch in batches:
-            arguments = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+            arguments = _arguments(batch)
             mask = arguments.get("attention_mask")
             for counter in counters:
                 counter.mask = mask
@@ -129,6 +139,16 @@ def calibrate(
     choose = most_discriminating if statistic == "fisher" else heaviest
     channels = torch.stack([choose(total, r).cpu() for total in totals if total is not None])
     return Calibration(channels, statistic, _name(model), _checksum(attentions))
+
+
+def _arguments(batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's keyword arguments for a batch."""
+    if isinstance(batch, Tensor):
+        check_shape("batches", batch, (None, None), "[B,S] each")
+        return {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batches must have tensors or the model's keyword arguments, got {type(batch).__name__}")
+    return dict(batch)
 
 
 class _Counter:
@@ -186,6 +206,8 @@ def counting(base: Any) -> dict[str, Any]:
 
 def attention_layers(model: nn.Module) -> list[Any]:
     """The self-attention modules, in the order of their layers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers language model, got {type(model).__name__} {model!r}")
     found = [
         module
         for module in model.modules()
@@ -208,10 +230,11 @@ def _name(model: nn.Module) -> str:
 
 
 def _checksum(attentions: list[Any]) -> str:
-    """Of a sample of every layer's key projection, in bf16 so that a model loaded in bf16 has the same."""
+    """Of a sample of every layer's query and key projection, in bf16 so that a model loaded in bf16 has the same."""
     digest = hashlib.sha256()
     for attention in attentions:
-        weight = attention.k_proj.weight.detach().flatten()
-        sample = weight[:: max(1, weight.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        for projection in (attention.q_proj, attention.k_proj):
+            weight = projection.weight.detach().flatten()
+            sample = weight[:: max(1, weight.numel() // 1024)].to("cpu", torch.bfloat16).contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

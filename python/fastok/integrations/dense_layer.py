@@ -157,9 +157,10 @@ class HeadwiseLayer(DenseLayer):
             self.kept = self.kept.index_select(0, indices)
 
 
-def hidden(scores: Tensor, key_bias: Tensor | None) -> Tensor:
-    """``scores[B,heads,T]``, -inf where a key is hidden from all heads."""
+def hidden(scores: Tensor, key_bias: Tensor | None, sink: int = 0) -> Tensor:
+    """``scores[B,heads,T]``, -inf where a key is hidden from all heads, inf for the first ``sink`` of the others."""
     if key_bias is None:
         return scores
-    seen = key_bias if key_bias.dim() == 2 else key_bias.amax(1)
-    return scores.masked_fill((seen == -torch.inf)[:, None], -torch.inf)
+    gone = (key_bias if key_bias.dim() == 2 else key_bias.amax(1)) == -torch.inf
+    scores = scores.masked_fill(gone[:, None], -torch.inf)
+    return scores.masked_fill((~gone & ((~gone).cumsum(1) <= sink))[:, None], torch.inf) if sink else scores

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..caches.labels import BITS
 from ..ops.checks import check_at_least
+from ..ops.sparse import check_shared
 from .calibrate import Calibration
 from .dense_layer import DenseLayer
 from .double_sparse_layer import DoubleSparseLayer
@@ -60,32 +62,23 @@ class DoubleSparseCache(HeldCache):
             raise TypeError(f"calibration must be a fastok.sparse.Calibration, got {type(calibration).__name__}")
         check_at_least("sink", sink, 0)
         check_at_least("recent", recent, 0)
+        if not isinstance(dense_layers, (tuple, list)):
+            raise TypeError(f"dense_layers must be a tuple of ints, got {type(dense_layers).__name__} {dense_layers!r}")
         if isinstance(n_keep, float) and n_keep < 1:
             if not n_keep > 0:
                 raise ValueError(f"n_keep must be above 0, got {n_keep}")
         else:
             check_at_least("n_keep", n_keep, max(1, sink + recent))  # type: ignore[arg-type]
         if bits not in BITS:
-            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits}")
-
+            raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {bits!r}")
+        check_shared(shared)
+        for layer in dense_layers:
+            check_at_least("dense_layers", layer, 0)
         if prefetch is not None and not offload:
             raise ValueError("prefetch must be None without offload=True: there is nothing to fetch")
         kind = OffloadedLayer if offload else DoubleSparseLayer
-
-        def layers() -> Callable[[], HeldLayer]:
-            made = iter(range(len(calibration.channels)))
-
-            def make() -> HeldLayer:
-                index = next(made, None)
-                if index is None:
-                    raise ValueError(f"calibration must have every layer's channels, got {len(calibration.channels)}")
-                if index in dense_layers:
-                    return DenseLayer()
-                return kind(calibration.channels[index], n_keep, sink, recent, bits, shared)
-
-            return make
-
-        super().__init__(layer_class_to_replicate=layers())
+        sparse = partial(kind, n_keep=n_keep, sink=sink, recent=recent, bits=bits, shared=shared)
+        super().__init__(partial(_layer, calibration.channels, dense_layers, sparse))
         if prefetch is not None:
             calibration.check(prefetch)
             look_ahead(prefetch, self)
@@ -101,3 +94,9 @@ class DoubleSparseCache(HeldCache):
         layers = [layer for layer in self.filled() if isinstance(layer, OffloadedLayer)]
         wanted = sum(layer.wanted for layer in layers)
         return sum(layer.foreseen for layer in layers) / wanted if wanted else math.nan
+
+
+def _layer(channels: Tensor, dense: tuple[int, ...], sparse: Callable[[Tensor], HeldLayer], index: int) -> HeldLayer:
+    if index >= len(channels):
+        raise ValueError(f"calibration must have every layer's channels, got {len(channels)}")
+    return DenseLayer() if index in dense else sparse(channels[index])

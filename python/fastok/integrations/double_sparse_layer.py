@@ -30,7 +30,7 @@ class DoubleSparseLayer(DenseLayer):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""
         super().append(keys, values)
-        self.labels.append(keys.transpose(1, 2))
+        self.labels.append(keys.transpose(1, 2).to(self.dtype))
 
     def budget(self, rows: int, length: int) -> tuple[int, int]:
         """How many tokens ``rows`` new queries attend to, of ``length``, and how many of them are the newest."""
@@ -47,6 +47,7 @@ class DoubleSparseLayer(DenseLayer):
         if key_bias is None:
             tokens, _ = label_tokens(rows, self.labels, n_keep, sink=self.sink, recent=recent, shared=self.shared)
         else:
-            scores = hidden(label_scores(rows, self.labels, shared=self.shared), key_bias)
-            tokens, _ = select_tokens(scores, n_keep, sink=self.sink, recent=recent)
+            # A sample's own first tokens are its sinks, not the padding in front of them.
+            scores = hidden(label_scores(rows, self.labels, shared=self.shared), key_bias, self.sink)
+            tokens, _ = select_tokens(scores, n_keep, recent=recent)
         return self.to_tokens(tokens, q, scale, softcap, key_bias)

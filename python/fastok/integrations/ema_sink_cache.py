@@ -1,10 +1,12 @@
 """``EMASinkCache``: a streaming cache whose sinks take up what leaves the window."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..caches.window import Gone, Window
-from ..ops.checks import check_at_least
+from ..ops.checks import check_at_least, check_number
 from .held_cache import Store
 from .streaming_cache import Rows, StreamingCache, StreamingLayer, Tables
 
@@ -32,9 +34,10 @@ class EMASinkCache(StreamingCache):
     def __init__(self, sink: int, recent: int, alpha: float = 0.999, model: nn.Module | None = None) -> None:
         check_at_least("sink", sink, 1)
         check_at_least("recent", recent, 1)
+        check_number("alpha", alpha)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be within [0, 1], got {alpha}")
-        self._begin(model, lambda: EMASinkLayer(sink, recent, alpha, self._tables))
+        self._begin(model, partial(EMASinkLayer, sink, recent, alpha))
 
 
 class MovingSinks:

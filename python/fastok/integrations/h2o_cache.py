@@ -1,5 +1,6 @@
 """``H2OCache``: each head keeps the tokens that have been attended to most, and the newest."""
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -42,7 +43,11 @@ class H2OCache(HeldCache):
                     raise ValueError(f"{name} must be above 0, got {value}")
             else:
                 check_at_least(name, value, 1)  # type: ignore[arg-type]
-        super().__init__(layer_class_to_replicate=lambda: H2OLayer(heavy, recent))
+        super().__init__(partial(_layer, heavy, recent))
+
+
+def _layer(heavy: float, recent: float, index: int) -> "H2OLayer":
+    return H2OLayer(heavy, recent)
 
 
 class H2OLayer(HeadwiseLayer):

@@ -28,8 +28,8 @@ class Held(Protocol):
     def length(self) -> int:
         """Tokens that went through it, the new ones included."""
 
-    def called_by(self, attention: nn.Module, position: Tensor | None) -> None:
-        """Said before the others: which layer asks, and where its new tokens stand, ``[B,S]``, if it tells."""
+    def called_by(self, attention: nn.Module, position: Tensor | None, window: int | None) -> None:
+        """Said before the others: which layer asks, where its new tokens stand, ``[B,S]``, if it tells, its window."""
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """``out[B,S,H,D_v]`` and ``lse[B,H,S]`` of the newest tokens' queries ``[B,S,H,D]``, causal."""

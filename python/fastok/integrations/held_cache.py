@@ -1,5 +1,7 @@
 """What fastok's caches for transformers have in common: a store per layer that attention reads in place."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +42,8 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
     """See `Held`."""
     compiles = False
     """See `Held`."""
+    slides = True
+    """Whether it heeds what a sliding window hides from a new token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,8 +163,12 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # ---- for the attention function ----------------------------------------------------------------------------------
 
-    def called_by(self, attention: nn.Module, position: Tensor | None) -> None:
-        """See `Held`."""
+    def called_by(self, attention: nn.Module, position: Tensor | None, window: int | None) -> None:
+        """See `Held`. NotImplementedError for a sliding window that this layer would not keep to."""
+        if window is not None and not self.slides:
+            raise NotImplementedError(
+                f"sliding_window: required, {window}; supported by {type(self).__name__}, layers without such windows"
+            )
 
     @property
     def observes(self) -> bool:
@@ -180,8 +188,29 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
             self.append(*prompt)
 
 
+@dataclass
+class LayerByLayer:
+    """Makes the layers of one cache, in order. It goes where the cache goes when that is copied or pickled.
+
+    Attributes:
+        make: from a layer's index to the layer; whatever it holds of the cache would keep the cache from being freed.
+        made: how many there are.
+    """
+
+    make: Callable[[int], HeldLayer]
+    made: int = 0
+
+    def __call__(self) -> HeldLayer:
+        """The next one."""
+        index, self.made = self.made, self.made + 1
+        return self.make(index)
+
+
 class HeldCache(Cache):  # type: ignore[misc]
-    """A cache of `HeldLayer`."""
+    """A cache of `HeldLayer`, each of them by ``make(index)``."""
+
+    def __init__(self, make: Callable[[int], HeldLayer]) -> None:
+        super().__init__(layer_class_to_replicate=LayerByLayer(make))
 
     @property
     def nbytes(self) -> int:

@@ -87,11 +87,12 @@ class OffloadedLayer(DoubleSparseLayer):
         if n_keep >= self.length + new or n_keep == new:
             return
         with self._aside():
-            scores = label_scores(q.to(self.dtype), self.labels, shared=self.shared)
+            scores, sink = label_scores(q.to(self.dtype), self.labels, shared=self.shared), self.sink
             if self._key_bias is not None and self._key_bias.shape[-1] <= self.length:
                 known = scores[..., : self._key_bias.shape[-1]]
-                known.copy_(hidden(known, self._key_bias))
-            tokens, _ = select_tokens(scores, n_keep - new, sink=self.sink, recent=max(recent - new, 0))
+                known.copy_(hidden(known, self._key_bias, sink))
+                sink = 0
+            tokens, _ = select_tokens(scores, n_keep - new, sink=sink, recent=max(recent - new, 0))
             on_host = tokens.cpu()
             self._ahead = _Ahead(on_host, *self.kv.rows(on_host, self.device))
 

@@ -1,6 +1,7 @@
 """``PackedCache``: transformers' cache with packed keys and values, which fastok's attention reads in place."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class PackedCache(HeldCache):
         if model_or_config is not None:
             self._check_heads(getattr(model_or_config, "config", model_or_config))
             self._config = getattr(model_or_config, "config", model_or_config)
-        super().__init__(layer_class_to_replicate=lambda: PackedLayer(self.format))
+        super().__init__(partial(_layer, self.format))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -101,6 +102,10 @@ class PackedCache(HeldCache):
             f"{self.bits_per_element:.2f} bits per element ({dense / max(self.nbytes, 1):.1f}x less than dense): "
             f"{self.format.describe(layers[0].kv.width)}"
         )
+
+
+def _layer(fmt: KVFormat, index: int) -> "PackedLayer":
+    return PackedLayer(fmt)
 
 
 def _stored_width(width: int) -> int:

@@ -1,6 +1,6 @@
 """``RazorCache``: retrieval heads keep everything, the others a window and one token for all that left it."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class RazorCache(HeldCache):
 
     Raises:
         TypeError, ValueError: an argument of another type or range. NotImplementedError, from the model: an attention
-        implementation other than ``"fastok"``, recorded scores, sliding windows over several queries, gradients.
+        implementation other than ``"fastok"``, recorded scores, sliding windows, gradients.
 
     The compensation token's key and value are the means of those that left the window (as they are: after rotary
     embedding), running and in fp32; its logit is raised by ln N, so that it counts as N such tokens. Prompts attend
@@ -49,19 +49,13 @@ class RazorCache(HeldCache):
         check_at_least("sink", sink, 0)
         check_at_least("recent", recent, 1)
         check_at_least("share", share, 1)
+        super().__init__(partial(_layer, heads, sink, recent, share))
 
-        def layers() -> Callable[[], HeldLayer]:
-            made = iter(heads)
 
-            def make() -> HeldLayer:
-                own = next(made, None)
-                if own is None:
-                    raise ValueError(f"heads must have a row for every layer, got {len(heads)}")
-                return RazorLayer(own, sink, recent, share)
-
-            return make
-
-        super().__init__(layer_class_to_replicate=layers())
+def _layer(heads: Tensor, sink: int, recent: int, share: int, index: int) -> "RazorLayer":
+    if index >= len(heads):
+        raise ValueError(f"heads must have a row for every layer, got {len(heads)}")
+    return RazorLayer(heads[index], sink, recent, share)
 
 
 class RunningMean:
@@ -114,6 +108,7 @@ class RazorLayer(HeldLayer):
         super().__init__()
         self.heads, self.sink, self.recent, self.share = heads, sink, recent, share
         self.whole_heads, self.others = (mask.nonzero()[:, 0] for mask in (heads, ~heads))
+        self.slides = len(self.others) == 0  # the mean has no places that could be hidden
         self.retrieval = DenseLayer()
         self.window: Window
         self.mean: RunningMean

@@ -25,6 +25,8 @@ class Rotary:
     @classmethod
     def of(cls, model: nn.Module) -> "Rotary":
         """The one of a transformers model. TypeError if it has none or several."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a transformers language model, got {type(model).__name__} {model!r}")
         found = [module for module in model.modules() if _is_decoder(module)]
         if len(found) != 1:
             raise TypeError(

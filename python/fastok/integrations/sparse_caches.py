@@ -1,13 +1,14 @@
 """Caches for transformers in which some layers choose for others, or whose heads keep little of the prompt."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..flash import padded
 from ..ops.attention import attention_scores
-from ..ops.checks import check_at_least
+from ..ops.checks import check_at_least, check_int
 from ..ops.scores import ScoreSpec
 from ..ops.sparse import select_tokens
 from .dense_layer import DenseLayer, HeadwiseLayer, hidden
@@ -34,18 +35,23 @@ class TidalCache(HeldCache):
 
     def __init__(self, n_keep: int, *, select_layers: tuple[int, ...] = (2, 13), shared: bool = True) -> None:
         check_at_least("n_keep", n_keep, 1)
+        if not isinstance(select_layers, (tuple, list)):
+            raise TypeError(
+                f"select_layers must be a tuple of ints, got {type(select_layers).__name__} {select_layers!r}"
+            )
+        for layer in select_layers:
+            check_int("select_layers", layer)
+        if not isinstance(shared, bool):
+            raise TypeError(f"shared must be True or False, got {shared!r}")
         if not select_layers or any(layer < 0 for layer in select_layers):
             raise ValueError(f"select_layers must name at least one layer, from 0; got {select_layers}")
-        tokens = _Chosen()
-        count = iter(range(1 << 30))
+        super().__init__(partial(_tidal_layer, _Chosen(), n_keep, select_layers, shared))
 
-        def make() -> HeldLayer:
-            index = next(count)
-            if index < min(select_layers):
-                return DenseLayer()
-            return TidalLayer(tokens, n_keep, chooses=index in select_layers, shared=shared)
 
-        super().__init__(layer_class_to_replicate=make)
+def _tidal_layer(tokens: "_Chosen", n_keep: int, select_layers: tuple[int, ...], shared: bool, index: int) -> HeldLayer:
+    if index < min(select_layers):
+        return DenseLayer()
+    return TidalLayer(tokens, n_keep, chooses=index in select_layers, shared=shared)
 
 
 class _Chosen:
@@ -103,7 +109,15 @@ class SnapKVCache(HeldCache):
         check_at_least("pool", pool, 1)
         if pool % 2 == 0:
             raise ValueError(f"pool must be odd, got {pool}")
-        super().__init__(layer_class_to_replicate=lambda: EvictingLayer(lambda total: capacity, window, pool))
+        super().__init__(partial(_snap_layer, capacity, window, pool))
+
+
+def _snap_layer(capacity: int, window: int, pool: int, index: int) -> HeldLayer:
+    return EvictingLayer(partial(_uniform, capacity), window, pool)
+
+
+def _uniform(capacity: int, total: int) -> int:
+    return capacity
 
 
 class PyramidKVCache(HeldCache):
@@ -123,13 +137,11 @@ class PyramidKVCache(HeldCache):
         check_at_least("n_layers", n_layers, 1)
         check_at_least("beta", beta, 1)
         SnapKVCache(capacity, window=window, pool=pool)  # the same checks
-        count = iter(range(1 << 30))
+        super().__init__(partial(_pyramid_layer, capacity, n_layers, beta, window, pool))
 
-        def make() -> HeldLayer:
-            layer = next(count)
-            return EvictingLayer(lambda total: _pyramid(capacity, window, beta, layer, n_layers, total), window, pool)
 
-        super().__init__(layer_class_to_replicate=make)
+def _pyramid_layer(capacity: int, n_layers: int, beta: int, window: int, pool: int, index: int) -> HeldLayer:
+    return EvictingLayer(partial(_pyramid, capacity, window, beta, index, n_layers), window, pool)
 
 
 def _pyramid(capacity: int, window: int, beta: int, layer: int, n_layers: int, total: int) -> int:

@@ -59,11 +59,11 @@ class StreamingCache(HeldCache):
     def __init__(self, sink: int, recent: int, model: nn.Module | None = None) -> None:
         check_at_least("sink", sink, 0)
         check_at_least("recent", recent, 1)
-        self._begin(model, lambda: StreamingLayer(sink, recent, self._tables))
+        self._begin(model, partial(StreamingLayer, sink, recent))
 
-    def _begin(self, model: nn.Module | None, layer: Any) -> None:
+    def _begin(self, model: nn.Module | None, layer: "Callable[[Tables], StreamingLayer]") -> None:
         self._tables = Tables(None if model is None else Rotary.of(model))
-        super().__init__(layer_class_to_replicate=layer)
+        super().__init__(partial(_layer, layer, self._tables))
         if model is not None:
             _unturned(model, self)
 
@@ -71,6 +71,10 @@ class StreamingCache(HeldCache):
     def nbytes(self) -> int:
         """Bytes of everything that is stored, the angles of all places included."""
         return super().nbytes + self._tables.nbytes
+
+
+def _layer(kind: "Callable[[Tables], StreamingLayer]", tables: "Tables", index: int) -> "StreamingLayer":
+    return kind(tables)
 
 
 def _unturned(model: nn.Module, cache: StreamingCache) -> None:
@@ -116,6 +120,7 @@ class StreamingLayer(HeldLayer):
 
     most_rows = 1 << 30
     whole = True
+    slides = False
 
     def __init__(self, sink: int, recent: int, tables: Tables) -> None:
         super().__init__()
@@ -159,8 +164,9 @@ class StreamingLayer(HeldLayer):
 
     # ---- for the attention function ----------------------------------------------------------------------------------
 
-    def called_by(self, attention: nn.Module, position: Tensor | None) -> None:
+    def called_by(self, attention: nn.Module, position: Tensor | None, window: int | None) -> None:
         """See `Held`."""
+        super().called_by(attention, position, window)
         if position is None or position.dim() != 2:
             raise NotImplementedError(
                 f"position_ids: required, {None if position is None else list(position.shape)}; supported by "
@@ -171,7 +177,7 @@ class StreamingLayer(HeldLayer):
     def unpacked(self) -> tuple[Tensor, Tensor]:
         """See `Held`; not from here, where masks do not fit."""
         raise NotImplementedError(
-            f"{type(self).__name__}: required, attn_implementation='fastok' without recorded scores or sliding windows"
+            f"{type(self).__name__}: required, attn_implementation='fastok' without recorded scores"
         )
 
     def attend(self, q: Tensor, scale: float, softcap: float | None, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:

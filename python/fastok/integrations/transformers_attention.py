@@ -293,7 +293,7 @@ def attention_forward(
     n_k = key.shape[2] if held is None else held.length
     mask = _understood(module, query, n_k, attention_mask, sliding_window, is_causal, kwargs)
     if held is not None:
-        held.called_by(module, kwargs.get("position_ids"))
+        held.called_by(module, kwargs.get("position_ids"), sliding_window)
     if held is not None and (held.whole or n_k > key.shape[2]):
         if _in_place(held, query, mask):
             out, lse = held.attend(query.transpose(1, 2), scaling, softcap, mask.key_bias)

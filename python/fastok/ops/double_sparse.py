@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor
 
-from .checks import check_int
+from .checks import check_at_least, check_int, check_tensor
 from .decode import Dense, PagedKV, attention_decode
-from .sparse import label_tokens, query_rows
+from .sparse import check_labels, label_tokens, query_rows
 
 if TYPE_CHECKING:
     from ..caches.labels import LabelCache
@@ -50,7 +50,10 @@ def double_sparse_decode(
     arXiv 2408.07092.
     """
     q = query_rows(q)
+    check_labels(labels)
     check_int("n_keep", n_keep)
+    check_at_least("sink", sink, 0)
+    check_at_least("recent", recent, 0)
     recent = max(recent, q.shape[1])
     if n_keep < sink + recent:
         raise ValueError(f"n_keep must have room for sink + recent = {sink + recent} tokens, got {n_keep}")
@@ -64,7 +67,16 @@ def double_sparse_decode(
 
 def _lengths(cache: Union["PackedKV", PagedKV, Dense]) -> Tensor | None:
     """int ``[B]``, the tokens of each sequence; None if they fill a dense cache."""
-    lengths = cache[2] if isinstance(cache, tuple) else cache.seq_lens
+    if isinstance(cache, tuple):
+        if len(cache) != 3:
+            raise ValueError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got a tuple of {len(cache)}")
+        lengths = cache[2]
+    elif hasattr(cache, "seq_lens"):
+        lengths = cache.seq_lens
+    else:
+        raise TypeError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got {type(cache).__name__}")
+    if lengths is not None:
+        check_tensor("seq_lens", lengths)
     if lengths is None or lengths.dim() == 1:
         return lengths
     of_first = lengths[:, 0]

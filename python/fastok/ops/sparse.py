@@ -9,12 +9,14 @@ from ..reference import sparse as reference
 from .checks import (
     ACTIVATIONS,
     FLOATS,
+    INTEGERS,
     check_dtype,
     check_int,
     check_number,
     check_range,
     check_same_device,
     check_shape,
+    check_tensor,
 )
 
 if TYPE_CHECKING:
@@ -147,16 +149,28 @@ def label_tokens(
         return select_tokens(label_scores(q, labels, shared=shared, seq_lens=seq_lens), k, sink=sink, recent=recent,
                              seq_lens=seq_lens)  # fmt: skip
     arguments = _label_arguments(q, labels, shared, seq_lens)
-    most = _most(k, None, sink, recent, seq_lens, labels.data.shape[3])
+    most = _most(k, None, sink, recent, labels.data.shape[3])
     return torch.ops.fastok.label_tokens(*arguments, most, sink, recent, seq_lens)
+
+
+def check_labels(labels: object) -> None:
+    """TypeError unless it is a `LabelCache`."""
+    if not hasattr(labels, "kv_heads"):
+        raise TypeError(f"labels must be a fastok.sparse.LabelCache, got {type(labels).__name__}")
+
+
+def check_shared(shared: bool | str) -> None:
+    """ValueError unless it says how the query heads of a KV head choose."""
+    if shared not in (True, False, "sum"):
+        raise ValueError(f"shared must be True (the largest of a group), False or 'sum', got {shared!r}")
 
 
 def _label_arguments(
     q: Tensor, labels: "LabelCache", shared: bool | str, seq_lens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int, bool]:
     """What the ops take: queries, codes, scales, channels, KV heads, whether the largest of a group is wanted."""
-    if shared not in (True, False, "sum"):
-        raise ValueError(f"shared must be True (the largest of a group), False or 'sum', got {shared!r}")
+    check_labels(labels)
+    check_shared(shared)
     data, scale, channels = labels.data, labels.scale, labels.channels
     q = query_rows(q)
     check_dtype("q", q, ACTIVATIONS)
@@ -170,13 +184,13 @@ def _label_arguments(
             f"channels, got {q.shape[2]} heads"
         )
     if seq_lens is not None:
-        check_shape("seq_lens", seq_lens, (q.shape[0],), "[B]")
-        check_same_device("seq_lens", seq_lens, "q", q.device)
+        _check_lengths(seq_lens, q, "q", data.shape[3])
     return q.detach(), data, scale, channels, labels.kv_heads, shared != "sum" and bool(shared)
 
 
 def query_rows(q: Tensor) -> Tensor:
     """``q`` as ``[B,S,H,D]``."""
+    check_tensor("q", q)
     if q.dim() == 3:
         return q[:, None]
     if q.dim() != 4:
@@ -218,13 +232,21 @@ def select_tokens(
     if scores.dim() != 3:
         raise ValueError(f"scores must be [B,G,T], got shape {list(scores.shape)}")
     if seq_lens is not None:
-        check_shape("seq_lens", seq_lens, (scores.shape[0],), "[B]")
-        check_same_device("seq_lens", seq_lens, "scores", scores.device)
-    most = _most(k, mass, sink, recent, seq_lens, scores.shape[2])
+        _check_lengths(seq_lens, scores, "scores", scores.shape[2])
+    most = _most(k, mass, sink, recent, scores.shape[2])
     return torch.ops.fastok.select_tokens(scores.detach(), most, mass, sink, recent, seq_lens)
 
 
-def _most(k: int | None, mass: float | None, sink: int, recent: int, seq_lens: Tensor | None, total: int) -> int:
+def _check_lengths(seq_lens: Tensor, other: Tensor, name: str, total: int) -> None:
+    """``seq_lens`` is int ``[B]`` like ``other``, and within [0, total] where reading it waits for no device."""
+    check_dtype("seq_lens", seq_lens, INTEGERS)
+    check_shape("seq_lens", seq_lens, (other.shape[0],), "[B]")
+    check_same_device("seq_lens", seq_lens, name, other.device)
+    if seq_lens.device.type == "cpu":
+        check_range("seq_lens", seq_lens, 0, total + 1)
+
+
+def _most(k: int | None, mass: float | None, sink: int, recent: int, total: int) -> int:
     """How many of ``total`` tokens a selection can have, if these are arguments for one."""
     for name, value in (("k", k), ("sink", sink), ("recent", recent)):
         if value is None and name == "k":
@@ -240,8 +262,6 @@ def _most(k: int | None, mass: float | None, sink: int, recent: int, seq_lens: T
             raise ValueError(f"mass must be within (0, 1], got {mass}")
     if k is not None and sink + recent > k:
         raise ValueError(f"k must have room for sink + recent = {sink + recent} tokens, got {k}")
-    if seq_lens is not None:
-        check_range("seq_lens", seq_lens, 0, total + 1)
     return total if k is None else min(k, total)
 
 

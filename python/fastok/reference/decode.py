@@ -86,7 +86,7 @@ def _over_chunks(
         if softcap > 0:
             logits = softcap * torch.tanh(logits / softcap)
         inside = place.clamp(min=0)
-        if key_bias is not None:
+        if key_bias is not None and key_bias.shape[-1] > 0:  # none: there is no token, only room for some
             bias = key_bias[:, None] if key_bias.dim() == 2 else key_bias
             bias = bias.expand(batch, heads, -1).unflatten(1, (groups, ratio))
             at = inside.clamp(max=bias.shape[-1] - 1)[:, :, None].expand(-1, -1, ratio, -1)
