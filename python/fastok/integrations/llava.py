@@ -10,6 +10,8 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +24,7 @@ from .session import SHOWN, Session, check_needs
 from .swap import Swaps
 from .tower import Tower, Watch, watched
 from .transformers import Encoder, encoder_of, patch
-from .visual import Visual
+from .visual import Visual, merged_by
 from .vlm import Modality
 
 _IMAGE = Modality("image", "pixel_values", ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy"))
@@ -105,11 +107,14 @@ class LlavaFamily:
     keeps_positions: ClassVar[bool] = False
     forwards_options: ClassVar[bool] = False
     traces: ClassVar[bool] = True
+    early: ClassVar[bool] = True
     inner: Session | None = None  # where the reducer is in the tower's layers
 
     def __init__(self, core: Any, reducer: Reducer) -> None:
         self.encoder: Encoder | None = encoder_of(core.vision_tower)
+        self.reducer = reducer
         self.needs = reducer.needs
+        self.chooses = False
         special = 1 if core.config.vision_feature_select_strategy == "default" else 0
         layers = [] if self.encoder is None else self.encoder.layers
         class_token = special == 1 if self.encoder is None else self.encoder.class_token
@@ -146,8 +151,11 @@ class LlavaFamily:
         self.inner = patch(core.vision_tower, core.vision_tower, reducer, swaps)
         self.inner.records = True
 
-    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
-        """The projector and the tower are about to run."""
+    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any], *, unseen: bool) -> None:
+        """The projector and the tower are about to run.
+
+        A reducer that goes by scores chooses before the projector, where a call's features are ``unseen`` by others.
+        """
         given, own = arguments.get("vision_feature_select_strategy"), core.config.vision_feature_select_strategy
         if given is not None and given != own:
             raise NotImplementedError(
@@ -156,6 +164,9 @@ class LlavaFamily:
         last = _last(core, arguments)
         n = self.tower.n_layers
         self.tower.begin(n + last if last < 0 else last - 1)
+        one_each = self.early and arguments.get("image_sizes") is None
+        compiling = torch.compiler.is_compiling()
+        self.chooses = unseen and one_each and not compiling and getattr(self.reducer, "by_scores", False)
 
     def visuals(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> list[Visual]:
         """One for each image."""
@@ -181,10 +192,18 @@ class LlavaFamily:
         merged, self.merged = self.merged, None
         return _Run(tokens, vision, classes, self.tower, self.needs, merged)
 
-    def project(self, vision: Tensor, tokens: Tensor) -> Tensor:
-        """The projector's output ``tokens``; one for each that the tower was given, if it has left fewer."""
+    def project(self, vision: Tensor, projector: Callable[[Tensor], Tensor]) -> Tensor:
+        """``projector`` of the tower's features; a token for each that the tower was given, if fewer are projected."""
+        token_map, kept = None, vision
         if self.inner is not None:
             token_map = _behind(self.inner.composed(self.tower.feature + 1), self.tower.special)
+        elif self.chooses:
+            started = perf_counter()
+            run = _Run(vision, vision, None, self.tower, self.needs, None)
+            token_map, kept = merged_by(run.visual(vision, slice(None)), self.reducer, None, False)
+            self.tower.seconds += perf_counter() - started
+        tokens = projector(kept)
+        if token_map is not None:
             self.merged = token_map, tokens
             tokens = token_map.unmerge(tokens)
         self.projected = vision, tokens
@@ -197,6 +216,7 @@ class LlavaNextFamily(LlavaFamily):
     module = "llava_next.modeling_llava_next"
     core = "LlavaNextModel"
     traces = False
+    early = False
     head = "LlavaNextForConditionalGeneration"
 
     def visuals(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> list[Visual]:
@@ -351,7 +371,7 @@ def _of_rows(token_map: TokenMap | SoftMap, rows: slice) -> TokenMap | SoftMap:
 
 def _projector(base: Any) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, image_features: Tensor) -> Tensor:
-        tokens: Tensor = self._fastok.project(image_features, base.forward(self, image_features))
+        tokens: Tensor = self._fastok.project(image_features, partial(base.forward, self))
         return tokens
 
     return {"forward": forward}

@@ -68,7 +68,7 @@ class Qwen2VLFamily:
         self.inner = Layers(reducer, self.core, core.visual)
         self.inner.swap(core.visual, swaps)
 
-    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
+    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any], *, unseen: bool) -> None:
         """The tower is about to run."""
         self.window_index = None
         self.tower.begin(len(core.visual.blocks) - 1)

@@ -6,7 +6,8 @@ cache holds of the original prompt it notes on the cache, for the calls that con
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Protocol
@@ -66,8 +67,8 @@ class Family(Protocol):
     def seconds(self) -> float:
         """What scores, or reductions within the tower, took in its last run."""
 
-    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any]) -> None:
-        """The vision tower is about to run."""
+    def begin(self, core: Any, modality: Modality, arguments: dict[str, Any], *, unseen: bool) -> None:
+        """The vision tower is about to run; ``unseen`` if its features go nowhere but into the language model."""
 
     def visuals(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> list[Visual]:
         """What it made of each image: one for each of ``output.pooler_output``."""
@@ -87,6 +88,7 @@ class PromptSession:
         self.tokens_in: list[int] = []
         self.prompts: list[tuple[int, int]] = []
         self.seconds: float | None = None
+        self.unseen = False
         # Here and not by decorators, which would make `import fastok` import the compiler. They are functions of the
         # class, since a copy of the model has a session of its own.
         self._show = torch.compiler.disable(
@@ -120,13 +122,22 @@ class PromptSession:
     def encode(self, core: Any, own: Callable[..., Any], modality: Modality, arguments: dict[str, Any]) -> Any:
         """``get_…_features``, whose features carry along what the reducer will have to be shown."""
         wanted = arguments.pop("return_dict", None)
-        self.family.begin(core, modality, arguments)
+        self.family.begin(core, modality, arguments, unseen=self.unseen)
         output = own(core, **arguments, return_dict=True)
         if self.traces and torch.compiler.is_compiling():
             self.fresh = self.family.visuals(core, modality, arguments, output)
         else:
             self._show(self, core, modality, arguments, output)
         return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
+
+    @contextmanager
+    def features_unseen(self) -> Iterator[None]:
+        """While nobody but this session sees what ``get_…_features`` returns."""
+        self.unseen = True
+        try:
+            yield
+        finally:
+            self.unseen = False
 
     def _show_images(self, core: Any, modality: Modality, arguments: dict[str, Any], output: Any) -> None:
         visuals = self.family.visuals(core, modality, arguments, output)
@@ -196,7 +207,8 @@ class PromptSession:
                 arguments = {name: given[name] for name in modality.arguments if given.get(name) is not None}
                 arguments |= options if self.family.forwards_options else {}
                 get = getattr(core, modality.getter)
-                output = get(**{modality.pixels: pixels}, **arguments | {"return_dict": True})
+                with self.features_unseen():
+                    output = get(**{modality.pixels: pixels}, **arguments | {"return_dict": True})
             if output is not None:
                 found[modality.name] = output.pooler_output
         return found
@@ -438,6 +450,11 @@ def head_methods(base: Any) -> dict[str, Any]:
             model_kwargs = model_kwargs | {"past_key_values": length}
         return base._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
 
+    @wraps(base._prepare_multimodal_encoder_kwargs_for_generation)
+    def _prepare_multimodal_encoder_kwargs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._fastok.features_unseen():
+            return base._prepare_multimodal_encoder_kwargs_for_generation(self, *args, **kwargs)
+
     @wraps(base._expand_multimodal_outputs)
     def _expand_multimodal_outputs(
         self: Any, input_ids: Any, mm_encoder_output: dict[str, Any], *args: Any, **kwargs: Any
@@ -469,6 +486,7 @@ def head_methods(base: Any) -> dict[str, Any]:
         "forward": forward,
         "prepare_inputs_for_generation": prepare_inputs_for_generation,
         "_prepare_position_ids_for_generation": _prepare_position_ids_for_generation,
+        "_prepare_multimodal_encoder_kwargs_for_generation": _prepare_multimodal_encoder_kwargs_for_generation,
         "_expand_multimodal_outputs": _expand_multimodal_outputs,
         "create_masks_for_generate": create_masks_for_generate,
         "loss_function": loss_function,

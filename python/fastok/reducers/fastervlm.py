@@ -31,6 +31,7 @@ class FasterVLM(BeforeLanguageModel):
     keep: float = 0.25
 
     needs: ClassVar[tuple[str, ...]] = ("cls",)
+    by_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

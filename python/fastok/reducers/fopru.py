@@ -1,6 +1,7 @@
 """FoPru: Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models", arXiv 2411.14164."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..ops.select import top_tokens
 from ..token_map import TokenMap
@@ -34,6 +35,8 @@ class FoPru(BeforeLanguageModel):
 
     keep: float = 0.25
     strategy: str = "rank"
+
+    by_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

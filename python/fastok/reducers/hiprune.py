@@ -45,6 +45,7 @@ class HiPrune(BeforeLanguageModel):
     compat: bool = False
 
     needs: ClassVar[tuple[str, ...]] = ("column:mid", "column:deep", "grid", "crops")
+    by_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

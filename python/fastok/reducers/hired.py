@@ -60,6 +60,7 @@ class HiRED(BeforeLanguageModel):
     compat: bool = False
 
     needs: ClassVar[tuple[str, ...]] = ("cls", "cls:early", "grid", "crops")
+    by_scores: ClassVar[bool] = True
     newlines: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ class VTCCLS(BeforeLanguageModel):
     start: float = 0.5
 
     needs: ClassVar[tuple[str, ...]] = ("cls",)
+    by_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
