@@ -10,7 +10,7 @@ import torch
 import torchvision_shim  # noqa: F401
 from fastok import TokenMap
 from fastok.integrations import apply
-from fastok.reducers import ToMe, TokenContext
+from fastok.reducers import TokenContext, ToMe
 from fastok.reducers.tome import schedule
 from fastok.testing import assert_accurate, assert_same
 from test_reducers_tome import published_groups, published_merge
