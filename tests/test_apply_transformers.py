@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision_shim  # noqa: F401
+from fastok import TokenMap
 from fastok.integrations import apply
-from fastok.reducers import ToMe
+from fastok.reducers import TokenContext, ToMe
 from fastok.reducers.tome import schedule
 from fastok.testing import assert_accurate, assert_same
 from test_reducers_tome import published_groups, published_merge
@@ -217,6 +218,28 @@ def test_special_tokens_are_protected_and_every_patch_is_kept(case: Case) -> Non
     assert token_map.n_out < case.protect + N // 4
     assert (token_map.assign[:, : case.protect] == torch.arange(case.protect)).all()
     assert (token_map.assign[:, case.protect :] >= case.protect).all()
+
+
+class Grids:
+    """Keeps everything, and remembers the grids that it was shown."""
+
+    needs = ("grid",)
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, ctx: TokenContext) -> TokenMap:
+        self.seen.append(ctx.grid)
+        return TokenMap.identity(*ctx.hidden.shape[:2], ctx.hidden.device)
+
+
+@over_models
+def test_reducers_are_shown_the_grid(case: Case) -> None:
+    model, reducer = build(case), Grids()
+    with apply(model, reducer):
+        model(images())
+        model(images()[:, :, 8:], interpolate_pos_encoding=True)
+    assert reducer.seen == [(1, 7, 7)] * 3 + [(1, 5, 7)] * 3
 
 
 @over_models

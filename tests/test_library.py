@@ -35,6 +35,19 @@ def test_import_loads_nothing_heavy() -> None:
     assert python(code).strip() == "set()"
 
 
+def test_pictures_are_there_once_asked_for() -> None:
+    pytest.importorskip("PIL")
+    assert python("import fastok; print(fastok.viz.draw_tokens.__name__)").strip() == "draw_tokens"
+
+
+def test_the_command_without_its_script() -> None:
+    for arguments, out in (["--version"], f"fastok {fastok.__version__}"), (["viz", "none.png"], ""):
+        command = [sys.executable, "-m", "fastok", *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == (0 if out else 2), run.stderr
+        assert run.stdout.strip() == out
+
+
 def test_every_op_has_a_backend_and_a_reason() -> None:
     rows = _library.backends()
     assert [row[0] for row in rows] == list(_library.REFERENCE)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -199,9 +200,9 @@ def test_a_budget_beyond_the_tokens_keeps_all(reducer: Any, keep: float) -> None
         (-3, ValueError, "must be at least one token, got -3"),
         (0.0, ValueError, r"must be above 0, got 0\.0"),
         (-0.5, ValueError, r"must be above 0, got -0\.5"),
-        (1.5, TypeError, r"must be an int, got float 1\.5"),
-        (True, TypeError, "must be an int, got bool True"),
-        ("64", TypeError, "must be an int, got str '64'"),
+        (1.5, TypeError, r"must be an int, or a fraction up to 1\.0; got float 1\.5"),
+        (True, TypeError, r"must be an int, or a fraction up to 1\.0; got bool True"),
+        ("64", TypeError, r"must be an int, or a fraction up to 1\.0; got str '64'"),
     ],
 )
 def test_bad_budgets(reducer: Any, keep: Any, kind: Any, message: str) -> None:
@@ -250,6 +251,12 @@ def test_what_does_not_fit_is_named(reducer: Any) -> None:
             setattr(ctx, need, torch.randn(B, N, 8))
             with pytest.raises(ValueError, match=rf"{need} must be \[B,N,G,D\] for hidden"):
                 reducer(ctx)
+        if need == "grid" and not isinstance(reducer, (HiRED, GlobalCom2)):
+            for grid in ((6, 6), 36, (1, -6, -6)):
+                ctx.grid = grid  # type: ignore[assignment]
+                message = r"grid must be \(t, h, w\), none of them negative; got " + re.escape(repr(grid))
+                with pytest.raises(ValueError, match=message):
+                    reducer(ctx)
         if need == "vision":
             ctx.extra["vision"] = torch.randn(B, N + 1, 8)
             with pytest.raises(ValueError, match=r'extra\["vision"\] must be \[B,N,C_v\] for hidden'):

@@ -99,7 +99,7 @@ def test_bad_arguments() -> None:
         (0.0, ValueError, "keep must be above 0, got 0.0"),
         (-0.5, ValueError, "keep must be above 0"),
         (0, ValueError, "keep must be at least one token, got 0"),
-        (1.5, TypeError, "keep must be an int, got float 1.5"),
+        (1.5, TypeError, "keep must be an int, or a fraction up to 1.0; got float 1.5"),
         ("0.7", TypeError, "keep must be an int"),
         (True, TypeError, "keep must be an int"),
     ):

@@ -1,5 +1,7 @@
 """Pictures of token maps, pixel by pixel."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,7 @@ def test_any_image_fits_any_grid(size: tuple[int, int], mode: str) -> None:
         ({"grid": (2, 4)}, "token_map has N=6 input tokens, but prefix=0 and grid=2x4 make 8"),
         ({"prefix": 1}, "token_map has N=6 input tokens, but prefix=1"),
         ({"grid": (0, 3)}, "grid"),
+        ({"grid": (1, 2, 3)}, r"grid must be \(rows, columns\), both >= 1, got \(1, 2, 3\)"),
         ({"prefix": -1}, "prefix"),
         ({"sample": 1}, "sample"),
         ({"sample": -1}, "sample"),
@@ -95,6 +98,13 @@ def test_any_image_fits_any_grid(size: tuple[int, int], mode: str) -> None:
 def test_wrong_arguments_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         viz.draw_tokens(image_of(GRID), **{"token_map": TokenMap.identity(1, 6), "grid": (2, 3)} | changes)
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+def test_pictures_are_saved_in_new_folders(kind: type, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "picture.png"
+    viz.save(image_of(GRID), kind(path))
+    assert Image.open(path).getpixel((0, 0)) == A
 
 
 def test_soft_maps_have_no_patches() -> None:

@@ -14,6 +14,7 @@ from .ops.match import bipartite_match, nearest  # noqa: E402
 from .ops.max_coverage import max_coverage  # noqa: E402
 from .ops.scores import ScoreSpec  # noqa: E402
 from .ops.select import density_peaks, sample_cdf, top_tokens  # noqa: E402
+from .reducers import TokenContext  # noqa: E402
 from .token_map import SoftMap, TokenMap  # noqa: E402
 
 reference.functions.adopt_signatures()
@@ -28,6 +29,10 @@ def __getattr__(name: str) -> object:
         return PackedCache
     if name in sparse.CACHES:
         return getattr(sparse, name)
+    if name == "viz":  # draws with Pillow
+        from importlib import import_module  # `from . import viz` would ask for this attribute first
+
+        return import_module(".viz", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -39,6 +44,7 @@ __all__ = [
     "PagedKV",
     "ScoreSpec",
     "SoftMap",
+    "TokenContext",
     "TokenMap",
     "apply",
     "attention",

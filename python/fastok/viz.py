@@ -124,9 +124,9 @@ def _patch_slots(token_map: TokenMap | SoftMap, grid: tuple[int, int], prefix: i
     """int64 [h*w]: the output token of each patch, -1 where dropped."""
     if not isinstance(token_map, TokenMap):
         raise TypeError(f"token_map must be a TokenMap, got a {type(token_map).__name__}: its tokens overlap")
-    rows, columns = grid
-    if rows < 1 or columns < 1:
+    if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid must be (rows, columns), both >= 1, got {grid}")
+    rows, columns = grid
     if prefix < 0:
         raise ValueError(f"prefix must be >= 0, got {prefix}")
     if token_map.n_in != prefix + rows * columns:
@@ -312,7 +312,8 @@ def draw_curves(
     return sheet
 
 
-def save(picture: Image.Image, path: Path) -> None:
+def save(picture: Image.Image, path: Path | str) -> None:
     """Write the picture, in a new folder if need be."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)

@@ -86,7 +86,6 @@ class _Run:
             extra["crops"] = torch.zeros(2, dtype=torch.int64)
         side = self.side
         return Visual(
-            features,
             tokens,
             more.pop("grid", None if side is None else (1, side, side)),
             scores={name: shown(scores[crops][..., None])[..., 0] for name, scores in tower.scores.items()},
@@ -147,6 +146,12 @@ class LlavaFamily:
         """Put ``reducer`` into the tower's layers."""
         if self.encoder is None:
             raise TypeError(f"no layers to reduce in are known of {type(core.vision_tower).__name__}")
+        layers = core.config.vision_feature_layer
+        if not isinstance(layers, int) and len(set(layers)) > 1:
+            raise NotImplementedError(
+                f"vision_feature_layer: required, features of the layers {list(layers)} side by side, which have "
+                "different tokens; supported with place='layers', those of one layer; use place='output'"
+            )
         check_needs(reducer, "in an encoder's layers", SHOWN)
         self.inner = patch(core.vision_tower, core.vision_tower, reducer, swaps)
         self.inner.records = True
@@ -188,7 +193,7 @@ class LlavaFamily:
         (vision, tokens), self.projected = self.projected, None
         classes = None
         if self.tower.class_token and self.tower.special:
-            classes = output.hidden_states[_last(core, arguments)][:, 0]
+            classes = torch.cat([output.hidden_states[layer][:, 0] for layer in _layers(core, arguments)], -1)
         merged, self.merged = self.merged, None
         return _Run(tokens, vision, classes, self.tower, self.needs, merged)
 
@@ -347,11 +352,16 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return run.visual(features, crops, shown, hidden=hidden, packed=packed, extra=extra)
 
 
+def _layers(core: Any, arguments: dict[str, Any]) -> list[int]:
+    """The hidden states that make the feature, side by side."""
+    layers = arguments.get("vision_feature_layer")
+    layers = core.config.vision_feature_layer if layers is None else layers
+    return [layers] if isinstance(layers, int) else list(layers)
+
+
 def _last(core: Any, arguments: dict[str, Any]) -> int:
-    """The (last) hidden state that makes the feature."""
-    layer = arguments.get("vision_feature_layer")
-    layer = core.config.vision_feature_layer if layer is None else layer
-    return int(layer if isinstance(layer, int) else layer[-1])
+    """The last of them."""
+    return _layers(core, arguments)[-1]
 
 
 def _behind(token_map: TokenMap | SoftMap, special: int) -> TokenMap | SoftMap:

@@ -1,6 +1,8 @@
 """A batch of prompts in which images take fewer places than before: which columns stay, padding, positions, labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +188,18 @@ class History:
     mask: Tensor | None
     removed: Tensor
 
+    def note_on(self, past_key_values: Any) -> None:
+        """From now on, the cache holds this; what is done to its rows is done to those here."""
+        past_key_values._fastok = self
+        if not (isinstance(past_key_values, _Following) or torch.compiler.is_compiling()):
+            kind: Any = type(past_key_values)
+            past_key_values.__class__ = _following(kind)
+
+    def selected(self, rows: Tensor) -> "History":
+        """Of these rows."""
+        mask = None if self.mask is None else self.mask[rows.to(self.mask.device)]
+        return replace(self, mask=mask, removed=self.removed[rows.to(self.removed.device)])
+
     @classmethod
     def none(cls, batch: int) -> "History":
         """Of a cache of prompts as they were."""
@@ -218,3 +232,48 @@ class History:
         first = like.new_ones(batch, self.places) if self.mask is None else self.mask.to(like)
         since = like.new_ones(batch, later) if mask is None else mask[:, self.columns : self.columns + later]
         return torch.cat([first, since], 1)
+
+
+class _Following:
+    """A cache whose `History` follows its rows."""
+
+    _fastok: History | None
+
+
+@cache
+def _following(base: Any) -> Any:
+    """A subclass of a cache's class ``base`` that passes for it."""
+
+    class Followed(base, _Following):  # type: ignore[misc]
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._follow(beam_idx)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._follow(indices)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            if self._fastok is not None:
+                self._fastok = self._fastok.rows(repeats * len(self._fastok.removed))
+
+        def reset(self) -> None:
+            super().reset()
+            self._fastok = None
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return _follower, (base,), self.__getstate__()
+
+        def _follow(self, rows: Tensor) -> None:
+            if self._fastok is not None:
+                self._fastok = self._fastok.selected(rows)
+
+    Followed.__module__, Followed.__name__, Followed.__qualname__ = base.__module__, base.__name__, base.__qualname__
+    return Followed
+
+
+def _follower(base: Any) -> Any:
+    """An empty one, for pickles and copies."""
+    kind = _following(base)
+    return kind.__new__(kind)

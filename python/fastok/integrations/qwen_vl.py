@@ -102,7 +102,6 @@ class Qwen2VLFamily:
                 merged_by_tower = TokenMap.keep(left[None], len(image)), image[left][None]
             found.append(
                 Visual(
-                    image,
                     image[None],
                     (t, h // merged, w // merged),
                     scores={name: x[i] for name, x in scores.items()},

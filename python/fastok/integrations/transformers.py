@@ -262,7 +262,7 @@ def _layers(encoder: nn.Module, family: _Family) -> list[Any]:
 
 def _embeddings(base: Any) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        size = self.config.patch_size
+        size = self.patch_size
         height, width = (size, size) if isinstance(size, int) else size
         self._fastok.grid = (1, pixel_values.shape[-2] // height, pixel_values.shape[-1] // width)
         return base.forward(self, pixel_values, *args, **kwargs)

@@ -17,18 +17,16 @@ class Visual:
     """One image or video.
 
     Attributes:
-        features: ``[n,C]``, as the model would put them into the prompt.
         hidden: ``[B,N,C]``, the tokens of its B crops (or frames), each in raster order, before they are packed.
         grid: ``(t, h, w)`` of one crop.
         scores, keys, values, extra: as in `TokenContext`, ``[B,N,…]``.
-        packed: int64 ``[n]``, the token ``b * N + i`` that stands at each place of ``features``, -1 for a newline; None
-            if there is one crop and nothing but its tokens.
+        packed: int64 ``[n]``, the token ``b * N + i`` that stands at each place of the n features in the prompt, -1 for
+            a newline; None if there is one crop and nothing but its tokens.
         ordered: the number of leading crops that stay together when packed, so that their tokens can be in any order.
         seconds: its share of what the vision tower's scores took.
         merged: where the tower itself has reduced, the map of the tokens, and ``[B,M,C]``, what it left.
     """
 
-    features: Tensor
     hidden: Tensor
     grid: tuple[int, int, int] | None = None
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -89,8 +87,10 @@ class Reduced:
         return [place[torch.where(into[picture] < 0, outputs, into[picture])] for picture in self.pictures]
 
 
-def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
+def reduce(features: Tensor, visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
     """Apply ``reducer`` to one image, unless the tower has reduced it, and lay out what is left.
+
+    ``features[n,C]`` are those that the model would put into the prompt.
 
     A reducer that has ``whole_image = True`` is shown all crops as one row. What has been merged stands where its first
     member stood that is in the prompt at all (for a `SoftMap`: the one with the largest weight); in crops that stay
@@ -102,7 +102,7 @@ def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
     whole: bool = getattr(reducer, "whole_image", False)
     token_map, merged = merged_by(visual, reducer, text, whole) if visual.merged is None else visual.merged
     batch, n = token_map.batch_size, token_map.n_in
-    total = len(visual.features)
+    total = len(features)
     place = _places(visual, total).view(batch, n)
     at = _places_of_slots(token_map, place, total)
     key = at
@@ -112,16 +112,16 @@ def reduce(visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
         key = torch.where((at < total) & (crop < visual.ordered), crop * n + slot, at)
     at, key = at.flatten(), key.flatten()
     left = (at < total).nonzero()[:, 0]
-    features, source, key = merged.flatten(0, 1)[left], at[left], key[left]
+    kept, source, key = merged.flatten(0, 1)[left], at[left], key[left]
     order, slot = key.sort(stable=True).indices, left
     if visual.packed is not None:
         newlines = _newlines(visual, source, getattr(reducer, "newlines", "all"))
-        features = torch.cat([features, visual.features[newlines].to(features)])
+        kept = torch.cat([kept, features[newlines].to(kept)])
         source, key = torch.cat([source, newlines]), torch.cat([key, newlines])
         slot = torch.cat([slot, torch.full_like(newlines, -1)])
         order = key.sort(stable=True).indices
     seconds = perf_counter() - started
-    return Reduced(features[order], source[order], token_map, slot[order], pictures(visual), seconds)
+    return Reduced(kept[order], source[order], token_map, slot[order], pictures(visual), seconds)
 
 
 def pictures(visual: Visual) -> list[Tensor]:

@@ -8,7 +8,7 @@ cache holds of the original prompt it notes on the cache, for the calls that con
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import Any, Protocol
 
@@ -192,6 +192,7 @@ class PromptSession:
             for name, left in self.left.items():
                 if hasattr(output, f"{name}_hidden_states"):
                     setattr(output, f"{name}_hidden_states", left.to(x))
+            self.left = {}
         return output if (core.config.return_dict if wanted is None else wanted) else output.to_tuple()
 
     def _features(self, core: Any, given: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -311,14 +312,15 @@ class PromptSession:
                     words = row if ids is None else tuple(ids[row][is_text[row]].tolist())
                 if (id(image), words) not in known:  # beams share an image
                     text = x[row][is_text[row]][None] if wants_text else None
-                    known[id(image), words] = reduce(image._fastok, self.reducer, text)  # type: ignore[attr-defined]
+                    known[id(image), words] = reduce(image, image._fastok, self.reducer, text)  # type: ignore[attr-defined]
                 reduced = known[id(image), words]
                 span = Span(row, start, len(image), reduced.features, reduced.source)
                 placed.append(_Placed(name, image, reduced, span))
         return sorted(placed, key=lambda image: (image.span.row, image.span.start))
 
     def _remember(self, placed: list["_Placed"], layout: Layout) -> None:
-        self.reduced = [image.reduced for image in placed]
+        # Without features: a copy of the model, or memory, shall not hang on their graph.
+        self.reduced = [replace(image.reduced, features=image.reduced.features.detach()[:0]) for image in placed]
         self.tokens_in = [image.span.length for image in placed]
         removed = layout.removed.tolist()
         self.prompts = [(after + gone, after) for after, gone in zip(layout.lengths, removed, strict=True)]
@@ -333,7 +335,7 @@ class PromptSession:
         traced_shorter = not self.prompts and columns - cached != layout.column.shape[1]
         if cache is not None and (history.places or traced_shorter or any(a != b for a, b in self.prompts)):
             removed = history.removed.to(layout.removed.device) + layout.removed
-            cache._fastok = History(columns, cached + layout.column.shape[1], mask, removed)
+            History(columns, cached + layout.column.shape[1], mask, removed).note_on(cache)
 
 
 @dataclass(eq=False)

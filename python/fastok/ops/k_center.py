@@ -50,10 +50,11 @@ def k_center(
 
     A masked or already picked token is never picked. Tokens with a NaN or an infinity count as masked while others
     remain; then they are picked in ascending order, at distance NaN. Ties go to the lowest index; a zero vector is at
-    cosine distance 1 from everything. Distances are computed in fp64 from exact sums and rounded to fp32 once
-    (``fastok.reference.k_center`` says how), so picks and distances are the same bits on every backend, with any number
-    of threads and in any batch. Not differentiable. No host synchronisation on CUDA. DivPrune, Alvar et al., CVPR 2025;
-    ToDRE, Li et al., 2025; greedy k-center, Gonzalez, 1985.
+    cosine distance 1 from everything. Cosines and Euclidean distances are computed in fp64 from exact sums and rounded
+    to fp32 once (``fastok.reference.k_center`` says how), so picks and distances are the same bits on every backend,
+    with any number of threads and in any batch. 1 - cos is taken of the rounded cosine: among near duplicates it is a
+    multiple of 2^-24. Not differentiable. No host synchronisation on CUDA. DivPrune, Alvar et al., CVPR 2025; ToDRE, Li
+    et al., 2025; greedy k-center, Gonzalez, 1985.
     """
     check_dtype("x", x, ACTIVATIONS)
     if x.dim() != 3:

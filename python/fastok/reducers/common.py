@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_int, check_number
+from ..ops.checks import check_number
 from ..ops.select import top_tokens
 from ..token_map import TokenMap
 from .context import TokenContext
@@ -31,7 +31,8 @@ def check_keep(keep: float, name: str = "keep", least: int = 1) -> None:
         if not keep > 0:
             raise ValueError(f"{name} must be above 0, got {keep}")
         return
-    check_int(name, keep)  # type: ignore[arg-type]
+    if not isinstance(keep, (int, torch.SymInt)) or isinstance(keep, bool):
+        raise TypeError(f"{name} must be an int, or a fraction up to 1.0; got {type(keep).__name__} {keep!r}")
     if keep < least:
         raise ValueError(f"{name} must be at least {'one token' if least else 0}, got {keep}")
 
@@ -98,7 +99,10 @@ def text_of(reducer: object, ctx: TokenContext) -> Tensor:
 
 def grid_of(reducer: object, ctx: TokenContext) -> tuple[int, int, int]:
     """``(t, h, w)``, which the unprotected tokens fill."""
-    t, h, w = given(reducer, ctx.grid, "grid", "grid=(t, h, w)")
+    grid = given(reducer, ctx.grid, "grid", "grid=(t, h, w)")
+    if not isinstance(grid, (tuple, list)) or len(grid) != 3 or min(grid) < 0:
+        raise ValueError(f"grid must be (t, h, w), none of them negative; got {grid!r}")
+    t, h, w = grid
     n = ctx.hidden.shape[1] - ctx.protect
     if t * h * w != n:
         raise ValueError(f"grid must have as many places as there are unprotected tokens, {n}; got {(t, h, w)}")

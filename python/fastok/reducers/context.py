@@ -67,7 +67,7 @@ class Reducer(Protocol):
     - ``mean_query: bool``: of an encoder without a class token, ``"cls"`` is the row that the mean of all queries would
       have; otherwise it is the mean over all rows, and in the layers of such an encoder the method is refused;
     - ``whole_image: bool``: True to be shown all crops or frames of an image as one sample, without ``grid``;
-    - ``by_scores: bool``: True if it only drops tokens, and by scores and places, whatever is in ``hidden``: a model may
+    - ``by_scores: bool``: True if it only drops tokens, by scores and places and whatever is in ``hidden``: a model may
       then ask it before the tokens are projected, and project no others;
     - ``ragged: bool``: True if how many tokens it leaves depends on what is in them, not on their number alone;
     - ``newlines``: which newline embeddings of a stitched image stay: ``"all"``, ``"filled"`` or ``"none"``.
