@@ -299,3 +299,14 @@ def test_repeatable_and_batch_invariant(backend: Backend) -> None:
         alone = [x[1:2] if isinstance(x, Tensor) else x for x in arguments]
         for part, expected in zip(backend.attention_backward(*alone)[:3], first, strict=False):
             assert_same(part, expected[1:2])
+
+
+def test_gradients_are_of_first_order() -> None:
+    """A gradient of a gradient would be wrong, and is refused; where it is only kept possible, nothing changes."""
+    q, k, v = (torch.randn(1, 5, 2, 32, requires_grad=True) for _ in range(3))
+    out, lse = fastok.attention(q, k, v)
+    (plain,) = torch.autograd.grad(out.sum() + lse.sum(), q, retain_graph=True)
+    (grad,) = torch.autograd.grad(out.sum() + lse.sum(), q, create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(NotImplementedError, match="attention: required, a gradient of its gradient"):
+        grad.square().sum().backward()

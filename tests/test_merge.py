@@ -275,3 +275,14 @@ def test_opcheck_unmerge_and_build_map(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.fastok.unmerge.default, (y, *parts, residual))
     torch.library.opcheck(torch.ops.fastok.unmerge.default, (y, *parts, None))
     torch.library.opcheck(torch.ops.fastok.build_map.default, (token_map.assign, 4))
+
+
+def test_gradients_are_of_first_order() -> None:
+    """A gradient of a gradient would be wrong, and is refused; where it is only kept possible, nothing changes."""
+    x = torch.randn(1, 6, 4, requires_grad=True)
+    merged, _ = TokenMap.from_assign(torch.tensor([[0, 0, 1, 2, 1, 2]]), 3).merge(x)
+    (plain,) = torch.autograd.grad(merged.square().sum(), x, retain_graph=True)
+    (grad,) = torch.autograd.grad(merged.square().sum(), x, create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(NotImplementedError, match="merge: required, a gradient of its gradient"):
+        grad.square().sum().backward()

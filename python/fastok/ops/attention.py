@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import scores as statistics
-from .autograd import call
+from .autograd import call, only_once
 from .checks import (
     ACTIVATIONS,
     check_at_least,
@@ -410,12 +410,29 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _attention_autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, key_bias, cu_q, cu_k = ctx.saved_tensors
     scale, left, right, softcap, max_q, max_k = ctx.numbers
-    grads = torch.ops.fastok.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, scale, left, right, softcap, key_bias, cu_q, cu_k, max_q, max_k
+    grads = call(
+        torch.ops.fastok.attention_backward,
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        scale,
+        left,
+        right,
+        softcap,
+        key_bias,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
     )
     return (*grads[:3], None, None, None, None, None if key_bias is None else grads[3], None, None, None, None)
 
 
+only_once("fastok::attention_backward")
 torch.library.register_autograd("fastok::attention", _attention_autograd, setup_context=_attention_setup)
 
 

@@ -1,4 +1,4 @@
-"""Calls of differentiable ops: past torch.library's Python layer where no gradient is asked for."""
+"""Differentiable ops: past torch.library's Python layer where no gradient is asked for, and no gradient twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +17,18 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def only_once(op: str) -> None:
+    """Have a gradient through ``op``, which makes gradients, end in an error: it would be wrong."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        name = op.removeprefix("fastok::").removesuffix("_backward")
+        raise NotImplementedError(
+            f"{name}: required, a gradient of its gradient (create_graph=True); supported, gradients of first order"
+        )
+
+    torch.library.register_autograd(op, refuse)
 
 
 def _asks_gradient(x: object) -> bool:

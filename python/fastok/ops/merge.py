@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
+from .autograd import call, only_once
 from .checks import (
     FLOATS,
     check_at_least,
@@ -132,7 +133,7 @@ def _merge_autograd(ctx: Any, grad_y: Tensor, grad_size_out: Tensor) -> tuple[Te
     x, y, assign, offsets, members, size, size_out = ctx.saved_tensors
     grad_x = grad_size = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.fastok.merge_backward(grad_y, x, y, assign, offsets, members, size, size_out, ctx.mode)
+        grad_x = call(torch.ops.fastok.merge_backward, grad_y, x, y, assign, offsets, members, size, size_out, ctx.mode)
     if ctx.needs_input_grad[4]:
         grad_size = _size_gradient(ctx.mode, x, y, assign, offsets, members, size_out, grad_y, grad_size_out)
     return grad_x, None, None, None, grad_size, None
@@ -173,5 +174,6 @@ def _unmerge_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_y, None, None, None, grad if ctx.needs_input_grad[4] else None
 
 
+only_once("fastok::merge_backward")
 torch.library.register_autograd("fastok::merge", _merge_autograd, setup_context=_merge_setup)
 torch.library.register_autograd("fastok::unmerge", _unmerge_autograd, setup_context=_unmerge_setup)
