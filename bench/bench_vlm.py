@@ -2,7 +2,8 @@
 
 Widths, heads and MLPs are those of the 7B model and its CLIP-L/14-336 tower. Of the decoder's layers and of the
 vocabulary, which costs the same however long a prompt is, there is a sixteenth; of the tower a twelfth. Weights are
-random. The promises: 90 % of what the saved FLOPs promise, and a reducer (with merging) that takes 1 % of the unreduced
+random. The FLOPs are those of a whole projector, which reducers that go by scores do not leave to be done. The promises:
+90 % of what the saved FLOPs promise, and a reducer (with merging) that takes 1 % of the unreduced
 prefill.
 """
 
@@ -156,5 +157,9 @@ def alone(name: str, noting: Noting, whole_us: float) -> Case:
         return lambda: ctx.hidden.clone()
 
     return Case(
-        f"{name} on {N} x {TEXT['hidden_size']}, alone", ours, copying, "a copy of the tokens", target_us=whole_us / 100
+        f"{name} on {' x '.join(map(str, ctx.hidden.shape[1:]))}, alone",
+        ours,
+        copying,
+        "a copy of the tokens",
+        target_us=whole_us / 100,
     )
