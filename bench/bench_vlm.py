@@ -2,9 +2,8 @@
 
 Widths, heads and MLPs are those of the 7B model and its CLIP-L/14-336 tower. Of the decoder's layers and of the
 vocabulary, which costs the same however long a prompt is, there is a sixteenth; of the tower a twelfth. Weights are
-random. The FLOPs are those of a whole projector, which reducers that go by scores do not leave to be done. The promises:
-90 % of what the saved FLOPs promise, and a reducer (with merging) that takes 1 % of the unreduced
-prefill.
+random. The FLOPs are those of a whole projector, though reducers that go by scores leave less to project. The promises:
+90 % of what the saved FLOPs promise, and a reducer (with merging) that takes 1 % of the unreduced prefill.
 """
 
 import copy
