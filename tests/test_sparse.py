@@ -65,6 +65,7 @@ SPREADS = {
     "of one digit": lambda n: 1 + torch.rand(n) / 8,
     "few values": lambda n: torch.randint(-2, 3, (n,)).float(),
     "equal": lambda n: torch.full((n,), -0.5),
+    "zeros and infinities": lambda n: torch.tensor([-math.inf, -0.0, 0.0, 1e-45, math.inf])[torch.randint(5, (n,))],
     "hardly any numbers": lambda n: torch.where(torch.rand(n) < 0.9, math.nan, torch.randn(n)),
 }
 

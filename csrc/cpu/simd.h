@@ -59,7 +59,8 @@ inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf absolute(vf x) { return _mm512_abs_ps(x); }
 inline vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vmask greater(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-inline vmask unordered(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+inline vmask unordered(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+inline vmask unordered(vf a) { return unordered(a, a); }
 inline vmask either(vmask a, vmask b) { return a | b; }
 inline bool any(vmask m) { return m != 0; }
 inline vf select(vmask m, vf a, vf b) { return _mm512_mask_mov_ps(b, m, a); }
@@ -133,7 +134,8 @@ inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf absolute(vf x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline vf maximum(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vmask greater(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
-inline vmask unordered(vf a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+inline vmask unordered(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
+inline vmask unordered(vf a) { return unordered(a, a); }
 inline vmask either(vmask a, vmask b) { return _mm256_or_ps(a, b); }
 inline bool any(vmask m) { return _mm256_movemask_ps(m) != 0; }
 inline vf select(vmask m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
@@ -193,6 +195,7 @@ inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 #endif
 inline vmask greater(vf a, vf b) { return a > b; }
 inline vmask unordered(vf a) { return a != a; }
+inline vmask unordered(vf a, vf b) { return unordered(a) | unordered(b); }
 inline vmask either(vmask a, vmask b) { return a | b; }
 inline bool any(vmask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 inline vf select(vmask m, vf a, vf b) { return m ? a : b; }

@@ -42,7 +42,7 @@ inline vf widened(const int4* p, bool high) {
 
 // The largest of `best` and four others; NaN wins, as in torch's amax. Of a NaN and a number `maximum` is the second.
 inline vf largest(const vf (&x)[4], vf best) {
-  const vmask nan = either(either(unordered(x[0]), unordered(x[1])), either(unordered(x[2]), unordered(x[3])));
+  const vmask nan = either(unordered(x[0], x[1]), unordered(x[2], x[3]));
   best = maximum(maximum(maximum(x[0], x[1]), maximum(x[2], x[3])), best);
   return select(nan, splat(std::numeric_limits<float>::quiet_NaN()), best);
 }
@@ -55,6 +55,28 @@ inline constexpr bool kPaired<int4> = true;
 // Bytes of a channel that are fetched before they are read: there are more channels than the hardware foresees well.
 constexpr int64_t kAhead = 2048;
 
+// kVectors vectors of tokens' codes, in order, and scores to where they belong. Two vectors of bf16 are the even tokens
+// and the odd ones, which is all that the conversion costs.
+template <class Code, int kVectors>
+inline void widen_all(const Code* row, bool high, vf (&label)[kVectors]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) label[v] = widened(row + v * kLanes, high);
+}
+template <class Code>
+inline void store_two(vf first, vf second, float* out) {
+  store(out, first);
+  store(out + kLanes, second);
+}
+#if defined(__AVX512F__)
+inline void widen_all(const bf16* row, bool, vf (&label)[2]) { load_pair(row, label[0], label[1]); }
+template <>
+inline void store_two<bf16>(vf even, vf odd, float* out) {
+  const vi low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  store(out, _mm512_permutex2var_ps(even, low, odd));
+  store(out + kLanes, _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
+}
+#endif
+
 // The best score of kVectors vectors of tokens among `queries` rows of `picked`.
 template <class Code, int kVectors>
 inline __attribute__((always_inline)) void best_of(const LabelScoresCall& call, const Code* codes, const f16* scale,
@@ -62,20 +84,27 @@ inline __attribute__((always_inline)) void best_of(const LabelScoresCall& call, 
   const int64_t pairs = (call.r + 1) / 2;
   constexpr int kQueries = 4;
   for (int64_t first = 0; first < queries; first += kQueries) {
-    vf acc[kQueries][kVectors] = {};
+    const float* query[kQueries];
+    for (int i = 0; i < kQueries; ++i) query[i] = picked + (first + i < queries ? first + i : queries - 1) * call.r;
+    vf acc[kQueries][kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kQueries; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = splat(0.0f);
     for (int64_t c = 0; c < call.r; ++c) {
       const bool high = kPaired<Code> && c >= pairs;
       const Code* row = codes + (high ? c - pairs : c) * call.channel_stride;
       if (first == 0 && !high) __builtin_prefetch(row + kAhead / sizeof(Code));
       vf label[kVectors];
-      for (int v = 0; v < kVectors; ++v) label[v] = widened(row + v * kLanes, high);
+      widen_all(row, high, label);
 #pragma GCC unroll 4
       for (int i = 0; i < kQueries; ++i) {
-        const int64_t query = first + i < queries ? first + i : queries - 1;
-        const vf x = splat(picked[query * call.r + c]);
+        const vf x = splat(query[i][c]);
+#pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(label[v], x, acc[i][v]);
       }
     }
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const vf factor = scale ? load(scale + v * kLanes) : splat(1.0f);
       best[v] = largest({acc[0][v] * factor, acc[1][v] * factor, acc[2][v] * factor, acc[3][v] * factor}, best[v]);
@@ -92,7 +121,20 @@ void score_head(const LabelScoresCall& call, int64_t b, int64_t out_head, const 
   for (int64_t t = there; t < end; ++t) out[t] = lowest;
   const int64_t group = call.heads / call.out_heads, sharing = call.heads / call.labels;
   const int64_t together = sharing < group ? sharing : group;  // query heads of the group that have the same labels
-  for (int64_t t = begin; t < there;) {
+  int64_t t = begin;
+  if (together == group) {  // nothing but this loop, for nearly all tokens
+    const int64_t label = out_head * group / sharing;
+    const Code* const codes = static_cast<const Code*>(call.data) + b * call.batch_stride + label * call.head_stride;
+    const f16* const scale =
+        call.scale ? call.scale + b * call.scale_batch_stride + label * call.scale_head_stride : nullptr;
+    const float* const queries = picked + out_head * group * call.rows * call.r;
+    for (; t + 2 * kLanes <= there; t += 2 * kLanes) {
+      vf best[2] = {splat(lowest), splat(lowest)};
+      best_of<Code, 2>(call, codes + t, scale ? scale + t : nullptr, queries, group * call.rows, best);
+      store_two<Code>(best[0], best[1], out + t);
+    }
+  }
+  while (t < there) {
     constexpr int kVectors = 2;
     // Less than a vector left: the last one of the range again, or a copy of what there is.
     const int64_t left = there - t;
@@ -131,7 +173,11 @@ void score_head(const LabelScoresCall& call, int64_t b, int64_t out_head, const 
       }
     }
     if (there - at >= vectors * kLanes) {
-      for (int v = 0; v < vectors; ++v) store(out + at + v * kLanes, best[v]);
+      if (vectors == kVectors) {
+        store_two<Code>(best[0], best[1], out + at);
+      } else {
+        store(out + at, best[0]);
+      }
     } else {
       float lanes[kLanes];
       store(lanes, best[0]);

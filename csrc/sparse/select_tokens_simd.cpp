@@ -30,8 +30,18 @@ uint32_t radix_select(const uint32_t* keys, int64_t n, int64_t m, uint32_t* left
     };
     uint32_t digit = mask;
     for (; m > count(digit); --digit) m -= count(digit);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; ++i) {
+    int64_t kept = 0, i = 0;
+#if defined(__AVX512F__)
+    for (; i + kLanes <= n; i += kLanes) {
+      const vi key = _mm512_loadu_si512(keys + i);
+      const vi of_key = _mm512_and_si512(_mm512_srl_epi32(key, _mm_cvtsi32_si128(shift)), splat(int32_t(mask)));
+      const vmask same = _mm512_cmpeq_epi32_mask(of_key, splat(int32_t(digit)));
+      // Of those before, none is read any more where `left` is `keys`.
+      _mm512_storeu_si512(left + kept, _mm512_maskz_compress_epi32(same, key));
+      kept += __builtin_popcount(same);
+    }
+#endif
+    for (; i < n; ++i) {
       left[kept] = keys[i];
       kept += (keys[i] >> shift & mask) == digit;
     }
@@ -42,6 +52,16 @@ uint32_t radix_select(const uint32_t* keys, int64_t n, int64_t m, uint32_t* left
   ties = m;
   return bound;
 }
+
+#if defined(__AVX512F__)
+// The same of a vector.
+inline vi keys_of(vf x) {
+  const vi bits =
+      _mm512_castps_si512(select(unordered(x), splat(-std::numeric_limits<float>::infinity()), x + splat(0.0f)));
+  const vi sign = _mm512_srai_epi32(bits, 31);
+  return _mm512_xor_si512(bits, _mm512_or_si512(sign, splat(INT32_MIN)));
+}
+#endif
 
 // Indices of the scores that are not below `least`, into `index`, which has room for a vector more; returns how many.
 int64_t collect(const float* x, int64_t n, float least, int32_t* index) {
@@ -77,20 +97,49 @@ float estimate(const float* x, int64_t n, int64_t m, uint32_t* keys, uint32_t* l
   return score_of(radix_select(keys, kSample, rank + 4 * deviation + 8, left, ties));
 }
 
+// The keys of the scores at these places.
+void keys_at(const float* x, const int32_t* index, int64_t count, uint32_t* keys) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + kLanes <= count; i += kLanes)
+    _mm512_storeu_si512(keys + i, keys_of(_mm512_i32gather_ps(load(index + i), x, 4)));
+#endif
+  for (; i < count; ++i) keys[i] = key_of(x[index[i]]);
+}
+
+// Those of `found` whose keys are above a bound, and the first `ties` of those at it.
+void take(const uint32_t* keys, const int32_t* found, int64_t count, uint32_t bound, int64_t ties, int32_t* index) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + kLanes <= count; i += kLanes) {
+    const vi key = _mm512_loadu_si512(keys + i);
+    vmask taken = _mm512_cmpgt_epu32_mask(key, splat(int32_t(bound)));
+    const vmask equal = _mm512_cmpeq_epu32_mask(key, splat(int32_t(bound)));
+    if (ties > 0 && equal != 0) {
+      for (vmask rest = equal; rest != 0 && ties > 0; rest &= vmask(rest - 1), --ties) taken |= vmask(rest & -rest);
+    }
+    const int n = __builtin_popcount(taken);
+    _mm512_mask_storeu_epi32(index, vmask((1u << n) - 1), _mm512_maskz_compress_epi32(taken, load(found + i)));
+    index += n;
+  }
+#endif
+  for (; i < count; ++i) {
+    const bool equal = keys[i] == bound, taken = keys[i] > bound || (equal && ties > 0);
+    ties -= equal && taken;
+    if (taken) *index++ = found[i];
+  }
+}
+
 void largest(const float* x, int64_t n, int64_t m, int32_t* index, uint32_t* scratch) {
   uint32_t *const keys = scratch, *const left = scratch + n;
   int32_t* const found = reinterpret_cast<int32_t*>(scratch + 2 * n);
   const float least = estimate(x, n, m, keys, left);
   int64_t count = collect(x, n, least, found);
   if (count < m) count = collect(x, n, -std::numeric_limits<float>::infinity(), found);
-  for (int64_t i = 0; i < count; ++i) keys[i] = key_of(x[found[i]]);
+  keys_at(x, found, count, keys);
   int64_t ties;
   const uint32_t bound = radix_select(keys, count, m, left, ties);
-  for (int64_t i = 0; i < count; ++i) {
-    const bool equal = keys[i] == bound, taken = keys[i] > bound || (equal && ties > 0);
-    ties -= equal && taken;
-    if (taken) *index++ = found[i];
-  }
+  take(keys, found, count, bound, ties, index);
 }
 
 }  // namespace
