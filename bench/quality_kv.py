@@ -5,7 +5,8 @@
 The texts are the standard library's held-out files with key-value pairs among them (fastok.models.recall): every key
 stands once in the first part of a text and once more in the last, and there its value counts as recalled if the model
 finds it the likeliest token. Recall and perplexity (per byte of the file) are both taken on the last part only: a
-quarter of the text for formats, an eighth for sparse methods.
+quarter of the text for formats, an eighth for sparse methods. Perplexity "with pairs" is that of all tokens there, keys
+and the values to be recalled included: of the text as it is.
 
 The first part is fed at once, as a prompt: it attends to itself exactly, and is packed, evicted or chosen from only
 then. The last part follows in steps of 16 tokens (sparse methods: of one), as many as fastok's attention reads a cache
@@ -15,7 +16,9 @@ labels and all, over the elements of all keys and values.
 
 Sparse methods read or keep a share of the text's tokens. The first layer always reads everything, and `TidalCache`'s
 second too, since it chooses. `SnapKVCache` and `PyramidKVCache` evict from all layers, by what the prompt's end attends
-to: before any key is asked for. They keep all tokens after the prompt; `H2OCache` goes on evicting. "double sparse" is
+to: before any key is asked for. They keep all tokens after the prompt; `H2OCache` goes on evicting. `StreamingCache` (4
+sinks) and `EMASinkCache` (a third of it sinks) have no more of the prompt either, in any layer; `RazorCache` gives half
+of its share to whole heads and the rest to windows, where that is a head at least. "double sparse" is
 `DoubleSparseCache` with the channels that `calibrate` finds by that statistic in 2,048 tokens of the training texts;
 "half recent" always reads as many of the newest tokens as of those its labels choose (the others 16 of them); "random
 channels" has channels drawn at random, the mean of several draws; "most recent" reads the newest tokens only.
@@ -85,9 +88,11 @@ class Quality:
     share: float
     perplexity: float
     recall: float
+    perplexity_with_pairs: float
     draws: int
     perplexity_sd: float
     recall_sd: float
+    perplexity_with_pairs_sd: float
 
 
 def formats(model: LlamaForCausalLM) -> list[Method]:
@@ -124,14 +129,28 @@ def sparse_methods(model: LlamaForCausalLM, length: int, prompt: int, shares: Se
             "SnapKV": [lambda kept=kept: sparse.SnapKVCache(kept)],
             "H2O": [lambda n=n: sparse.H2OCache(n // 2, n // 2)],
             "PyramidKV": [lambda kept=kept: sparse.PyramidKVCache(kept, model.config.num_hidden_layers)],
+            "StreamingLLM": [lambda n=n: sparse.StreamingCache(4, n - 4, model)],
+            "EMA-Sink": [lambda n=n: sparse.EMASinkCache(n // 3, n - n // 3, model=model)],
+            **razor(model, prompt, share),
         }
         methods += [Method(name, make, share=share) for name, make in makes.items()]
     return methods
 
 
+def razor(model: LlamaForCausalLM, prompt: int, share: float) -> dict[str, list[Callable[[], Cache]]]:
+    """Half the budget for whole heads, rounded to the nearest number of them, and what is left for the windows."""
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    whole = round(share / 2 * heads)
+    recent = int((share * heads - whole) / (heads - whole) * prompt)
+    if whole == 0:
+        return {}
+    chosen = sparse.retrieval_heads(model, induction=whole / heads, echo=0, length=500)
+    return {"RazorAttention": [lambda: sparse.RazorCache(chosen, recent=recent - 4, share=prompt)]}
+
+
 @torch.inference_mode()
-def answer(model: nn.Module, cache: Cache, texts: Sequences, prompt: int, step: int) -> tuple[float, float]:
-    """Perplexity per byte and share of values recalled behind the first ``prompt`` tokens."""
+def answer(model: nn.Module, cache: Cache, texts: Sequences, prompt: int, step: int) -> tuple[float, float, float]:
+    """Behind the first ``prompt`` tokens, perplexity per byte, share of values recalled, perplexity of all tokens."""
     tokens = texts.tokens
     logits = [model(tokens[:, :prompt], past_key_values=cache, logits_to_keep=1).logits]
     for start in range(prompt, tokens.shape[1], step):
@@ -139,8 +158,9 @@ def answer(model: nn.Module, cache: Cache, texts: Sequences, prompt: int, step: 
     predicted = torch.cat(logits, 1)[:, :-1].float()
     target, recalled = tokens[:, prompt:], texts.recalled[:, prompt:]
     plain = (target < BYTES) & (tokens[:, prompt - 1 : -1] < BYTES)
-    loss = F.cross_entropy(predicted[plain], target[plain])
-    return math.exp(loss), (predicted.argmax(-1) == target)[recalled].float().mean().item()
+    losses = F.cross_entropy(predicted.mT, target, reduction="none")
+    found = (predicted.argmax(-1) == target)[recalled].float().mean().item()
+    return math.exp(losses[plain].mean()), found, math.exp(losses.mean())
 
 
 def bits_of(cache: Cache, elements: int) -> float:
@@ -175,7 +195,8 @@ def line(quality: Quality) -> str:
     spread = f"  ({quality.draws} draws, ± {quality.perplexity_sd:.3f}, ± {quality.recall_sd:.1%})"
     return (
         f"{quality.table:8} {quality.length:5}  {quality.method:21} {kept:11} {quality.whole_bits:6.2f} whole  "
-        f"perplexity {quality.perplexity:6.3f}  recall {quality.recall:6.1%}{spread if quality.draws > 1 else ''}"
+        f"perplexity {quality.perplexity:6.3f}, with pairs {quality.perplexity_with_pairs:7.3f}  "
+        f"recall {quality.recall:6.1%}{spread if quality.draws > 1 else ''}"
     )
 
 

@@ -83,9 +83,9 @@ def test_the_model_is_small_and_a_llama() -> None:
 def test_the_model_recalls(quality_kv: ModuleType) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     texts = batch(n=2, length=1024, spacing=32, recall_last=0.25)
-    perplexity, share = quality_kv.answer(model, transformers.DynamicCache(), texts, 768, 256)
+    perplexity, share, with_pairs = quality_kv.answer(model, transformers.DynamicCache(), texts, 768, 256)
     assert share > 0.9
-    assert perplexity < 5.0
+    assert perplexity < 5.0 < with_pairs  # which key comes, nothing tells
     texts.tokens[:, :768][texts.tokens[:, :768] >= BYTES + KEYS] = BYTES + KEYS  # other values to be remembered
     assert quality_kv.answer(model, transformers.DynamicCache(), texts, 768, 256)[1] < 0.1
 
@@ -97,20 +97,26 @@ def test_double_sparsity_finds_what_a_window_and_random_channels_miss(quality_kv
     training = RecallTexts("train").batch(4, 512, Generator().manual_seed(0)).tokens
     texts = batch(n=4, length=1024, spacing=32, recall_last=0.125)
 
-    def recalled(calibration: sparse.Calibration, recent: int = 16) -> float:
+    def quality(calibration: sparse.Calibration, recent: int = 16) -> tuple[float, float]:
+        """Values recalled, and the perplexity of everything."""
         cache = sparse.DoubleSparseCache(calibration, 64, dense_layers=(0,), recent=recent)
-        return quality_kv.answer(model, cache, texts, 896, 1)[1]
+        _, recalled, with_pairs = quality_kv.answer(model, cache, texts, 896, 1)
+        return recalled, with_pairs
 
     found = sparse.calibrate(model, [training], 8, statistic="fisher")
     random = [
         torch.rand(4, 4, 64, generator=Generator().manual_seed(draw)).argsort(-1)[..., :8].contiguous()
         for draw in range(4)
     ]
-    at_random = [recalled(sparse.Calibration(channels, "random", found.model, found.checksum)) for channels in random]
-    best = recalled(found)
-    assert best > 0.95
-    assert best > sum(at_random) / len(at_random) + 0.02
-    assert recalled(found, recent=64) < 0.2
+    at_random = [quality(sparse.Calibration(channels, "random", found.model, found.checksum)) for channels in random]
+    mean_recalled, mean_perplexity = (sum(x) / len(x) for x in zip(*at_random, strict=True))
+    recalled, perplexity = quality(found)
+    assert recalled > 0.95
+    assert recalled > mean_recalled + 0.02
+    assert perplexity < mean_perplexity - 1
+    recalled, of_newest = quality(found, recent=64)
+    assert recalled < 0.2
+    assert perplexity < of_newest / 1.5
 
 
 # ---- bench -----------------------------------------------------------------------------------------------------------
@@ -131,6 +137,9 @@ def test_the_bench_tells_formats_and_methods_apart(quality_kv: ModuleType, tmp_p
     assert coarse["perplexity"] != full["perplexity"]  # packed bytes were read
     newest, all_tokens = rows["sparse", "most recent"], rows["sparse", "bf16"]
     assert newest["recall"] < all_tokens["recall"]
+    assert newest["perplexity_with_pairs"] > all_tokens["perplexity_with_pairs"]
+    for name in ("StreamingLLM", "EMA-Sink", "RazorAttention"):
+        assert rows["sparse", name]["whole_bits"] < all_tokens["whole_bits"]
     assert rows["sparse", "SnapKV"]["whole_bits"] < rows["sparse", "double sparse, qk"]["whole_bits"]
     random = rows["sparse", "random channels"]
     assert random["draws"] == quality_kv.DRAWS > 1
