@@ -221,6 +221,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 for row in of_panel
                 if axis == "bits" and row["length"] == longest and row["method"] != FULL
             ]
+            # One point alone is drawn as a line from end to end, which is meant for what reads everything.
+            curves = {name: points for name, points in curves.items() if len(points) > 1 or name == FULL}
             title = "values recalled, %" if measured == "recall" else "perplexity per byte"
             x_text = "{:.1f}".format if axis == "bits" else lambda x: f"1/{1 / x:.0f}"
             pictures.append(viz.draw_curves(curves, title, x_label, notes=notes, x_text=x_text))
