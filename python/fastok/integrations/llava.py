@@ -4,6 +4,7 @@ The tokens are what the projector returns, for each crop (or frame) in raster or
 stitch the crops of an image to one map, cut off what was padding and put a newline embedding behind each row; where a
 token goes is read off the model's own packing, applied to numbers instead of features. OneVision may resample a large
 stitched map: a token of the smaller one stands at the nearest place in its crop then, and other places are not valid.
+In LLaVA-1.5, a reducer that goes by scores chooses among the tower's features, and only its choice is projected.
 """
 
 import math
@@ -106,7 +107,7 @@ class LlavaFamily:
     keeps_positions: ClassVar[bool] = False
     forwards_options: ClassVar[bool] = False
     traces: ClassVar[bool] = True
-    early: ClassVar[bool] = True
+    early: ClassVar[bool] = True  # what reaches the projector is what a reducer is shown: no packing to come
     inner: Session | None = None  # where the reducer is in the tower's layers
 
     def __init__(self, core: Any, reducer: Reducer) -> None:

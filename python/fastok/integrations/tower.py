@@ -49,7 +49,7 @@ class Tower:
         wanted: by layer, the names of scores to be had of it.
         scores: by name fp32 ``[B,N]``, or ``[total]`` where the tower packs images: summed over the layers asked for.
         keys, values: ``[B,N,G,D]``, or ``[total,G,D]``, of the layer that makes the feature.
-        seconds: what the scores took.
+        seconds: what the scores took, and a choice by them before the projector.
     """
 
     def __init__(self, reducer: Reducer, n_layers: int, special: int, class_token: bool) -> None:

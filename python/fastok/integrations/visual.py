@@ -24,7 +24,7 @@ class Visual:
             a newline; None if there is one crop and nothing but its tokens.
         ordered: the number of leading crops that stay together when packed, so that their tokens can be in any order.
         seconds: its share of what the vision tower's scores took.
-        merged: where the tower itself has reduced, the map of the tokens, and ``[B,M,C]``, what it left.
+        merged: where tokens were reduced before the projector, their map, and ``[B,M,C]``, what is left.
     """
 
     hidden: Tensor
@@ -88,15 +88,15 @@ class Reduced:
 
 
 def reduce(features: Tensor, visual: Visual, reducer: Reducer, text: Tensor | None) -> Reduced:
-    """Apply ``reducer`` to one image, unless the tower has reduced it, and lay out what is left.
+    """Apply ``reducer`` to one image, unless it was reduced before the projector, and lay out what is left.
 
     ``features[n,C]`` are those that the model would put into the prompt.
 
     A reducer that has ``whole_image = True`` is shown all crops as one row. What has been merged stands where its first
     member stood that is in the prompt at all (for a `SoftMap`: the one with the largest weight); in crops that stay
-    together, in the order of the reducer's output (in raster order if the tower has reduced). Newline embeddings behind
-    the rows of a stitched image all stay; with the reducer's attribute ``newlines = "filled"``, those of rows in which
-    something is left; with ``"none"``, none.
+    together, in the order of the reducer's output (in raster order if that was done before the projector). Newline
+    embeddings behind the rows of a stitched image all stay; with the reducer's attribute ``newlines = "filled"``, those
+    of rows in which something is left; with ``"none"``, none.
     """
     started = perf_counter()
     whole: bool = getattr(reducer, "whole_image", False)
