@@ -19,6 +19,7 @@ SELECTION = 4.0  # a quarter of a step
 LAYERS, TIDAL_KEEP, TIDAL = 32, 256, 5.0
 
 Build = Callable[[], Callable[[], Any]]
+Stored = tuple[torch.Tensor, torch.Tensor, None]
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -62,10 +63,16 @@ def moved_bytes(total: int, keep: int, bits: int) -> float:
     return GROUPS * (labels + 2 * keep * WIDTH * 2)
 
 
-def stored(total: int, device: torch.device) -> DenseKV:
+def filled(total: int, device: torch.device) -> DenseKV:
     """Random keys and values, as fastok's caches keep them."""
     k, v = (torch.randn(1, total, GROUPS, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
     return DenseKV().append(k, v)
+
+
+def stored(total: int, device: torch.device) -> Stored:
+    """The same as the ops take them."""
+    store = filled(total, device)
+    return store.k, store.v, None
 
 
 def query(device: torch.device) -> torch.Tensor:
@@ -96,34 +103,34 @@ def in_torch(name: str, total: int, device: torch.device) -> Build:
 
 def dense(total: int, device: torch.device) -> Build:
     def build() -> Callable[[], Any]:
-        q, store = query(device), stored(total, device)
-        return lambda: fastok.attention_decode(q, (store.k, store.v, None))
+        q, cache = query(device), stored(total, device)
+        return lambda: fastok.attention_decode(q, cache)
 
     return build
 
 
 def listed(total: int, keep: int, device: torch.device) -> Build:
     def build() -> Callable[[], Any]:
-        q, store = query(device), stored(total, device)
+        q, cache = query(device), stored(total, device)
         tokens, _ = sparse.select_tokens(torch.rand(1, GROUPS, total, device=device), keep)
-        return lambda: fastok.attention_decode(q, (store.k, store.v, None), tokens=tokens)
+        return lambda: fastok.attention_decode(q, cache, tokens=tokens)
 
     return build
 
 
 def step(total: int, keep: int, bits: int, device: torch.device) -> Build:
     def build() -> Callable[[], Any]:
-        q, store = query(device), stored(total, device)
-        labels = labelled(store.k, bits)
-        return lambda: sparse.double_sparse_decode(q, (store.k, store.v, None), labels, keep)
+        q, cache = query(device), stored(total, device)
+        labels = labelled(cache[0], bits)
+        return lambda: sparse.double_sparse_decode(q, cache, labels, keep)
 
     return build
 
 
 def packed_step(total: int, keep: int, device: torch.device) -> Build:
     def build() -> Callable[[], Any]:
-        q, store = query(device), stored(total, device)
-        rows, labels = fastok.kv_pack(store.k, store.v, "kivi-2"), labelled(store.k, 4)
+        q, (k, v, _) = query(device), stored(total, device)
+        rows, labels = fastok.kv_pack(k, v, "kivi-2"), labelled(k, 4)
         return lambda: sparse.double_sparse_decode(q, rows, labels, keep)
 
     return build
@@ -149,7 +156,7 @@ def selection(total: int, keep: int, device: torch.device) -> Build:
 @cache
 def stores(device: torch.device) -> list[DenseKV]:
     """Of a few layers: too much together for any cache."""
-    return [stored(TOTAL, device) for _ in range(3)]
+    return [filled(TOTAL, device) for _ in range(3)]
 
 
 def layers(select_layers: tuple[int, ...], device: torch.device) -> Build:

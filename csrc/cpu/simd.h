@@ -74,6 +74,12 @@ inline void unzip(vf a, vf b, vf& even, vf& odd) {
   even = _mm512_permutex2var_ps(a, places, b);
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(places, _mm512_set1_epi32(1)), b);
 }
+// The inverse.
+inline void zip(vf even, vf odd, vf& a, vf& b) {
+  const vi places = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, places, odd);
+  b = _mm512_permutex2var_ps(even, _mm512_add_epi32(places, _mm512_set1_epi32(8)), odd);
+}
 // Two vectors of neighbouring elements, in whichever order the type unpacks best: here the even places and the odd
 // ones.
 inline void load_pair(const bf16* p, vf& even, vf& odd) {
@@ -150,6 +156,12 @@ inline void unzip(vf a, vf b, vf& even, vf& odd) {
   };
   even = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)));
   odd = in_order(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
+}
+// The inverse.
+inline void zip(vf even, vf odd, vf& a, vf& b) {
+  const vf low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 // Two vectors of neighbouring elements, in whichever order the type unpacks best: here the even places and the odd
 // ones.
@@ -287,6 +299,21 @@ inline void store_pair(T* p, vf first, vf second) {
   store(p, first);
   store(p + kLanes, second);
 }
+// Two vectors of fp32 in order, from and to the order in which load_pair takes those of T.
+template <class T>
+inline void to_pair(vf&, vf&) {}
+template <class T>
+inline void from_pair(vf&, vf&) {}
+#if defined(__AVX2__)
+template <>
+inline void to_pair<bf16>(vf& a, vf& b) {
+  unzip(a, b, a, b);
+}
+template <>
+inline void from_pair<bf16>(vf& a, vf& b) {
+  zip(a, b, a, b);
+}
+#endif
 inline void load_pair(const double* p, double& first, double& second) {
   first = p[0];
   second = p[1];

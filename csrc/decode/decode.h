@@ -15,7 +15,7 @@ FASTOK_INLINE int64_t decode_pitch(int64_t width) { return (width + 15) / 16 * 1
 // Query rows that attend to the same keys.
 struct DecodeRows {
   int64_t count;
-  const float* q;            // [count][decode_pitch(width)], scaled, 0 behind the width
+  const float* q;            // [count][decode_pitch(width)], as prepared
   const int64_t* last;       // of each row, the newest place that it sees
   const float* const* bias;  // of each row, by place; nullptr: none
   float softcap;
@@ -59,7 +59,8 @@ struct PackedKeys {
 struct DecodeKernels {
   // Bytes of scratch for so many rows of widths up to `width`.
   size_t (*scratch_bytes)(int64_t rows, int64_t width);
-  // A query row in fp32, times `factor`; for packed keys in the order and the basis of their codes.
+  // A query row in fp32, times `factor`, 0 behind the width; for packed keys in the order and the basis of their codes,
+  // otherwise in the order in which their products are made.
   void (*prepare)(const void* q, Dtype, int64_t width, float factor, const KvSide*, const KvChannels&, float* out);
   // Of heads that are read side by side; each one's results are what they would be alone.
   void (*dense)(const DenseHead* heads, int64_t n_heads, const DenseKeys&, void* scratch);

@@ -260,7 +260,7 @@ struct TokenRows {
         block(x.stride(0) * element),
         token(x.stride(1) * element),
         head(x.stride(2) * element) {}
-  const void* at(int64_t b, int64_t t, int64_t g) const { return base + b * block + t * token + g * head; }
+  const char* at(int64_t b, int64_t t, int64_t g) const { return base + b * block + t * token + g * head; }
 };
 
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seq_lens,
@@ -311,11 +311,15 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   const DecodeKernels& kernels = pick_decode_kernels();
   const auto run = [&](int64_t b, int64_t split, const UnitStates& states, void* scratch) {
     const int64_t first_group = call.group_of(states.unit[0]), begin = split * kSplitKeys;
+    const char *const k_base = k_rows.at(b, 0, first_group), *const v_base = v_rows.at(b, 0, first_group);
     const auto row_of = [&](int64_t i, const void*& key, const void*& value) {
-      const int64_t block = blocks_of ? blocks_of[b * table.size(1) + i / page] : b;
-      const int64_t token = blocks_of ? i % page : i;
-      key = k_rows.at(block, token, first_group);
-      value = v_rows.at(block, token, first_group);
+      key = k_base + i * k_rows.token;
+      value = v_base + i * v_rows.token;
+    };
+    const auto paged_row_of = [&](int64_t i, const void*& key, const void*& value) {
+      const int64_t block = blocks_of[b * table.size(1) + i / page];
+      key = k_rows.at(block, i % page, first_group);
+      value = v_rows.at(block, i % page, first_group);
     };
     const int32_t* listed = nullptr;
     std::vector<DenseHead> heads;
@@ -329,9 +333,12 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
                        (g - first_group) * v.stride(2), n});
       count = std::max(count, n);
     }
-    const RowPointers pointers =
-        listed ? RowPointers(listed + begin, count, row_of) : RowPointers(begin, begin + count, row_of);
-    kernels.dense(heads.data(), states.count, pointers.keys(call), scratch);
+    const auto attend = [&](const auto& rows_of) {
+      const RowPointers pointers =
+          listed ? RowPointers(listed + begin, count, rows_of) : RowPointers(begin, begin + count, rows_of);
+      kernels.dense(heads.data(), states.count, pointers.keys(call), scratch);
+    };
+    blocks_of ? attend(paged_row_of) : attend(row_of);
   };
   // As many keys to a split whether they are listed or not: a list of all gives the same bits as none.
   const auto splits_of = [&](int64_t b, int64_t unit) {

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
 // How many heads' keys or values further the nearer ones are fetched, unless a head is alone, and how many rows the
 // farther ones: of one or two heads, or of more.
-constexpr int64_t kNearHeads = 2, kFarRowsOfFew = 32, kFarRows = 16;
+constexpr int64_t kNearHeads = 2, kFarRowsOfFew = 48, kFarRows = 16;
 
 template <class T>
 void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {
@@ -71,9 +71,18 @@ void dense_keys(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, 
   }
 }
 
+// Times `factor`; in `pairs`, as dots() wants it.
 template <class T>
-void widen_scaled(const void* x, int64_t width, float factor, float* out) {
-  for (int64_t d = 0; d < width; ++d) out[d] = widen(static_cast<const T*>(x)[d]) * factor;
+void widen_scaled(const void* from, int64_t width, float factor, bool pairs, float* out) {
+  const T* const x = static_cast<const T*>(from);
+  int64_t d = 0;
+  for (; pairs && d + 2 * kLanes <= width; d += 2 * kLanes) {
+    vf a, b;
+    load_pair(x + d, a, b);
+    store(out + d, a * splat(factor));
+    store(out + d + kLanes, b * splat(factor));
+  }
+  for (; d < width; ++d) out[d] = widen(x[d]) * factor;
 }
 
 void prepare(const void* q, Dtype dtype, int64_t width, float factor, const KvSide* side, const KvChannels& channels,
@@ -81,11 +90,11 @@ void prepare(const void* q, Dtype dtype, int64_t width, float factor, const KvSi
   float plain[kMostChannels];
   float* const to = side ? plain : out;
   if (dtype == Dtype::f16) {
-    widen_scaled<f16>(q, width, factor, to);
+    widen_scaled<f16>(q, width, factor, !side, to);
   } else if (dtype == Dtype::bf16) {
-    widen_scaled<bf16>(q, width, factor, to);
+    widen_scaled<bf16>(q, width, factor, !side, to);
   } else {
-    widen_scaled<float>(q, width, factor, to);
+    widen_scaled<float>(q, width, factor, !side, to);
   }
   for (int64_t d = width; d < decode_pitch(width); ++d) out[d] = 0;
   if (!side) return;

@@ -94,22 +94,34 @@ __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, con
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) sum[r][t] = splat(0.0f);
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    vf x[kTokens];
+  for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+    vf x[2][kTokens];
 #pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) x[t] = load(keys[t] + first + d);
+    for (int t = 0; t < kTokens; ++t) load_pair(keys[t] + first + d, x[0][t], x[1][t]);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const vf y = load(q + r * q_pitch + d);
+      for (int r = 0; r < kRows; ++r) {
+        const vf y = load(q + r * q_pitch + d + half * kLanes);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) sum[r][t] = fma(x[t], y, sum[r][t]);
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = fma(x[half][t], y, sum[r][t]);
+      }
+  }
+  if (d + kLanes <= width) {
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      const vf x = load(keys[t] + first + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][t] = fma(x, load(q + r * q_pitch + d), sum[r][t]);
     }
+    d += kLanes;
   }
   store_sums<kTokens, kRows>(sum, out, pitch);
   if (d < width) add_rest(keys, kTokens, first + d, q + d, q_pitch, kRows, width - d, out, pitch);
 }
 
-// out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels.
+// out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels; whole pairs of vectors of a row of q are in
+// the order of load_pair.
 template <class T>
 void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows, int64_t width,
           float* out, int64_t pitch) {
@@ -130,15 +142,20 @@ template <class T, int kRows, int kVectors>
 inline __attribute__((always_inline)) void sum_tile(const T* const* values, int64_t n, int64_t first, const float* p,
                                                     int64_t p_pitch, float* out, int64_t pitch, const Ahead& ahead) {
   vf sum[kRows][kVectors];
+  constexpr int kPaired = kVectors / 2 * 2;
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * pitch + v * kLanes);
+#pragma GCC unroll 2
+    for (int v = 0; v < kPaired; v += 2) to_pair<T>(sum[r][v], sum[r][v + 1]);
+  }
   for (int64_t i = 0; i < n; ++i) {
     ahead.fetch(i);
     vf x[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) x[v] = load(values[i] + first + v * kLanes);
+#pragma GCC unroll 2
+    for (int v = 0; v < kPaired; v += 2) load_pair(values[i] + first + v * kLanes, x[v], x[v + 1]);
+    if constexpr (kPaired < kVectors) x[kPaired] = load(values[i] + first + kPaired * kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const vf weight = splat(p[r * p_pitch + i]);
@@ -147,9 +164,12 @@ inline __attribute__((always_inline)) void sum_tile(const T* const* values, int6
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kPaired; v += 2) from_pair<T>(sum[r][v], sum[r][v + 1]);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(out + r * pitch + v * kLanes, sum[r][v]);
+  }
 }
 
 template <class T>

@@ -39,8 +39,22 @@ class TokenLists {
  private:
   static constexpr int64_t kGrain = 8192;  // places worth handing to another thread
 
+  // Lists as select_tokens makes them, ascending and then -1, in loops of a few instructions; -1: it is none.
+  template <class Int>
+  int64_t copied(const Int* from, int32_t* to) const {
+    int64_t count = pitch_;
+    while (count > 0 && from[count - 1] < 0) --count;
+    if (count == 0) return 0;
+    if (from[0] < 0 || from[count - 1] > std::numeric_limits<int32_t>::max()) return -1;
+    uint64_t steps = 0;  // minus 1: below 2^31 all of them, if each is
+    for (int64_t i = 1; i < count; ++i) steps |= uint64_t(from[i]) - uint64_t(from[i - 1]) - 1;
+    if (steps >> 31) return -1;
+    for (int64_t i = 0; i < count; ++i) to[i] = int32_t(from[i]);
+    return count;
+  }
   template <class Int>
   int64_t arrange(const Int* from, int32_t* to) const {
+    if (const int64_t count = copied(from, to); count >= 0) return count;
     int64_t count = 0, previous = -1;
     bool ascending = true;
     for (int64_t i = 0; i < pitch_; ++i) {

@@ -31,5 +31,10 @@ def only_once(op: str) -> None:
     torch.library.register_autograd(op, refuse)
 
 
+def without_gradient(x: Tensor) -> Tensor:
+    """``x``, for an op that is not differentiable."""
+    return x.detach() if x.requires_grad else x
+
+
 def _asks_gradient(x: object) -> bool:
     return isinstance(x, Tensor) and x.requires_grad

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Union
 import torch
 from torch import Tensor
 
+from .autograd import without_gradient
 from .checks import (
     ACTIVATIONS,
     INTEGERS,
@@ -89,14 +90,15 @@ def attention_decode(
     scale = width**-0.5 if scale is None else scale
     check_number("scale", scale)
     cap = check_softcap(softcap)
-    q = q.detach()
+    q = without_gradient(q)
     if isinstance(cache, (PagedKV, tuple)):
         k, v, seq_lens, table, total = _dense(q, cache)
         groups = k.shape[2]
         _check_extras(q, groups, tokens, key_bias)
         if key_bias is not None:
             key_bias = _over_places(key_bias, seq_lens if table is not None else None, total)
-        out, lse = torch.ops.fastok.decode(q, k.detach(), v.detach(), seq_lens, table, scale, cap, key_bias, tokens)
+        out, lse = torch.ops.fastok.decode(q, without_gradient(k), without_gradient(v), seq_lens, table, scale, cap,
+                                              key_bias, tokens)  # fmt: skip
         return out, lse
     if not hasattr(cache, "hot_k"):
         raise TypeError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got {type(cache).__name__}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import sparse as reference
+from .autograd import without_gradient
 from .checks import (
     ACTIVATIONS,
     FLOATS,
@@ -185,7 +186,7 @@ def _label_arguments(
         )
     if seq_lens is not None:
         _check_lengths(seq_lens, q, "q", data.shape[3])
-    return q.detach(), data, scale, channels, labels.kv_heads, shared != "sum" and bool(shared)
+    return without_gradient(q), data, scale, channels, labels.kv_heads, shared != "sum" and bool(shared)
 
 
 def query_rows(q: Tensor) -> Tensor:
