@@ -6,7 +6,8 @@ import pytest
 import torch
 from fastok import PagedKV, attention_decode, kv_pack
 from fastok.sparse import LabelCache, double_sparse_decode, label_scores, select_tokens
-from fastok.testing import assert_accurate, assert_same
+from fastok.testing import Backend, assert_accurate, assert_same, over_backends
+from fastok.testing.examples import examples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -206,6 +207,42 @@ def test_compiles_without_graph_breaks() -> None:
 
     for got, wanted in zip(torch.compile(step, fullgraph=True)(q), step(q), strict=True):
         assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@over_backends("double_sparse_decode", without=("reference", "triton-interpreter", "cuda-on-host"))
+def test_one_op_is_its_two_parts(backend: Backend, shared: bool, paged: bool, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            q, k, v = made(2, 96, 2, dtype)
+            labels = LabelCache(channels(4), 8).append(k)
+            lengths, table = torch.tensor([96, 41]), None
+            if paged:
+                k, v = (x.reshape(12, 16, G, D) for x in (k, v))
+                table = torch.arange(12, dtype=torch.int32).view(2, 6)
+            labelled = (labels.data, labels.scale, labels.channels, G, shared, 17, 2, 3)
+            tokens, _ = backend.label_tokens(q, *labelled, lengths)
+            wanted = *backend.decode(q, k, v, lengths, table, 0.2, 5.0, None, tokens), tokens
+            found = backend.double_sparse_decode(q, k, v, lengths, table, 0.2, 5.0, *labelled)
+            for got, part in zip(found, wanted, strict=True):
+                assert_same(got, part)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_opcheck() -> None:
+    for arguments in (one.arguments(torch.float32, 0) for one in examples("small") if one.op == "double_sparse_decode"):
+        torch.library.opcheck(torch.ops.fastok.double_sparse_decode.default, arguments)
+
+
+def test_labels_must_be_of_the_cache() -> None:
+    q, k, v = made(1, 80)
+    with pytest.raises(ValueError, match="labels must be of the cache's 2 KV heads, got 1"):
+        double_sparse_decode(q, (k, v, None), LabelCache(channels(4, 1)).append(k[:, :, :1]), 16)
 
 
 def test_labels_can_be_begun_inside_a_graph() -> None:

@@ -1,11 +1,11 @@
 // CPU backend of decode attention: sharing out heads and keys, merging. The arithmetic is in decode_simd.cpp.
-#include "decode/decode.h"
+#include "decode/decode_cpu.h"
 
 #include <atomic>
 #include <memory>
 #include <numeric>
-#include <tuple>
 
+#include "decode/decode.h"
 #include "decode/token_lists.h"
 #include "quantize/cache_cpu.h"
 
@@ -263,6 +263,8 @@ struct TokenRows {
   const char* at(int64_t b, int64_t t, int64_t g) const { return base + b * block + t * token + g * head; }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Tensor> seq_lens,
                                   std::optional<Tensor> block_table, double scale, double softcap,
                                   std::optional<Tensor> key_bias, std::optional<Tensor> tokens) {
@@ -351,6 +353,8 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   return decode_over(call, side_by_side, splits_of, length_of, run,
                      [](int64_t, int64_t, int64_t, const KvSide*&, KvChannels&, const KvSide*&, KvChannels&) {});
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset, Tensor counts,
                                          std::optional<Tensor> classes, std::optional<Tensor> key_channels,

@@ -1,12 +1,11 @@
 // CPU backend of label_tokens: a head's scores are chosen from by the thread that made them, while its caches hold
 // them.
-#include <tuple>
+#include "sparse/label_tokens_cpu.h"
 
 #include "sparse/label_call_cpu.h"
 #include "sparse/select_row_cpu.h"
 
 namespace fastok {
-namespace {
 
 std::tuple<Tensor, Tensor> label_tokens(Tensor q, Tensor data, std::optional<Tensor> scale, Tensor channels,
                                         int64_t kv_heads, bool shared, int64_t k, int64_t sink, int64_t recent,
@@ -41,7 +40,6 @@ std::tuple<Tensor, Tensor> label_tokens(Tensor q, Tensor data, std::optional<Ten
   return {index, count};
 }
 
-}  // namespace
 }  // namespace fastok
 
 STABLE_TORCH_LIBRARY_IMPL(fastok, CPU, m) { m.impl("label_tokens", TORCH_BOX(&fastok::label_tokens)); }

@@ -39,6 +39,7 @@ REFERENCE = {
     "label_scores": sparse.label_scores,
     "select_tokens": sparse.select_tokens,
     "label_tokens": sparse.label_tokens,
+    "double_sparse_decode": sparse.double_sparse_decode,
 }
 # Plain PyTorch on every device, autograd included.
 COMPOSITE = {"merge_states": reference.merge_states}
@@ -55,10 +56,18 @@ def _label_tokens(*arguments: Any) -> Any:
     return ops.select_tokens(ops.label_scores(*labelled, seq_lens), k, None, sink, recent, seq_lens)
 
 
+def _double_sparse_decode(*arguments: Any) -> Any:
+    q, k, v, seq_lens, table, scale, softcap, *labelled = arguments
+    ops = torch.ops.fastok
+    tokens, _ = ops.label_tokens(q, *labelled, seq_lens)
+    return *ops.decode(q, k, v, seq_lens, table, scale, softcap, None, tokens), tokens
+
+
 # Where an op has no kernel of its own: the ops that it consists of, one after the other, and the slowest.
 IN_PARTS = {
     "attention_with_scores": (_attention_with_scores, "attention_scores"),
     "label_tokens": (_label_tokens, "select_tokens"),
+    "double_sparse_decode": (_double_sparse_decode, "select_tokens"),
 }
 # Devices without kernels of ours run the specification.
 OTHER_DEVICES = ("XPU", "MPS", "HPU", "PrivateUse1")

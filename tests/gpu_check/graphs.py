@@ -16,8 +16,8 @@ from .device import attempt, has_kernel
 from .record import Record
 
 WORKING_MEMORY = {
-    "attention", "attention_backward", "attention_scores", "decode", "decode_packed", "density_peaks", "k_center",
-    "max_coverage", "sample_cdf", "select_tokens", "top_tokens",
+    "attention", "attention_backward", "attention_scores", "decode", "decode_packed", "density_peaks",
+    "double_sparse_decode", "k_center", "label_tokens", "max_coverage", "sample_cdf", "select_tokens", "top_tokens",
 }  # fmt: skip
 
 

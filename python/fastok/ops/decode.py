@@ -80,25 +80,13 @@ def attention_decode(
     cache. Deterministic: keys are taken in parts of a fixed size and merged in order, whatever batch and threads. Not
     differentiable. No host synchronisation on CUDA. Flash-Decoding (Dao et al., 2023).
     """
-    check_dtype("q", q, ACTIVATIONS)
-    check_shape("q", q, (None, None, None, None), "[B,S,H,D]")
-    rows, width = q.shape[1], q.shape[3]
-    if rows > MOST_ROWS:
-        raise ValueError(f"q must have at most {MOST_ROWS} rows, got {rows}: use fastok.attention for more")
-    if width % 8 or not 8 <= width <= 256:
-        raise ValueError(f"q must have a head dim that is a multiple of 8 from 8 to 256, got {width}")
-    scale = width**-0.5 if scale is None else scale
-    check_number("scale", scale)
-    cap = check_softcap(softcap)
-    q = without_gradient(q)
+    q, scale, cap = query_arguments(q, scale, softcap)
     if isinstance(cache, (PagedKV, tuple)):
-        k, v, seq_lens, table, total = _dense(q, cache)
-        groups = k.shape[2]
-        _check_extras(q, groups, tokens, key_bias)
+        k, v, seq_lens, table, total = dense_arguments(q, cache)
+        _check_extras(q, k.shape[2], tokens, key_bias)
         if key_bias is not None:
             key_bias = _over_places(key_bias, seq_lens if table is not None else None, total)
-        out, lse = torch.ops.fastok.decode(q, without_gradient(k), without_gradient(v), seq_lens, table, scale, cap,
-                                              key_bias, tokens)  # fmt: skip
+        out, lse = torch.ops.fastok.decode(q, k, v, seq_lens, table, scale, cap, key_bias, tokens)
         return out, lse
     if not hasattr(cache, "hot_k"):
         raise TypeError(f"cache must be a PackedKV, a PagedKV or (k, v, seq_lens); got {type(cache).__name__}")
@@ -113,7 +101,21 @@ def attention_decode(
     return out, lse
 
 
-def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+def query_arguments(q: Tensor, scale: float | None, softcap: float | None) -> tuple[Tensor, float, float]:
+    """What the ops take: queries, scale, softcap."""
+    check_dtype("q", q, ACTIVATIONS)
+    check_shape("q", q, (None, None, None, None), "[B,S,H,D]")
+    rows, width = q.shape[1], q.shape[3]
+    if rows > MOST_ROWS:
+        raise ValueError(f"q must have at most {MOST_ROWS} rows, got {rows}: use fastok.attention for more")
+    if width % 8 or not 8 <= width <= 256:
+        raise ValueError(f"q must have a head dim that is a multiple of 8 from 8 to 256, got {width}")
+    scale = width**-0.5 if scale is None else scale
+    check_number("scale", scale)
+    return without_gradient(q), scale, check_softcap(softcap)
+
+
+def dense_arguments(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
     """Keys, values, lengths, table (None if contiguous) and the most keys a sequence can have."""
     batch, _, heads, width = q.shape
     table: Tensor | None = None
@@ -155,7 +157,7 @@ def _dense(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | 
                 check_range("block_table", table[used], 0, k.shape[0])
     elif table is not None:
         raise ValueError("seq_lens must be given for a PagedKV, got None")
-    return k, v, seq_lens, table, total
+    return without_gradient(k), without_gradient(v), seq_lens, table, total
 
 
 def _check_extras(q: Tensor, groups: int, tokens: Tensor | None, key_bias: Tensor | None) -> None:

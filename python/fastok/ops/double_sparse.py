@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_at_least, check_int, check_tensor
-from .decode import Dense, PagedKV, attention_decode
-from .sparse import check_labels, label_tokens, query_rows
+from .decode import Dense, PagedKV, attention_decode, dense_arguments, query_arguments
+from .sparse import check_labels, label_arguments, label_tokens, most_tokens, query_rows
 
 if TYPE_CHECKING:
     from ..caches.labels import LabelCache
@@ -60,6 +60,16 @@ def double_sparse_decode(
     lengths = _lengths(cache)
     if isinstance(cache, tuple) and lengths is None and len(labels) != cache[0].shape[1]:
         raise ValueError(f"labels must be of the cache's {cache[0].shape[1]} tokens, got {len(labels)}")
+    if shared != "sum" and isinstance(cache, (PagedKV, tuple)):
+        q, data, label_scale, channels, heads, largest = label_arguments(q, labels, shared, lengths)
+        most = most_tokens(n_keep, None, sink, recent, data.shape[3])
+        q, scale, cap = query_arguments(q, scale, softcap)
+        k, v, _, table, _ = dense_arguments(q, cache)
+        if heads not in (k.shape[2], q.shape[2]):
+            raise ValueError(f"labels must be of the cache's {k.shape[2]} KV heads, got {heads}")
+        return torch.ops.fastok.double_sparse_decode.default(
+            q, k, v, lengths, table, scale, cap, data, label_scale, channels, heads, largest, most, sink, recent
+        )
     tokens, _ = label_tokens(q, labels, n_keep, sink=sink, recent=recent, shared=shared, seq_lens=lengths)
     out, lse = attention_decode(q, cache, tokens=tokens, scale=scale, softcap=softcap)
     return out, lse, tokens
@@ -87,3 +97,14 @@ def _lengths(cache: Union["PackedKV", PagedKV, Dense]) -> Tensor | None:
     ):
         raise ValueError(f"cache must have equally many tokens in all heads of a sequence, got {lengths.tolist()}")
     return of_first
+
+
+@torch.library.register_fake("fastok::double_sparse_decode")
+def _double_sparse_decode_fake(
+    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor | None, block_table: Tensor | None, scale: float, softcap: float,
+    data: Tensor, label_scale: Tensor | None, channels: Tensor, kv_heads: int, shared: bool, n_keep: int, sink: int,
+    recent: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, rows, heads, _ = q.shape
+    tokens = q.new_empty(batch, kv_heads if shared else heads, n_keep, dtype=torch.int64)
+    return q.new_empty(batch, rows, heads, v.shape[3]), q.new_empty(batch, heads, rows, dtype=torch.float32), tokens

@@ -130,7 +130,7 @@ def label_scores(
 
     Deterministic and batch-invariant; no host synchronisation; no gradient.
     """
-    arguments = _label_arguments(q, labels, shared, seq_lens)
+    arguments = label_arguments(q, labels, shared, seq_lens)
     scores = torch.ops.fastok.label_scores(*arguments, seq_lens)
     return scores.unflatten(1, (labels.kv_heads, -1)).sum(2) if shared == "sum" else scores
 
@@ -149,8 +149,8 @@ def label_tokens(
     if shared == "sum":
         return select_tokens(label_scores(q, labels, shared=shared, seq_lens=seq_lens), k, sink=sink, recent=recent,
                              seq_lens=seq_lens)  # fmt: skip
-    arguments = _label_arguments(q, labels, shared, seq_lens)
-    most = _most(k, None, sink, recent, labels.data.shape[3])
+    arguments = label_arguments(q, labels, shared, seq_lens)
+    most = most_tokens(k, None, sink, recent, labels.data.shape[3])
     return torch.ops.fastok.label_tokens(*arguments, most, sink, recent, seq_lens)
 
 
@@ -166,7 +166,7 @@ def check_shared(shared: bool | str) -> None:
         raise ValueError(f"shared must be True (the largest of a group), False or 'sum', got {shared!r}")
 
 
-def _label_arguments(
+def label_arguments(
     q: Tensor, labels: "LabelCache", shared: bool | str, seq_lens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int, bool]:
     """What the ops take: queries, codes, scales, channels, KV heads, whether the largest of a group is wanted."""
@@ -234,7 +234,7 @@ def select_tokens(
         raise ValueError(f"scores must be [B,G,T], got shape {list(scores.shape)}")
     if seq_lens is not None:
         _check_lengths(seq_lens, scores, "scores", scores.shape[2])
-    most = _most(k, mass, sink, recent, scores.shape[2])
+    most = most_tokens(k, mass, sink, recent, scores.shape[2])
     return torch.ops.fastok.select_tokens(scores.detach(), most, mass, sink, recent, seq_lens)
 
 
@@ -247,7 +247,7 @@ def _check_lengths(seq_lens: Tensor, other: Tensor, name: str, total: int) -> No
         check_range("seq_lens", seq_lens, 0, total + 1)
 
 
-def _most(k: int | None, mass: float | None, sink: int, recent: int, total: int) -> int:
+def most_tokens(k: int | None, mass: float | None, sink: int, recent: int, total: int) -> int:
     """How many of ``total`` tokens a selection can have, if these are arguments for one."""
     for name, value in (("k", k), ("sink", sink), ("recent", recent)):
         if value is None and name == "k":

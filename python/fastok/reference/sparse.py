@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .decode import decode
+
 EIGHTHS = 8
 """Parts of a sequence for `fisher_sums`."""
 
@@ -152,3 +154,13 @@ def label_tokens(
     """``torch.ops.fastok.label_tokens``: `select_tokens` of `label_scores`."""
     scores = label_scores(q, data, scale, channels, kv_heads, shared, seq_lens)
     return select_tokens(scores, k, None, sink, recent, seq_lens)
+
+
+def double_sparse_decode(
+    q: Tensor, k: Tensor, v: Tensor, seq_lens: Tensor | None, block_table: Tensor | None, scale: float, softcap: float,
+    data: Tensor, label_scale: Tensor | None, channels: Tensor, kv_heads: int, shared: bool, n_keep: int, sink: int,
+    recent: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``torch.ops.fastok.double_sparse_decode``: `decode` over the `label_tokens`."""
+    tokens, _ = label_tokens(q, data, label_scale, channels, kv_heads, shared, n_keep, sink, recent, seq_lens)
+    return *decode(q, k, v, seq_lens, block_table, scale, softcap, None, tokens), tokens

@@ -34,6 +34,7 @@ ROUNDING: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention_with_scores": attention.rounding_of_both,
     "decode": cache.rounding_of_decode,
     "decode_packed": cache.rounding_of_decode_packed,
+    "double_sparse_decode": sparse.rounding_of_double_sparse_decode,
 }
 
 

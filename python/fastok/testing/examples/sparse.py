@@ -1,10 +1,14 @@
 """Examples of sparse decode. Scores are exact in every dtype, so that selections are the same everywhere."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...caches.labels import LabelCache
+from ...reference import sparse as reference
+from .cache import rounding_of_decode
 from .registry import Arguments, example, odd_view
 
 # ---- label_scores: q, data, scale, channels, kv_heads, shared, seq_lens ----------------------------------------------
@@ -88,3 +92,34 @@ def _tokens_rows(dtype: torch.dtype) -> Arguments:
 @example("label_tokens", "large", "32 heads, 4096 of 65536 tokens, 8 channels")
 def _tokens_long(dtype: torch.dtype) -> Arguments:
     return _chosen(_labelled(dtype, 1, 1, (32, 8), 65536, 8, 16, True), 4096, 4, 64)
+
+
+# ---- double_sparse_decode: q, k, v, seq_lens, block_table, scale, softcap, then as label_tokens without seq_lens ------
+
+
+def rounding_of_double_sparse_decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """That of `decode` over the same tokens, which no rounding changes."""
+    seq_lens, table, scale, softcap, *labelled = rest
+    tokens, _ = reference.label_tokens(q, *labelled, seq_lens)
+    return *rounding_of_decode(q, k, v, seq_lens, table, scale, softcap, None, tokens), None
+
+
+def _decoded(dtype: torch.dtype, chosen: Arguments, kv_heads: int, softcap: float) -> Arguments:
+    q, *labelled, lengths = chosen
+    k, v = torch.randn(2, q.shape[0], labelled[0].shape[3], kv_heads, 64).to(dtype)
+    return q, k, v, lengths, None, 0.05, softcap, *labelled
+
+
+@example("double_sparse_decode", "small", "one list for a group")
+def _double_small(dtype: torch.dtype) -> Arguments:
+    return _decoded(dtype, _chosen(_labelled(dtype, 2, 1, (4, 2), 37, 8, 16, True), 9, 1, 2), 2, 0.0)
+
+
+@example("double_sparse_decode", "awkward", "odd number of channels, rows, a list for each head, softcap")
+def _double_rows(dtype: torch.dtype) -> Arguments:
+    return _decoded(dtype, _chosen(_labelled(dtype, 3, 5, (6, 2), 101, 5, 16, False), 40, 0, 5), 2, 3.0)
+
+
+@example("double_sparse_decode", "large", "32 heads, 4096 of 65536 tokens, 8 channels")
+def _double_long(dtype: torch.dtype) -> Arguments:
+    return _decoded(dtype, _chosen(_labelled(dtype, 1, 1, (32, 8), 65536, 8, 16, True), 4096, 4, 64), 8, 0.0)
