@@ -59,7 +59,8 @@ STABLE_TORCH_LIBRARY(fastok, m) {
       "sink, SymInt recent, Tensor? seq_lens) -> (Tensor index, Tensor count)");
   m.def(
       "double_sparse_decode(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? block_table, float scale, float "
-      "softcap, Tensor data, Tensor? label_scale, Tensor channels, int kv_heads, bool shared, SymInt n_keep, SymInt sink, SymInt "
+      "softcap, Tensor data, Tensor? label_scale, Tensor channels, int kv_heads, bool shared, SymInt n_keep, SymInt "
+      "sink, SymInt "
       "recent) -> (Tensor out, Tensor lse, Tensor tokens)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 

@@ -27,7 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 # What rounding once on the way may change: of ops whose kernels round where their specification, in fp32, does not.
-ROUNDING: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+ROUNDING: dict[str, Callable[..., tuple[Tensor | None, ...]]] = {
     "attention": attention.rounding_of_attention,
     "attention_backward": attention.rounding_of_backward,
     "attention_scores": attention.rounding_of_scores,

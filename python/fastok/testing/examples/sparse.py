@@ -94,14 +94,14 @@ def _tokens_long(dtype: torch.dtype) -> Arguments:
     return _chosen(_labelled(dtype, 1, 1, (32, 8), 65536, 8, 16, True), 4096, 4, 64)
 
 
-# ---- double_sparse_decode: q, k, v, seq_lens, block_table, scale, softcap, then as label_tokens without seq_lens ------
+# ---- double_sparse_decode: q, k, v, seq_lens, block_table, scale, softcap, then as label_tokens without seq_lens -----
 
 
 def rounding_of_double_sparse_decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     """That of `decode` over the same tokens, which no rounding changes."""
-    seq_lens, table, scale, softcap, *labelled = rest
-    tokens, _ = reference.label_tokens(q, *labelled, seq_lens)
-    return *rounding_of_decode(q, k, v, seq_lens, table, scale, softcap, None, tokens), None
+    chosen = (*rest[4:], rest[0])
+    tokens, _ = reference.label_tokens(q, *chosen)
+    return *rounding_of_decode(q, k, v, *rest[:4], None, tokens), None
 
 
 def _decoded(dtype: torch.dtype, chosen: Arguments, kv_heads: int, softcap: float) -> Arguments:
