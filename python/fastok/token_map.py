@@ -130,7 +130,7 @@ class TokenMap:
         _ops.check_input_side(x, self, size)
         if mode not in _ops.MODES:
             raise ValueError(f"mode must be one of {', '.join(_ops.MODES)}; got {mode!r}")
-        return _call(torch.ops.fastok.merge, x, self.assign, self.offsets, self.members, size, mode)
+        return _call(torch.ops.fastok.merge.default, x, self.assign, self.offsets, self.members, size, mode)
 
     def unmerge(self, y: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Give every input token the row of the slot it went to.
@@ -149,7 +149,7 @@ class TokenMap:
         Deterministic; differentiable in ``y`` and ``residual``, once. No host synchronisation.
         """
         _ops.check_output_side(y, self, residual)
-        return _call(torch.ops.fastok.unmerge, y, self.assign, self.offsets, self.members, residual)
+        return _call(torch.ops.fastok.unmerge.default, y, self.assign, self.offsets, self.members, residual)
 
     def prune(self, x: Tensor) -> Tensor:
         """The lowest-index member of each slot of ``x[B,N,C]``: ``merge(x, mode="first")[0]``."""

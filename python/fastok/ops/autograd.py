@@ -13,8 +13,12 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
     That formula is a Python function, which every call passes through, with a gradient to come or without. Beside small
     inputs and cold caches it costs as much as the work, so calls that need no gradient go below it.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(_asks_gradient(x) for x in args)):
+    if torch.compiler.is_compiling():
         return op(*args)
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -34,7 +38,3 @@ def only_once(op: str) -> None:
 def without_gradient(x: Tensor) -> Tensor:
     """``x``, for an op that is not differentiable."""
     return x.detach() if x.requires_grad else x
-
-
-def _asks_gradient(x: object) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
