@@ -5,6 +5,18 @@ from typing import Any
 
 import fastok
 import torch
+from fastok import Code, KVFormat, PackedCache
+from fastok.sparse import (
+    Calibration,
+    DoubleSparseCache,
+    EMASinkCache,
+    H2OCache,
+    PyramidKVCache,
+    RazorCache,
+    SnapKVCache,
+    StreamingCache,
+    TidalCache,
+)
 from fastok.testing import assert_same
 from torch import Tensor
 
@@ -17,6 +29,24 @@ SIZES: dict[str, Any] = {
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 Make = Callable[[Any], Any]
 """From a model to a cache for it."""
+
+FORMAT = KVFormat(Code(4, "channel"), Code(4, "token"), group=8, page=8, hot=8)
+CHANNELS = Calibration(torch.arange(4).expand(LAYERS, G, 4).contiguous(), "qk", "", "")
+HEADS = torch.tensor([[True, False], [False, False], [False, True], [True, True]])
+
+CACHES: dict[str, Make] = {
+    "packed": lambda model: PackedCache(FORMAT, model),
+    "double sparsity": lambda model: DoubleSparseCache(CHANNELS, 8, recent=2),
+    "offloaded": lambda model: DoubleSparseCache(CHANNELS, 8, recent=2, offload=True),
+    "tidal": lambda model: TidalCache(8, select_layers=(1,)),
+    "snapkv": lambda model: SnapKVCache(16, window=4),
+    "pyramidkv": lambda model: PyramidKVCache(16, LAYERS, window=4, beta=4),
+    "h2o": lambda model: H2OCache(6, 5),
+    "razor": lambda model: RazorCache(HEADS, sink=2, recent=6),
+    "streaming": lambda model: StreamingCache(2, 8, model),
+    "streaming without model": lambda model: StreamingCache(2, 8),
+    "ema": lambda model: EMASinkCache(2, 8, 0.9, model),
+}
 
 
 def build(attention: str = "fastok", kind: str = "Llama", **changes: Any) -> Any:

@@ -4,45 +4,15 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cache_cases import LAYERS, G, build, ids, run
-from fastok import Code, KVFormat, PackedCache
-from fastok.sparse import (
-    Calibration,
-    DoubleSparseCache,
-    EMASinkCache,
-    H2OCache,
-    PyramidKVCache,
-    RazorCache,
-    SnapKVCache,
-    StreamingCache,
-    TidalCache,
-)
+from cache_cases import CACHES, build, ids, run
 from fastok.testing import assert_same
 
 pytest.importorskip("transformers")
 
-FORMAT = KVFormat(Code(4, "channel"), Code(4, "token"), group=8, page=8, hot=8)
-CHANNELS = Calibration(torch.arange(4).expand(LAYERS, G, 4).contiguous(), "qk", "", "")
-HEADS = torch.tensor([[True, False], [False, False], [False, True], [True, True]])
-
-CACHES: dict[str, Callable[[Any], Any]] = {
-    "packed": lambda model: PackedCache(FORMAT, model),
-    "double sparsity": lambda model: DoubleSparseCache(CHANNELS, 8, recent=2),
-    "offloaded": lambda model: DoubleSparseCache(CHANNELS, 8, recent=2, offload=True),
-    "tidal": lambda model: TidalCache(8, select_layers=(1,)),
-    "snapkv": lambda model: SnapKVCache(16, window=4),
-    "pyramidkv": lambda model: PyramidKVCache(16, LAYERS, window=4, beta=4),
-    "h2o": lambda model: H2OCache(6, 5),
-    "razor": lambda model: RazorCache(HEADS, sink=2, recent=6),
-    "streaming": lambda model: StreamingCache(2, 8, model),
-    "streaming without model": lambda model: StreamingCache(2, 8),
-    "ema": lambda model: EMASinkCache(2, 8, 0.9, model),
-}
 COPIES = {"copied": copy.deepcopy, "pickled": lambda cache: pickle.loads(pickle.dumps(cache))}
 PROMPT, STEPS = 40, (40, 41, 44)
 

@@ -21,7 +21,8 @@ class DoubleSparseCache(HeldCache):
 
     Args:
         calibration: of the model, see :func:`fastok.sparse.calibrate`.
-        n_keep: tokens attended to, per KV head: a number, or a share of those there are if below 1 (at least 64).
+        n_keep: tokens attended to, per KV head: a number, or a share of those there are, padding
+            counted, if below 1 (at least 64).
         dense_layers: layers that attend to all tokens; published: the first two.
         sink, recent: first and last tokens always among them.
         bits: of the labels, 16, 8 or 4.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..ops.checks import check_shape
 from ..ops.decode import MOST_ROWS
 from .held import hold
 
@@ -49,6 +50,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.length = 0
         self._prompt: tuple[Tensor, Tensor] | None = None
+        self._given = (0, 0, 0)  # KV heads, channels of a key, of a value
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------
 
@@ -87,12 +89,23 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         """Get ready for tensors like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+        self._given = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+
+    def expect(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Get ready for tensors like these; ValueError unless they go with each other and with what is stored."""
+        batch, groups, width, value_width = None, None, None, None
+        if self.is_initialized:
+            batch, (groups, width, value_width) = self.batch if self.length else None, self._given
+        meaning = "[B,G,S,D]" + (" of the cache" if self.is_initialized else "")
+        check_shape("key_states", key_states, (batch, groups, None, width), meaning)
+        check_shape("value_states", value_states, (*key_states.shape[:3], value_width), meaning)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         self.settle()
+        self.expect(key_states, value_states)
         new, before = key_states.shape[2], self.length
         states = key_states.detach(), value_states.detach()
         if before and new > self.most_rows:

@@ -129,8 +129,8 @@ class PyramidKVCache(HeldCache):
         beta: the last layer keeps 1/beta of the average, besides the window.
         window, pool: as for `SnapKVCache`, whose errors and limits apply too.
 
-    A prompt shorter than twice the capacity (without window) is cut to ``capacity`` in every layer, as published. Cai
-    et al., arXiv 2406.02069.
+    A prompt shorter than twice the capacity (without window), padding counted, is cut to ``capacity`` in every layer,
+    as published. Cai et al., arXiv 2406.02069.
     """
 
     def __init__(self, capacity: int, n_layers: int, *, beta: int = 20, window: int = 32, pool: int = 5) -> None:

@@ -152,8 +152,7 @@ class StreamingLayer(HeldLayer):
         """Add keys and values ``[B,G,S,D]``; they are stored once their positions are known, by `attend`."""
         if self._tables.rotary is None:
             self._tables.rotary = Rotary.calling()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self.expect(key_states, value_states)
         self.length += key_states.shape[2]
         self._new = key_states.detach(), padded(value_states.detach())
         return hold(self, key_states, value_states)
