@@ -60,8 +60,7 @@ STABLE_TORCH_LIBRARY(fastok, m) {
   m.def(
       "double_sparse_decode(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? block_table, float scale, float "
       "softcap, Tensor data, Tensor? label_scale, Tensor channels, int kv_heads, bool shared, SymInt n_keep, SymInt "
-      "sink, SymInt "
-      "recent) -> (Tensor out, Tensor lse, Tensor tokens)");
+      "sink, SymInt recent) -> (Tensor out, Tensor lse, Tensor tokens)");
   m.def("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
 
   // Selection (csrc/k_center, csrc/max_coverage). start is isolated, norm, first, or given with `first`;
