@@ -19,8 +19,8 @@ class H2OCache(HeldCache):
     """Each KV head keeps ``heavy`` tokens that queries attended to most so far, and the ``recent`` newest.
 
     Args:
-        heavy, recent: how many; a number, or a share of the prompt's tokens, padding counted, if below 1. Published: 0.1
-            each.
+        heavy, recent: how many; a number, or a share of the prompt's tokens, padding counted, if below 1. Published:
+            0.1 each.
 
     Raises:
         TypeError, ValueError: an argument of another type or range. NotImplementedError, from the model: an attention
