@@ -12,6 +12,7 @@ constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
 // How many heads' keys or values further the nearer ones are fetched, unless a head is alone, and how many rows the
 // farther ones: of one or two heads, or of more.
 constexpr int64_t kNearHeads = 2, kFarRowsOfFew = 48, kFarRows = 16;
+static_assert(kFarRowsOfFew <= kRowsAhead && kFarRows <= kRowsAhead);
 
 template <class T>
 void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {

@@ -55,16 +55,9 @@ class TokenLists {
   template <class Int>
   int64_t arrange(const Int* from, int32_t* to) const {
     if (const int64_t count = copied(from, to); count >= 0) return count;
-    int64_t count = 0, previous = -1;
-    bool ascending = true;
-    for (int64_t i = 0; i < pitch_; ++i) {
-      const int64_t place = from[i];
-      if (place < 0 || place > std::numeric_limits<int32_t>::max()) continue;
-      ascending &= place > previous;
-      previous = place;
-      to[count++] = int32_t(place);
-    }
-    if (ascending) return count;
+    int64_t count = 0;
+    for (int64_t i = 0; i < pitch_; ++i)
+      if (from[i] >= 0 && from[i] <= std::numeric_limits<int32_t>::max()) to[count++] = int32_t(from[i]);
     std::sort(to, to + count);
     return std::unique(to, to + count) - to;
   }

@@ -19,7 +19,6 @@ class DenseLayer(HeldLayer):
     def __init__(self) -> None:
         super().__init__()
         self.kv = DenseKV()
-        self.widths = (0, 0)
 
     @property
     def stores(self) -> list[Store]:
@@ -35,7 +34,6 @@ class DenseLayer(HeldLayer):
         """Get ready for tensors like these."""
         super().lazy_initialization(key_states, value_states)
         self.kv = DenseKV()
-        self.widths = key_states.shape[-1], value_states.shape[-1]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store new tokens ``[B,G,S,D]``."""

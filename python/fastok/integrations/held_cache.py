@@ -33,6 +33,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Attributes:
         length: tokens that went through it, whatever is still stored.
+        kv_heads, widths: of what goes through it, heads and channels of a key and of a value.
     """
 
     is_sliding = False
@@ -50,7 +51,7 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.length = 0
         self._prompt: tuple[Tensor, Tensor] | None = None
-        self._given = (0, 0, 0)  # KV heads, channels of a key, of a value
+        self.kv_heads, self.widths = 0, (0, 0)
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------
 
@@ -89,18 +90,18 @@ class HeldLayer(CacheLayerMixin):  # type: ignore[misc]
         """Get ready for tensors like these."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
-        self._given = key_states.shape[1], key_states.shape[3], value_states.shape[3]
+        self.kv_heads, self.widths = key_states.shape[1], (key_states.shape[3], value_states.shape[3])
 
     def expect(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for tensors like these; ValueError unless they go with each other and with what is stored."""
-        batch, groups, width, value_width = None, None, None, None
-        if self.is_initialized:
-            batch, (groups, width, value_width) = self.batch if self.length else None, self._given
-        meaning = "[B,G,S,D]" + (" of the cache" if self.is_initialized else "")
-        check_shape("key_states", key_states, (batch, groups, None, width), meaning)
-        check_shape("value_states", value_states, (*key_states.shape[:3], value_width), meaning)
         if not self.is_initialized:
+            check_shape("key_states", key_states, (None, None, None, None), "[B,G,S,D]")
+            check_shape("value_states", value_states, (*key_states.shape[:3], None), "[B,G,S,D]")
             self.lazy_initialization(key_states, value_states)
+            return
+        batch = self.batch if self.length else None
+        check_shape("key_states", key_states, (batch, self.kv_heads, None, self.widths[0]), "[B,G,S,D] of the cache")
+        check_shape("value_states", value_states, (*key_states.shape[:3], self.widths[1]), "[B,G,S,D] of the cache")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""

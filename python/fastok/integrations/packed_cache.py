@@ -123,7 +123,6 @@ class PackedLayer(HeldLayer):
 
     Attributes:
         kv: the packed keys and values, from the first update on.
-        widths: channels of a key and of a value, before padding.
     """
 
     kv: PackedKV
@@ -132,7 +131,6 @@ class PackedLayer(HeldLayer):
     def __init__(self, fmt: KVFormat) -> None:
         super().__init__()
         self.format = fmt
-        self.widths = (0, 0)
         self._which = register(self)
         self._new: tuple[Tensor, Tensor] | None = None
         self._unpadded: Unpadded | None = None
@@ -161,7 +159,6 @@ class PackedLayer(HeldLayer):
         super().lazy_initialization(key_states, value_states)
         self._unpadded = None
         batch, groups = key_states.shape[:2]
-        self.widths = (key_states.shape[-1], value_states.shape[-1])
         stored = _stored_width(max(self.widths))
         self.kv = PackedKV(self.format, batch, groups, stored, dtype=self.dtype, device=self.device)
 

@@ -112,7 +112,6 @@ class RazorLayer(HeldLayer):
         self.retrieval = DenseLayer()
         self.window: Window
         self.mean: RunningMean
-        self._value_width = 0
         self._new: tuple[Tensor, Tensor]
 
     # ---- as caches go ------------------------------------------------------------------------------------------------
@@ -140,7 +139,6 @@ class RazorLayer(HeldLayer):
                 f"heads must have a column for each of {key_states.shape[1]} KV heads, got {len(self.heads)}"
             )
         self.whole_heads, self.others = self.whole_heads.to(self.device), self.others.to(self.device)
-        self._value_width = value_states.shape[-1]
         self.retrieval.lazy_initialization(key_states, value_states)
         k, v = (padded(x[:, self.others]) for x in (key_states, value_states))
         self.window = Window(self.sink, max(self.recent, key_states.shape[2] // self.share), k, v)
@@ -191,7 +189,7 @@ class RazorLayer(HeldLayer):
         if len(self.whole_heads):
             results.append(self.retrieval.attend(of_retrieval, scale, softcap, key_bias))
         order = torch.cat(heads[::-1]).argsort()
-        out = torch.cat([one[0][..., : self._value_width].to(q.dtype) for one in results], 2)
+        out = torch.cat([one[0][..., : self.widths[1]].to(q.dtype) for one in results], 2)
         return out[:, :, order], torch.cat([one[1] for one in results], 1)[:, order]
 
     def _to_window(

@@ -128,7 +128,6 @@ class StreamingLayer(HeldLayer):
         self.window: Window
         self._new: tuple[Tensor, Tensor] | None = None
         self._caller: tuple[nn.Module, Tensor] | None = None
-        self._value_width = 0
 
     # ---- as caches go ------------------------------------------------------------------------------------------------
 
@@ -145,7 +144,6 @@ class StreamingLayer(HeldLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for tensors like these."""
         super().lazy_initialization(key_states, value_states)
-        self._value_width = value_states.shape[-1]
         self.window = Window(self.sink, self.recent, key_states, padded(value_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -197,7 +195,7 @@ class StreamingLayer(HeldLayer):
         else:
             anywhere = partial(self._tables.rotary.at, attention, dtype=torch.float32)
             out, lse = self._steps(table, anywhere, rows, k, v, hidden, scale, softcap)
-        return out[..., : self._value_width].to(q.dtype), lse
+        return out[..., : self.widths[1]].to(q.dtype), lse
 
     def _step(
         self, table: Angles, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, softcap: float | None
