@@ -32,17 +32,18 @@ struct DecodeState {
 struct DenseKeys {
   Dtype dtype;
   const void* const* row;
-  const int32_t* place;  // of each key, ascending
+  const int32_t* place;  // of each key
   int64_t count, width, v_width;
 };
 inline constexpr int64_t kRowsAhead = kDecodeBlock;
+// Rows that follow each other lie far apart, in so many stretches of memory: several at a time are read faster than one.
+inline constexpr int64_t kStretches = 4;
 
-// Query rows of a KV head, whose keys and values lie so many elements behind the first head's; they attend to the first
-// `count`.
+// Query rows of a KV head, whose keys and values lie so many elements behind the first head's.
 struct DenseHead {
   DecodeRows rows;
   DecodeState state;
-  int64_t k_at, v_at, count;
+  int64_t k_at, v_at;
 };
 
 // One page, and which of its entries take part: those whose place is in the ascending `listed` (nullptr: all).

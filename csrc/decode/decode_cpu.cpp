@@ -153,11 +153,15 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side
   std::vector<size_t> order(tasks.size());
   std::iota(order.begin(), order.end(), size_t(0));
   const auto split_of = [&](size_t i) { return std::pair(tasks[i].b, tasks[i].split); };
+  const auto same_keys = [&](size_t i, size_t j) {
+    return split_of(i) == split_of(j) &&
+           length_of(tasks[i].b, call.group_of(tasks[i].unit)) == length_of(tasks[j].b, call.group_of(tasks[j].unit));
+  };
   std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return split_of(x) < split_of(y); });
   const int64_t together = units_together(call, side_by_side, int64_t(tasks.size()));
   std::vector<size_t> begins;  // of what is done together, in that order
   for (size_t i = 0; i < order.size(); ++i) {
-    const bool more = i > 0 && split_of(order[i]) == split_of(order[i - 1]) && int64_t(i - begins.back()) < together;
+    const bool more = i > 0 && same_keys(order[i], order[i - 1]) && int64_t(i - begins.back()) < together;
     if (!more) begins.push_back(i);
   }
   begins.push_back(order.size());
@@ -214,39 +218,30 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side
 
 int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 
-// Places that take part, as rows in memory in the order of reading: all of [begin, end), or those listed, which have to
-// outlive this.
+// Places that take part, as rows in memory in the order of reading: from kStretches places far apart, then from those
+// behind them.
 struct RowPointers {
   std::unique_ptr<const void*[]> row;
-  std::vector<int32_t> range;
-  const int32_t* place;
+  std::vector<int32_t> place;
   int64_t count;
 
-  template <class At>
-  RowPointers(int64_t begin, int64_t end, const At& at)
-      : range(size_t(std::max<int64_t>(end - begin, 0))), count(int64_t(range.size())) {
-    std::iota(range.begin(), range.end(), int32_t(begin));
-    place = range.data();
-    point(at);
-  }
-  template <class At>
-  RowPointers(const int32_t* list, int64_t n, const At& at) : place(list), count(n) {
-    point(at);
-  }
-  DenseKeys keys(const DecodeCall& call) const {
-    return {call.dtype, row.get(), place, count, call.width, call.v_width};
-  }
-
- private:
-  template <class At>
-  void point(const At& at) {
+  // place_of(i), i < n, and at(place, key, value), which finds its rows.
+  template <class PlaceOf, class At>
+  RowPointers(int64_t n, const PlaceOf& place_of, const At& at) : count(std::max<int64_t>(n, 0)) {
+    place.reserve(size_t(count));
+    const int64_t stretch = (count + kStretches - 1) / kStretches;
+    for (int64_t i = 0; i < stretch; ++i)
+      for (int64_t j = i; j < count; j += stretch) place.push_back(place_of(j));
     row = std::make_unique_for_overwrite<const void*[]>(size_t(2 * count + kRowsAhead));
     for (int64_t begin = 0; begin < count; begin += kDecodeBlock) {
-      const int64_t n = std::min(kDecodeBlock, count - begin);
-      const void **const keys = row.get() + 2 * begin, **const values = keys + n;
-      for (int64_t i = 0; i < n; ++i) at(place[begin + i], keys[i], values[i]);
+      const int64_t block = std::min(kDecodeBlock, count - begin);
+      const void **const keys = row.get() + 2 * begin, **const values = keys + block;
+      for (int64_t i = 0; i < block; ++i) at(place[size_t(begin + i)], keys[i], values[i]);
     }
     if (count > 0) std::fill_n(row.get() + 2 * count, kRowsAhead, row[size_t(2 * count - 1)]);
+  }
+  DenseKeys keys(const DecodeCall& call) const {
+    return {call.dtype, row.get(), place.data(), count, call.width, call.v_width};
   }
 };
 
@@ -323,21 +318,18 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
       key = k_rows.at(block, i % page, first_group);
       value = v_rows.at(block, i % page, first_group);
     };
-    const int32_t* listed = nullptr;
+    int64_t n_listed;
+    const int64_t length = length_of(b, first_group);
+    const int32_t* const listed = call.list_of(b, states.unit[0], length, n_listed);
     std::vector<DenseHead> heads;
-    int64_t count = 0;
     for (int64_t i = 0; i < states.count; ++i) {
-      const int64_t unit = states.unit[size_t(i)], g = call.group_of(unit), length = length_of(b, g);
-      int64_t n_listed;
-      listed = call.list_of(b, unit, length, n_listed);
-      const int64_t n = std::min((listed ? n_listed : length) - begin, kSplitKeys);
-      heads.push_back({states.rows[size_t(i)], states.state[size_t(i)], (g - first_group) * k.stride(2),
-                       (g - first_group) * v.stride(2), n});
-      count = std::max(count, n);
+      const int64_t further = call.group_of(states.unit[size_t(i)]) - first_group;
+      heads.push_back({states.rows[size_t(i)], states.state[size_t(i)], further * k.stride(2), further * v.stride(2)});
     }
     const auto attend = [&](const auto& rows_of) {
-      const RowPointers pointers =
-          listed ? RowPointers(listed + begin, count, rows_of) : RowPointers(begin, begin + count, rows_of);
+      const RowPointers pointers(
+          std::min((listed ? n_listed : length) - begin, kSplitKeys),
+          [&](int64_t i) { return listed ? listed[begin + i] : int32_t(begin + i); }, rows_of);
       kernels.dense(heads.data(), states.count, pointers.keys(call), scratch);
     };
     blocks_of ? attend(paged_row_of) : attend(row_of);
@@ -398,10 +390,10 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
     };
     const int64_t first = sealed + begin, last = sealed + std::min(ks.count, begin + kSplitKeys);
     const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
-    const RowPointers pointers =
-        listed ? RowPointers(from, std::lower_bound(from, listed + n_listed, int32_t(last)) - from, rows_of)
-               : RowPointers(first, last, rows_of);
-    const DenseHead head{states.rows[0], states.state[0], 0, 0, pointers.count};
+    const int64_t n = listed ? std::lower_bound(from, listed + n_listed, int32_t(last)) - from : last - first;
+    const RowPointers pointers(
+        n, [&](int64_t i) { return listed ? from[i] : int32_t(first + i); }, rows_of);
+    const DenseHead head{states.rows[0], states.state[0], 0, 0};
     kernels.dense(&head, 1, pointers.keys(call), scratch);
   };
   return decode_over(

@@ -9,10 +9,9 @@ namespace {
 
 // Keys, and values, of one head that are read at a time, before those of the next head.
 constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
-// How many heads' keys or values further the nearer ones are fetched, unless a head is alone, and how many rows the
-// farther ones: of one or two heads, or of more.
-constexpr int64_t kNearHeads = 2, kFarRowsOfFew = 48, kFarRows = 16;
-static_assert(kFarRowsOfFew <= kRowsAhead && kFarRows <= kRowsAhead);
+// How many rows further is fetched: of one or two heads, or of more.
+constexpr int64_t kFarRowsOfFew = 48, kFarRows = 16;
+static_assert(kFarRowsOfFew + kStretches <= kRowsAhead && kFarRows + kStretches <= kRowsAhead);
 
 template <class T>
 void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {
@@ -21,42 +20,39 @@ void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void*
   const Scratch s(n_rows, keys.width > keys.v_width ? keys.width : keys.v_width, memory);
   const T* const* const row = reinterpret_cast<const T* const*>(keys.row);
   const int64_t far = n_heads <= 2 ? kFarRowsOfFew : kFarRows;
-  // Of row `i` of a head, where so many rows are read at once.
-  const auto ahead = [&](int64_t i, int64_t h, int64_t at_once, int64_t DenseHead::* at, int64_t width) {
-    int64_t near = i, near_head = h + kNearHeads;
-    for (; near_head >= n_heads; near_head -= n_heads) near += at_once;
-    return Ahead{keys.row + i + far, n_heads > 1 ? keys.row + near : nullptr, heads[h].*at * int64_t(sizeof(T)),
-                 heads[near_head].*at * int64_t(sizeof(T)), width * int64_t(sizeof(T))};
+  // From row `i` on, of all heads.
+  const auto ahead = [&](int64_t i, int64_t DenseHead::* at, int64_t width) {
+    const int64_t element = int64_t(sizeof(T)), stride = n_heads > 1 ? heads[1].*at - heads[0].*at : 0;
+    return Ahead(keys.row + i + far, n_heads, stride * element, width * element);
   };
   // A head alone: the fewer times, the better for many rows.
   const int64_t values_at_once = n_heads > 1 ? kValuesAtOnce : kDecodeBlock;
   // Calls each(head, row, n, logits) until all heads have had `n` rows.
-  const auto side_by_side = [&](int64_t begin, int64_t n, int64_t at_once, const auto& each) {
+  const auto side_by_side = [&](int64_t n, int64_t at_once, const auto& each) {
     for (int64_t i = 0; i < n; i += at_once) {
+      const int64_t count = n - i < at_once ? n - i : at_once;
       float* logits = s.logits + i;
-      for (int64_t h = 0; h < n_heads; logits += heads[h++].rows.count * kDecodeBlock) {
-        const int64_t left = heads[h].count - begin - i;
-        if (left > 0) each(h, i, left < at_once ? left : at_once, logits);
-      }
+      for (int64_t h = 0; h < n_heads; logits += heads[h++].rows.count * kDecodeBlock) each(h, i, count, logits);
     }
   };
   for (int64_t begin = 0; begin < keys.count; begin += kDecodeBlock) {
     const int64_t left = keys.count - begin, n = left < kDecodeBlock ? left : kDecodeBlock;
     const int64_t k = 2 * begin, v = k + n;
-    side_by_side(begin, n, kKeysAtOnce, [&](int64_t h, int64_t i, int64_t count, float* logits) {
-      const Ahead next = ahead(k + i, h, kKeysAtOnce, &DenseHead::k_at, keys.width);
-      for (int64_t t = 0; t < count; ++t) next.fetch(t);
+    Ahead next = ahead(k, &DenseHead::k_at, keys.width);
+    side_by_side(n, kKeysAtOnce, [&](int64_t h, int64_t i, int64_t count, float* logits) {
       dots(row + k + i, count, heads[h].k_at, heads[h].rows.q, decode_pitch(keys.width), heads[h].rows.count,
-           keys.width, logits, kDecodeBlock);
+           keys.width, logits, kDecodeBlock, next);
     });
-    side_by_side(begin, n, n, [&](int64_t h, int64_t, int64_t count, float* logits) {
-      soften(heads[h].rows, count, keys.place + begin, keys.place[begin + count - 1], keys.v_width, logits,
-             kDecodeBlock, heads[h].state);
+    const int32_t* const place = keys.place + begin;
+    int32_t newest = place[0];
+    for (int64_t i = 1; i < n; ++i) newest = place[i] > newest ? place[i] : newest;
+    side_by_side(n, n, [&](int64_t h, int64_t, int64_t count, float* logits) {
+      soften(heads[h].rows, count, place, newest, keys.v_width, logits, kDecodeBlock, heads[h].state);
     });
-    side_by_side(begin, n, values_at_once, [&](int64_t h, int64_t i, int64_t count, float* logits) {
+    next = ahead(v, &DenseHead::v_at, keys.v_width);
+    side_by_side(n, values_at_once, [&](int64_t h, int64_t i, int64_t count, float* logits) {
       weighted_sum(row + v + i, count, heads[h].v_at, logits, kDecodeBlock, heads[h].rows.count, keys.v_width,
-                   heads[h].state.sum, decode_pitch(keys.v_width),
-                   ahead(v + i, h, kValuesAtOnce, &DenseHead::v_at, keys.v_width));
+                   heads[h].state.sum, decode_pitch(keys.v_width), next);
     });
   }
 }

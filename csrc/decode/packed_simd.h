@@ -169,7 +169,8 @@ void code_dots(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   if constexpr (kIntegers) {
     if (integers) integer_dots(codes, n, first, s.integers, Scratch::kPitch, rows, width, out, Scratch::kPitch);
   }
-  if (!integers) dots(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch);
+  NothingAhead nothing;
+  if (!integers) dots(codes, n, first, q, pitch, rows, width, out, Scratch::kPitch, nothing);
   for (int64_t r = 0; r < rows && (integers || bias); ++r) {
     const vf unit = splat(integers ? s.step[r] : 1.0f), more = splat(bias ? bias[r] : 0.0f);
     float* const x = out + r * Scratch::kPitch;
@@ -185,7 +186,8 @@ void code_sums(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   if constexpr (kIntegers) {
     if (integers) integer_sums(codes, n, first, s.integers, Scratch::kPitch, s.step, rows, width, out, pitch);
   }
-  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch, kNothingAhead);
+  NothingAhead nothing;
+  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch, nothing);
 }
 
 // Released numerics code real components 0 or s and imaginary ones +-s/2.

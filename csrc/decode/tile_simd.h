@@ -2,34 +2,56 @@
 // Elements are fp32, 16-bit floats, or codes of one byte. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "cpu/simd.h"
+#include "decode/decode.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
 
-// Rows that are read later, fetched one by one while others are worked on, as more than a few at once would stall:
-// `far` ones into the second-level cache, for memory takes long, and `near` ones from there into the first. The bytes
-// wanted of them lie `far_at` and `near_at` behind.
-struct Ahead {
-  const void *const *far, *const *near;
-  int64_t far_at, near_at, bytes;
-
-  // A call would cost the caller all its vector registers.
-  inline __attribute__((always_inline)) void fetch(int64_t i) const {
-    if (bytes == 0) return;
-    const char* const line = static_cast<const char*>(far[i]) + far_at;
-    if (bytes == 256) {  // of the usual 128 channels of 16 bits: no loop for every row
-      __builtin_prefetch(line, 0, 2);
-      __builtin_prefetch(line + 64, 0, 2);
-      __builtin_prefetch(line + 128, 0, 2);
-      __builtin_prefetch(line + 192, 0, 2);
-    } else {
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(line + byte, 0, 2);
-    }
-    for (int64_t byte = 0; byte < bytes && near; byte += 64)
-      __builtin_prefetch(static_cast<const char*>(near[i]) + near_at + byte);
+// Rows that are read later, fetched into the second-level cache while others are worked on: of each row what `heads`
+// want, `bytes` each. As many lines at a time as are read, for more would stall, and in the order of reading: of
+// kStretches rows what the first head wants, then what the next one does.
+class Ahead {
+ public:
+  Ahead(const void* const* row, int64_t heads, int64_t head_stride, int64_t bytes)
+      : row_(row), heads_(heads), head_stride_(head_stride), bytes_(bytes) {
+    begin();
   }
+  // A call would cost the caller all its vector registers.
+  template <int64_t kLines>
+  inline __attribute__((always_inline)) void fetch() {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLines; ++i) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+      if (line_ >= end_) next();
+    }
+  }
+
+ private:
+  inline __attribute__((always_inline)) void begin() {
+    line_ = static_cast<const char*>(row_[of_stretches_]) + head_ * head_stride_;
+    end_ = line_ + bytes_;
+  }
+  inline __attribute__((always_inline)) void next() {
+    if (++of_stretches_ == kStretches) {
+      of_stretches_ = 0;
+      if (++head_ == heads_) head_ = 0, row_ += kStretches;
+    }
+    begin();
+  }
+
+  const char *line_, *end_;
+  const void* const* row_;
+  int64_t heads_, head_stride_, bytes_, of_stretches_ = 0, head_ = 0;
 };
-constexpr Ahead kNothingAhead = {};
+struct NothingAhead {
+  template <int64_t>
+  void fetch() {}
+};
+template <class T>
+constexpr int64_t lines_of(int64_t elements) {
+  return elements * int64_t(sizeof(T)) / 64;
+}
 
 // `count` elements, then zeros.
 template <class T>
@@ -85,9 +107,9 @@ void add_rest(const T* const* keys, int64_t n, int64_t first, const float* q, in
 }
 
 // Not inlined, so that all its pointers have registers.
-template <class T, int kTokens, int kRows>
+template <class T, int kTokens, int kRows, class Next>
 __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, const float* q, int64_t q_pitch,
-                                        int64_t width, float* out, int64_t pitch) {
+                                        int64_t width, float* out, int64_t pitch, Next& next) {
   vf sum[kRows][kTokens];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -95,6 +117,7 @@ __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, con
     for (int t = 0; t < kTokens; ++t) sum[r][t] = splat(0.0f);
   int64_t d = 0;
   for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+    next.template fetch<lines_of<T>(kTokens * 2 * kLanes)>();
     vf x[2][kTokens];
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) load_pair(keys[t] + first + d, x[0][t], x[1][t]);
@@ -108,6 +131,7 @@ __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, con
       }
   }
   if (d + kLanes <= width) {
+    next.template fetch<lines_of<T>(kTokens * kLanes)>();
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
       const vf x = load(keys[t] + first + d);
@@ -122,25 +146,30 @@ __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, con
 
 // out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels; whole pairs of vectors of a row of q are in
 // the order of load_pair.
-template <class T>
+template <class T, class Next>
 void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows, int64_t width,
-          float* out, int64_t pitch) {
+          float* out, int64_t pitch, Next& next) {
+  NothingAhead nothing;
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
     int64_t r = 0;
+    if (rows >= 4) dot_tile<T, 4, 4>(keys + i, first, q, q_pitch, width, out + i, pitch, next), r = 4;
     for (; r + 4 <= rows; r += 4)
-      dot_tile<T, 4, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
+      dot_tile<T, 4, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch, nothing);
+    if (r == 0) dot_tile<T, 4, 1>(keys + i, first, q, q_pitch, width, out + i, pitch, next), r = 1;
     for (; r < rows; ++r)
-      dot_tile<T, 4, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
+      dot_tile<T, 4, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch, nothing);
   }
-  for (; i < n; ++i)
-    for (int64_t r = 0; r < rows; ++r)
-      dot_tile<T, 1, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
+  for (; i < n; ++i) {
+    dot_tile<T, 1, 1>(keys + i, first, q, q_pitch, width, out + i, pitch, next);
+    for (int64_t r = 1; r < rows; ++r)
+      dot_tile<T, 1, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch, nothing);
+  }
 }
 
-template <class T, int kRows, int kVectors>
+template <class T, int kRows, int kVectors, class Next>
 inline __attribute__((always_inline)) void sum_tile(const T* const* values, int64_t n, int64_t first, const float* p,
-                                                    int64_t p_pitch, float* out, int64_t pitch, const Ahead& ahead) {
+                                                    int64_t p_pitch, float* out, int64_t pitch, Next& next) {
   vf sum[kRows][kVectors];
   constexpr int kPaired = kVectors / 2 * 2;
 #pragma GCC unroll 4
@@ -151,7 +180,7 @@ inline __attribute__((always_inline)) void sum_tile(const T* const* values, int6
     for (int v = 0; v < kPaired; v += 2) to_pair<T>(sum[r][v], sum[r][v + 1]);
   }
   for (int64_t i = 0; i < n; ++i) {
-    ahead.fetch(i);
+    next.template fetch<lines_of<T>(kVectors * kLanes)>();
     vf x[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kPaired; v += 2) load_pair(values[i] + first + v * kLanes, x[v], x[v + 1]);
@@ -182,26 +211,29 @@ inline void sum_part(const T* const* values, int64_t n, int64_t first, int64_t c
 }
 
 // out[row * pitch + d] += sum over i of p[row * p_pitch + i] * values[i][first + d], for d < width, i ascending.
-template <class T, int kRows>
+template <class T, int kRows, class Next>
 void weighted_rows(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t width,
-                   float* out, int64_t pitch, Ahead ahead) {
+                   float* out, int64_t pitch, Next& next) {
   int64_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes, ahead.bytes = 0)
-    sum_tile<T, kRows, 4>(values, n, first + d, p, p_pitch, out + d, pitch, ahead);
-  for (; d + kLanes <= width; d += kLanes, ahead.bytes = 0)
-    sum_tile<T, kRows, 1>(values, n, first + d, p, p_pitch, out + d, pitch, ahead);
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes)
+    sum_tile<T, kRows, 4>(values, n, first + d, p, p_pitch, out + d, pitch, next);
+  for (; d + kLanes <= width; d += kLanes)
+    sum_tile<T, kRows, 1>(values, n, first + d, p, p_pitch, out + d, pitch, next);
   for (int64_t row = 0; row < kRows && d < width; ++row)
     sum_part(values, n, first + d, width - d, p + row * p_pitch, out + row * pitch + d);
 }
 
-template <class T>
+template <class T, class Next>
 void weighted_sum(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t rows,
-                  int64_t width, float* out, int64_t pitch, Ahead ahead) {
+                  int64_t width, float* out, int64_t pitch, Next& next) {
+  NothingAhead nothing;
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4, ahead.bytes = 0)
-    weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, ahead);
-  for (; r < rows; ++r, ahead.bytes = 0)
-    weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, ahead);
+  if (rows >= 4) weighted_rows<T, 4>(values, n, first, p, p_pitch, width, out, pitch, next), r = 4;
+  for (; r + 4 <= rows; r += 4)
+    weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
+  if (r == 0 && rows > 0) weighted_rows<T, 1>(values, n, first, p, p_pitch, width, out, pitch, next), r = 1;
+  for (; r < rows; ++r)
+    weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
 }
 
 }  // namespace
