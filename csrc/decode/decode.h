@@ -27,6 +27,9 @@ struct DecodeState {
   float *peak, *total;
 };
 
+// Rows that follow each other lie far apart, in so many stretches of memory: several at a time are read faster than one.
+inline constexpr int64_t kStretches = 4;
+
 // Keys and values that lie in memory as they are: rows of the first KV head, in the order of reading, which is
 // kDecodeBlock keys, their values, the next keys. kRowsAhead further ones may be fetched.
 struct DenseKeys {
@@ -35,10 +38,7 @@ struct DenseKeys {
   const int32_t* place;  // of each key
   int64_t count, width, v_width;
 };
-inline constexpr int64_t kRowsAhead = kDecodeBlock;
-// Rows that follow each other lie far apart, in so many stretches of memory: several at a time are read faster than one.
-inline constexpr int64_t kStretches = 4;
-
+inline constexpr int64_t kRowsAhead = kDecodeBlock + kStretches;
 // Query rows of a KV head, whose keys and values lie so many elements behind the first head's.
 struct DenseHead {
   DecodeRows rows;

@@ -8,9 +8,9 @@ namespace fastok::FASTOK_ISA {
 namespace {
 
 // Keys, and values, of one head that are read at a time, before those of the next head.
-constexpr int64_t kKeysAtOnce = 4, kValuesAtOnce = 16;
+constexpr int64_t kKeysAtOnce = 8, kValuesAtOnce = 16;
 // How many rows further is fetched: of one or two heads, or of more.
-constexpr int64_t kFarRowsOfFew = 48, kFarRows = 16;
+constexpr int64_t kFarRowsOfFew = 64, kFarRows = 16;
 static_assert(kFarRowsOfFew + kStretches <= kRowsAhead && kFarRows + kStretches <= kRowsAhead);
 
 template <class T>

@@ -19,12 +19,14 @@ class Ahead {
   // A call would cost the caller all its vector registers.
   template <int64_t kLines>
   inline __attribute__((always_inline)) void fetch() {
+    const bool all = end_ - line_ >= kLines * 64;
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLines; ++i) {
       __builtin_prefetch(line_, 0, 2);
       line_ += 64;
-      if (line_ >= end_) next();
+      if (!all && line_ >= end_) next();
     }
+    if (line_ >= end_) next();
   }
 
  private:
