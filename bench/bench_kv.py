@@ -27,9 +27,10 @@ def cases(device: torch.device) -> list[Case]:
         flops = 4.0 * HEADS * total * WIDTH
         dense_bytes = 2.0 * total * GROUPS * WIDTH * 2
         best = fastest(device)
-        found.append(
-            Case(f"dense decode {where}", dense(total, device), in_torch(best, total, device), best,
+        found.extend(
+            Case(f"dense decode {where}, {layout}", ours, in_torch(best, total, device), best,
                  bytes_moved=dense_bytes, only_reads=True, flops=flops, dtype=torch.bfloat16, target=DENSE_TARGET)
+            for layout, ours in (("heads first", heads_first(total, device)), ("tokens first", dense(total, device)))
         )  # fmt: skip
         for name in PRESETS if total == LENGTHS[0] else PROMISED:
             key, value = KVFormat.preset(name).bits_per_element(WIDTH)
@@ -71,6 +72,17 @@ def in_torch(name: str, total: int, device: torch.device) -> Build:
 def dense(total: int, device: torch.device) -> Build:
     def build() -> Callable[[], Any]:
         q, k, v = randoms(total, device)
+        return lambda: fastok.attention_decode(q, (k, v, None))
+
+    return build
+
+
+def heads_first(total: int, device: torch.device) -> Build:
+    """Keys and values in memory as PyTorch gets them."""
+
+    def build() -> Callable[[], Any]:
+        q, k, v = randoms(total, device)
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
         return lambda: fastok.attention_decode(q, (k, v, None))
 
     return build

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "common/dtype.h"
@@ -39,8 +40,20 @@ inline Tensor checked_contiguous(const Tensor& x, ScalarType dtype, const char* 
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
+// Like torch::stable::empty, which looks its operator up by name at every call and takes several times as long.
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape), dtype, std::nullopt, like.device());
+  constexpr size_t kMostDims = 8;
+  STD_TORCH_CHECK(shape.size() <= kMostDims, "at most ", kMostDims, " dimensions, got ", shape.size());
+  int64_t stride[kMostDims], elements = 1;
+  for (size_t d = shape.size(); d-- > 0; elements *= std::max<int64_t>(shape.begin()[d], 1)) stride[d] = elements;
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.begin(), stride,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
+  return Tensor(made);
 }
 
 template <class T>

@@ -75,6 +75,8 @@ struct UnitTask {
   int64_t b, unit, split, n_splits;
 };
 
+// Partial results that are worth a thread to merge.
+constexpr int64_t kPartsAtOnce = 64;
 // Query rows that a task takes on at most, if they are of several units: they have to stay in the caches.
 constexpr int64_t kRowsTogether = 64;
 
@@ -166,8 +168,8 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side
   }
   begins.push_back(order.size());
   const int64_t unit_rows = call.unit_rows(), element = int64_t(element_size(call.dtype));
-  std::vector<float> partial(tasks.size() * size_t(unit_rows * call.v_width)),
-      partial_lse(tasks.size() * size_t(unit_rows));
+  const auto partial = std::make_unique_for_overwrite<float[]>(tasks.size() * size_t(unit_rows * call.v_width));
+  const auto partial_lse = std::make_unique_for_overwrite<float[]>(tasks.size() * size_t(unit_rows));
   const DecodeKernels& kernels = pick_decode_kernels();
   const AttentionKernels& attention = pick_attention_kernels();
   std::atomic<size_t> taken{0};  // by whoever is free: splits differ in length
@@ -194,11 +196,13 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side
       run(first.b, first.split, states, scratch.get());
       for (size_t i = begins[part]; i < begins[part + 1]; ++i)
         kernels.finish(states.state[i - begins[part]], unit_rows, call.v_width, value_side, value_channels,
-                       partial.data() + order[i] * size_t(unit_rows * call.v_width),
-                       partial_lse.data() + order[i] * size_t(unit_rows));
+                       partial.get() + order[i] * size_t(unit_rows * call.v_width),
+                       partial_lse.get() + order[i] * size_t(unit_rows));
     }
   });
-  torch::stable::parallel_for(0, call.batch * call.heads * call.rows, 64, [&](int64_t begin, int64_t end) {
+  const int64_t n_rows = call.batch * call.heads * call.rows, n_parts = int64_t(tasks.size()) * unit_rows;
+  const int64_t at_once = std::max<int64_t>(kPartsAtOnce * n_rows / std::max<int64_t>(n_parts, 1), 1);
+  torch::stable::parallel_for(0, n_rows, at_once, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % call.rows, h = i / call.rows % call.heads, b = i / call.rows / call.heads;
       const int64_t unit = h / call.ratio(), r = h % call.ratio() * call.rows + row;
@@ -208,8 +212,8 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side
       const bool some = task != tasks.end() && task->b == b && task->unit == unit;
       char* const to = static_cast<char*>(out.mutable_data_ptr()) +
                        ((b * call.rows + row) * call.heads + h) * call.v_width * element;
-      attention.merge_parts(partial.data() + (first * unit_rows + r) * call.v_width, unit_rows * call.v_width,
-                            partial_lse.data() + first * unit_rows + r, unit_rows, some ? task->n_splits : 0,
+      attention.merge_parts(partial.get() + (first * unit_rows + r) * call.v_width, unit_rows * call.v_width,
+                            partial_lse.get() + first * unit_rows + r, unit_rows, some ? task->n_splits : 0,
                             call.v_width, call.dtype, to, data<float>(lse) + (b * call.heads + h) * call.rows + row);
     }
   });
@@ -222,26 +226,27 @@ int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 // behind them.
 struct RowPointers {
   std::unique_ptr<const void*[]> row;
-  std::vector<int32_t> place;
+  std::unique_ptr<int32_t[]> place;
   int64_t count;
 
   // place_of(i), i < n, and at(place, key, value), which finds its rows.
   template <class PlaceOf, class At>
   RowPointers(int64_t n, const PlaceOf& place_of, const At& at) : count(std::max<int64_t>(n, 0)) {
-    place.reserve(size_t(count));
-    const int64_t stretch = (count + kStretches - 1) / kStretches;
-    for (int64_t i = 0; i < stretch; ++i)
-      for (int64_t j = i; j < count; j += stretch) place.push_back(place_of(j));
+    place = std::make_unique_for_overwrite<int32_t[]>(size_t(count));
     row = std::make_unique_for_overwrite<const void*[]>(size_t(2 * count + kRowsAhead));
+    const int64_t stretch = (count + kStretches - 1) / kStretches;
+    int32_t* next = place.get();
+    for (int64_t i = 0; i < stretch; ++i)
+      for (int64_t j = i; j < count; j += stretch) *next++ = place_of(j);
     for (int64_t begin = 0; begin < count; begin += kDecodeBlock) {
       const int64_t block = std::min(kDecodeBlock, count - begin);
       const void **const keys = row.get() + 2 * begin, **const values = keys + block;
-      for (int64_t i = 0; i < block; ++i) at(place[size_t(begin + i)], keys[i], values[i]);
+      for (int64_t i = 0; i < block; ++i) at(place[begin + i], keys[i], values[i]);
     }
     if (count > 0) std::fill_n(row.get() + 2 * count, kRowsAhead, row[size_t(2 * count - 1)]);
   }
   DenseKeys keys(const DecodeCall& call) const {
-    return {call.dtype, row.get(), place.data(), count, call.width, call.v_width};
+    return {call.dtype, row.get(), place.get(), count, call.width, call.v_width};
   }
 };
 
