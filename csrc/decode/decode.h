@@ -27,7 +27,7 @@ struct DecodeState {
   float *peak, *total;
 };
 
-// Rows that follow each other lie far apart, in so many stretches of memory: several at a time are read faster than one.
+// Rows that follow each other lie far apart, in so many stretches of memory: several at a time are read faster.
 inline constexpr int64_t kStretches = 4;
 
 // Keys and values that lie in memory as they are: rows of the first KV head, in the order of reading, which is

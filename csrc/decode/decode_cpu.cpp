@@ -222,6 +222,10 @@ std::tuple<Tensor, Tensor> decode_over(const DecodeCall& call, bool side_by_side
 
 int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 
+// Stretches are so many rows longer than equal ones would be, at the cost of the last: those that lie whole pages apart
+// come to their next pages together, and wait for all of them.
+constexpr int64_t kSkew = 21;
+
 // Places that take part, as rows in memory in the order of reading: from kStretches places far apart, then from those
 // behind them.
 struct RowPointers {
@@ -234,7 +238,7 @@ struct RowPointers {
   RowPointers(int64_t n, const PlaceOf& place_of, const At& at) : count(std::max<int64_t>(n, 0)) {
     place = std::make_unique_for_overwrite<int32_t[]>(size_t(count));
     row = std::make_unique_for_overwrite<const void*[]>(size_t(2 * count + kRowsAhead));
-    const int64_t stretch = (count + kStretches - 1) / kStretches;
+    const int64_t stretch = (count + kStretches - 1) / kStretches + kSkew;
     int32_t* next = place.get();
     for (int64_t i = 0; i < stretch; ++i)
       for (int64_t j = i; j < count; j += stretch) *next++ = place_of(j);
@@ -396,8 +400,7 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
     const int64_t first = sealed + begin, last = sealed + std::min(ks.count, begin + kSplitKeys);
     const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
     const int64_t n = listed ? std::lower_bound(from, listed + n_listed, int32_t(last)) - from : last - first;
-    const RowPointers pointers(
-        n, [&](int64_t i) { return listed ? from[i] : int32_t(first + i); }, rows_of);
+    const RowPointers pointers(n, [&](int64_t i) { return listed ? from[i] : int32_t(first + i); }, rows_of);
     const DenseHead head{states.rows[0], states.state[0], 0, 0};
     kernels.dense(&head, 1, pointers.keys(call), scratch);
   };

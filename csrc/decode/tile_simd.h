@@ -151,6 +151,7 @@ __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, con
 template <class T, class Next>
 void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows, int64_t width,
           float* out, int64_t pitch, Next& next) {
+  if (rows == 0) return;
   NothingAhead nothing;
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
@@ -228,12 +229,13 @@ void weighted_rows(const T* const* values, int64_t n, int64_t first, const float
 template <class T, class Next>
 void weighted_sum(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t rows,
                   int64_t width, float* out, int64_t pitch, Next& next) {
+  if (rows == 0) return;
   NothingAhead nothing;
   int64_t r = 0;
   if (rows >= 4) weighted_rows<T, 4>(values, n, first, p, p_pitch, width, out, pitch, next), r = 4;
   for (; r + 4 <= rows; r += 4)
     weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
-  if (r == 0 && rows > 0) weighted_rows<T, 1>(values, n, first, p, p_pitch, width, out, pitch, next), r = 1;
+  if (r == 0) weighted_rows<T, 1>(values, n, first, p, p_pitch, width, out, pitch, next), r = 1;
   for (; r < rows; ++r)
     weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
 }
