@@ -255,7 +255,7 @@ def test_long_lists_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @over_backends("decode", without=("reference", "cuda", "cuda-on-host", "triton-interpreter"))
 def test_heads_read_side_by_side_give_what_each_gives_alone(backend: Backend, dtype: torch.dtype) -> None:
-    """However many there are to a thread, of one length or not: by layout, by lists of all, by the number of threads."""
+    """However many there are to a thread: by layout, by lists of all tokens, by lengths, by the number of threads."""
     q, (k, v) = torch.randn(2, 2, 10, 72).to(dtype), torch.randn(2, 2, 2200, 5, 72).to(dtype)
     lengths = torch.tensor([[2200, 2200, 2049, 2048, 0], [3, 700, 700, 700, 2200]])
     how = {"key_bias": torch.randn(2, 10, 2200), "softcap": 3.0}
