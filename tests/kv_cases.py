@@ -28,8 +28,7 @@ NAMES = tuple(FORMATS)
 @contextmanager
 def through(backend: Backend) -> Iterator[None]:
     """``attention_decode`` runs on ``backend``."""
-    # Made on demand, before they are replaced; Triton has no kernel for packed caches.
-    dense, packed_ = backend.decode, None if "triton" in backend.name else backend.decode_packed
+    dense, packed_ = backend.decode, backend.decode_packed  # made on demand, before they are replaced
     with patch.object(torch.ops.fastok, "decode", dense), patch.object(torch.ops.fastok, "decode_packed", packed_):
         yield
 

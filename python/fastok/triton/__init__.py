@@ -15,6 +15,7 @@ _MODULES = {
     "bipartite_match": "match",
     "build_map": "merge",
     "decode": "decode",
+    "decode_packed": "packed",
     "label_scores": "sparse",
     "merge": "merge",
     "merge_backward": "merge",

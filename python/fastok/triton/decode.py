@@ -52,10 +52,16 @@ def decode(
         D=dim, D_BLOCK=padded(dim), WIDTH=width, WIDTH_BLOCK=padded(width), M=_ROWS, N=32 if widest <= 512 else 16,
         num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
     )  # fmt: skip
+    combine(parts, part_lse, out, lse)
+    return out.to(given), lse
+
+
+def combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """``out[B,S,H,D]`` and ``lse[B,H,S]`` of at most 64 ``parts[n,B,H,S,D]``, in order."""
+    splits, _, heads, rows, width = parts.shape
     _combine[(lse.numel(),)](
         parts, part_lse, out, lse, splits, lse.numel(), rows, heads, WIDTH=width, WIDTH_BLOCK=padded(width),
     )  # fmt: skip
-    return out.to(given), lse
 
 
 def _ordered(tokens: Tensor, total: int) -> Tensor:
