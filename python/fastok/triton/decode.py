@@ -131,6 +131,10 @@ def _decode_split(
     if lengths is not None:
         at = sample * groups + group if by_head else sample
         length = tl.minimum(tl.maximum(tl.load(lengths + at), 0), total).to(tl.int32)
+    last = length - rows + query
+    own_bias = None
+    if bias is not None:
+        own_bias = bias + sample * bias_batch + head * bias_head
     count = length
     if listed is not None:
         count = list_size
@@ -160,25 +164,67 @@ def _decode_split(
             token = key % page
             there = there & (block >= 0) & (block < pages)
         k_tile = load_rows(k + group * k_head, block * k_batch + token * k_row, 1, there, D, D_BLOCK)
-        products = tl.dot(q_tile, tl.trans(k_tile), tl.zeros([M, N], tl.float32), input_precision="ieee")
-        logits = capped(products, factor, cap)
-        if bias is not None:
-            own = bias + sample * bias_batch + head[:, None] * bias_head + key[None, :]
-            logits += tl.load(own, mask=inside[:, None] & there[None, :], other=0)
-        seen = there[None, :] & (key[None, :] <= (length - rows + query)[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
-        top = tl.maximum(peak, tl.max(logits, 1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp(logits - base[:, None])
-        fading = tl.exp(peak - base)
-        norm = norm * fading + tl.sum(weight, 1)
         v_tile = load_rows(v + group * v_head, block * v_batch + token * v_row, 1, there, WIDTH, WIDTH_BLOCK)
-        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * fading[:, None], input_precision="ieee")
-        peak = top
+        peak, norm, acc = attend(
+            q_tile, k_tile, v_tile, there, key, last, own_bias, total, inside, peak, norm, acc, factor, cap, M, N,
+        )  # fmt: skip
+    row = (sample * heads + head) * rows + query
+    store_part(parts, part_lse, split, tl.num_programs(0) // tiles // (heads // pack) * heads * rows, row, inside, peak,
+               norm, acc, WIDTH, WIDTH_BLOCK)  # fmt: skip
 
+
+@triton.jit
+def attend(
+    q_tile: tl.tensor,
+    k_tile: tl.tensor,
+    v_tile: tl.tensor,
+    there: tl.tensor,
+    place: tl.tensor,
+    last: tl.tensor,
+    bias: tl.tensor,
+    places: tl.tensor,
+    inside: tl.tensor,
+    peak: tl.tensor,
+    norm: tl.tensor,
+    acc: tl.tensor,
+    factor: float,
+    cap: float | None,
+    M: tl.constexpr,
+    N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The running softmax after some more keys, of which row i sees those up to ``last[i]``; ``bias`` is each row's."""
+    products = tl.dot(q_tile, tl.trans(k_tile), tl.zeros([M, N], tl.float32), input_precision="ieee")
+    logits = capped(products, factor, cap)
+    if bias is not None:
+        own = bias[:, None] + tl.minimum(place, places - 1)[None, :]
+        logits += tl.load(own, mask=inside[:, None] & there[None, :], other=0)
+    logits = tl.where(there[None, :] & (place[None, :] <= last[:, None]), logits, float("-inf"))
+    top = tl.maximum(peak, tl.max(logits, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(logits - base[:, None])
+    fading = tl.exp(peak - base)
+    norm = norm * fading + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * fading[:, None], input_precision="ieee")
+    return top, norm, acc
+
+
+@triton.jit
+def store_part(
+    parts: tl.tensor,
+    part_lse: tl.tensor,
+    split: tl.tensor,
+    split_rows: tl.tensor,
+    row: tl.tensor,
+    inside: tl.tensor,
+    peak: tl.tensor,
+    norm: tl.tensor,
+    acc: tl.tensor,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+) -> None:
+    """What a split's rows came to, for :func:`combine`; ``row`` counts in ``[B,H,S]``."""
     norm = tl.where(norm == 0, 1.0, norm)
-    result = (split.to(tl.int64) * (tl.num_programs(0) // tiles // (heads // pack)) + sample) * heads + head
-    result = result * rows + query
+    result = split.to(tl.int64) * split_rows + row
     tl.store(part_lse + result, tl.where(peak == float("inf"), peak, peak + tl.log(norm)), mask=inside)
     d = tl.arange(0, WIDTH_BLOCK)[None, :]
     tl.store(parts + result[:, None] * WIDTH + d, acc / norm[:, None], mask=inside[:, None] & (d < WIDTH))

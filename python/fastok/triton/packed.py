@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..reference.kv_layout import CHANNEL, TRIT, Layout, Side
 from ..reference.quantize import channel_order, fourier_basis, fourier_weights, from_coded
-from .attention import capped, load_rows, padded
+from .attention import load_rows, padded
 from .common import kernel_dtype, readable
-from .decode import combine
+from .decode import attend, combine, store_part
 
 _ROWS = 16
 _PAGES = tl.constexpr(4)  # of a split, and more where there would be more splits than these
@@ -228,44 +228,6 @@ def _coded_rows(
     return tl.where(mask, x, 0.0)
 
 
-@triton.jit
-def _attend(
-    q_tile: tl.tensor,
-    k_tile: tl.tensor,
-    v_tile: tl.tensor,
-    there: tl.tensor,
-    place: tl.tensor,
-    last: tl.tensor,
-    bias: tl.tensor,
-    places: tl.tensor,
-    chosen: tl.tensor,
-    inside: tl.tensor,
-    peak: tl.tensor,
-    norm: tl.tensor,
-    acc: tl.tensor,
-    factor: float,
-    cap: float | None,
-    M: tl.constexpr,
-    N: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """The running softmax after some more keys, of which row i sees those up to ``last[i]``."""
-    if chosen is not None:
-        there = there & (tl.load(chosen + place, mask=there, other=0) > 0)
-    products = tl.dot(q_tile, tl.trans(k_tile), tl.zeros([M, N], tl.float32), input_precision="ieee")
-    logits = capped(products, factor, cap)
-    if bias is not None:
-        own = bias[:, None] + tl.minimum(place, places - 1)[None, :]
-        logits += tl.load(own, mask=inside[:, None] & there[None, :], other=0)
-    logits = tl.where(there[None, :] & (place[None, :] <= last[:, None]), logits, float("-inf"))
-    top = tl.maximum(peak, tl.max(logits, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp(logits - base[:, None])
-    fading = tl.exp(peak - base)
-    norm = norm * fading + tl.sum(weight, 1)
-    v_tile = tl.where(there[:, None], v_tile, 0.0)
-    return top, norm, tl.dot(weight, v_tile, acc * fading[:, None], input_precision="ieee")
-
-
 @triton.jit(
     do_not_specialize=[
         "bytes_", "bias_places", "units", "capacity", "heads", "groups", "pack", "rows", "tiles", "pages",
@@ -366,11 +328,13 @@ def _decode_pages(
         for begin in range(0, hot, N):
             entry = begin + tl.arange(0, N)
             there = entry < hot
+            if chosen is not None:
+                there = there & (tl.load(chosen + sealed + entry, mask=there, other=0) > 0)
             k_tile = load_rows(hot_k + sample * hot_k_batch + group * hot_k_head, entry, hot_k_row, there, D, D_BLOCK)
             v_tile = load_rows(hot_v + sample * hot_v_batch + group * hot_v_head, entry, hot_v_row, there, D, D_BLOCK)
-            peak, norm, acc = _attend(
+            peak, norm, acc = attend(
                 q_tile, k_tile.to(tl.float32), v_tile.to(tl.float32), there, sealed + entry, last, own_bias,
-                bias_places, chosen, inside, peak, norm, acc, factor, cap, M, N,
+                bias_places, inside, peak, norm, acc, factor, cap, M, N,
             )  # fmt: skip
     else:
         q_tile = load_rows(coded, q_row, D, inside, D, D_BLOCK)
@@ -412,6 +376,8 @@ def _decode_pages(
                     before = tl.sum(tl.where(position[None, :] < entry[:, None], flags[None, :], 0), 1)
                     high = tl.sum(tl.where(position[None, :] == entry[:, None], flags[None, :], 0), 1) > 0
                     rank = tl.where(high, before, n_high + entry - before)
+                if chosen is not None:
+                    there = there & (tl.load(chosen + begin + entry, mask=there, other=0) > 0)
                 k_tile = _coded_rows(
                     data, params, start, key_codes, rank, slot, high, n, n_high, filled, there,
                     KEY_BITS, KEY_SIGNS, KEY_FOURIER, KEY_COMPAT, KEY_BY_CHANNEL, KEY_LOW, KEY_EASY, D, D_BLOCK, GROUP,
@@ -422,14 +388,10 @@ def _decode_pages(
                     VALUE_BITS, VALUE_SIGNS, VALUE_FOURIER, VALUE_COMPAT, VALUE_BY_CHANNEL, VALUE_LOW, VALUE_EASY,
                     D, D_BLOCK, GROUP, SCALE_BYTES,
                 )  # fmt: skip
-                peak, norm, acc = _attend(
-                    q_tile, k_tile, v_tile, there, begin + entry, last, own_bias, bias_places, chosen, inside, peak,
-                    norm, acc, factor, cap, M, N,
+                peak, norm, acc = attend(
+                    q_tile, k_tile, v_tile, there, begin + entry, last, own_bias, bias_places, inside, peak, norm, acc,
+                    factor, cap, M, N,
                 )  # fmt: skip
 
-    norm = tl.where(norm == 0, 1.0, norm)
-    result = (split.to(tl.int64) * (tl.num_programs(0) // tiles // (heads // pack)) + sample) * heads + head
-    result = result * rows + query
-    tl.store(part_lse + result, tl.where(peak == float("inf"), peak, peak + tl.log(norm)), mask=inside)
-    d = tl.arange(0, D_BLOCK)[None, :]
-    tl.store(parts + result[:, None] * D + d, acc / norm[:, None], mask=inside[:, None] & (d < D))
+    store_part(parts, part_lse, split, tl.num_programs(0) // tiles // (heads // pack) * heads * rows,
+               (sample * heads + head) * rows + query, inside, peak, norm, acc, D, D_BLOCK)  # fmt: skip
