@@ -64,6 +64,7 @@ def decode_packed(
         GROUPS=layout.token_groups, GROUPS_BLOCK=triton.next_power_of_2(layout.token_groups),
         PAGE_BLOCK=triton.next_power_of_2(layout.page), GROUP=layout.group, SCALE_BYTES=layout.scale_dtype.itemsize,
         D=width, D_BLOCK=padded(width), M=_ROWS, N=32 if padded(width) <= 128 else 16, num_warps=4,
+        num_stages=1,  # more would not fit the shared memory of smaller GPUs, where the window is fp32
     )  # fmt: skip
     if splits and (layout.value.parts[0].fourier or (value_channels is not None and layout.value.needs_channels)):
         sums = parts[:splits].unflatten(2, (groups, heads // groups)).permute(1, 2, 0, 3, 4, 5)
