@@ -10,7 +10,7 @@ namespace {
 
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;
-  static constexpr int kTileRows = 32;
+  static constexpr int kTileRows = kTile;  // two tiles of rows at a time, as long as there are two
   static constexpr int kRows = 64, kRowsTogether = 32, kKeys = 128;
   static_assert(kRows % kTileRows == 0 && kKeys % kStep == 0);
   static constexpr bool kScaledRows = false;
@@ -24,11 +24,11 @@ struct Bf16 {
   }
   static size_t value_bytes(int64_t n, int64_t width) { return key_bytes(n, width); }
 
-  // [row][padded width]
+  // [row][padded width], zeros up to the next pair of tiles
   static void pack_rows(const AttentionHead& head, const RowList& rows, void* out_bytes) {
     bf16* const out = static_cast<bf16*>(out_bytes);
     const int64_t width = head.q.width, pitch = padded(width);
-    for (int64_t i = 0; i < round_up(rows.count, kTileRows); ++i) {
+    for (int64_t i = 0; i < round_up(rows.count, 2 * kTile); ++i) {
       bf16* const row = out + i * pitch;
       if (i + kAhead < rows.count) prefetch_row(head.q, rows.at(i + kAhead));
       const bf16* const from =
@@ -60,65 +60,95 @@ struct Bf16 {
   static void multiply(const void* rows, int64_t n_rows, const void* keys, int64_t key, int64_t n_keys, int64_t width,
                        float* out, int64_t pitch) {
     const int64_t depth = padded(width), blocks = depth / kDepth;
-    const size_t row_pitch = size_t(depth) * sizeof(bf16), out_pitch = size_t(pitch) * sizeof(float);
+    const size_t row_pitch = size_t(depth) * sizeof(bf16);
     for (int64_t j = 0; j < n_keys; j += kStep) {
       const bf16* const b0 = static_cast<const bf16*>(keys) + (key + j) / kTile * blocks * kBlock;
       const bf16* const b1 = b0 + blocks * kBlock;
-      for (int64_t i = 0; i < n_rows; i += kTileRows) {
-        const bf16* const a0 = static_cast<const bf16*>(rows) + i * depth;
-        const bf16* const a1 = a0 + kTile * depth;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t block = 0; block < blocks; ++block) {
-          _tile_loadd(4, a0 + block * kDepth, row_pitch);
-          _tile_loadd(6, b0 + block * kBlock, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, b1 + block * kBlock, 64);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, a1 + block * kDepth, row_pitch);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        store_tiles(out + i * pitch + j, pitch, out_pitch);
+      for (int64_t i = 0; i < n_rows; i += 2 * kTile) {
+        const bf16* const a = static_cast<const bf16*>(rows) + i * depth;
+        float* const to = out + i * pitch + j;
+        if (i + kTile < n_rows)
+          multiply_tiles<true>(a, row_pitch, b0, b1, blocks, to, pitch);
+        else
+          multiply_tiles<false>(a, row_pitch, b0, b1, blocks, to, pitch);
       }
     }
   }
-  static void store_tiles(float* out, int64_t pitch, size_t pitch_bytes) {
-    _tile_stored(0, out, pitch_bytes);
-    _tile_stored(1, out + kTile, pitch_bytes);
-    _tile_stored(2, out + kTile * pitch, pitch_bytes);
-    _tile_stored(3, out + kTile * pitch + kTile, pitch_bytes);
+  // Of one or two tiles of rows with two of keys.
+  template <bool kTwo>
+  static void multiply_tiles(const bf16* a, size_t row_pitch, const bf16* b0, const bf16* b1, int64_t blocks,
+                             float* out, int64_t pitch) {
+    const bf16* const a1 = a + kTile * blocks * kDepth;
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      _tile_loadd(4, a + block * kDepth, row_pitch);
+      _tile_loadd(6, b0 + block * kBlock, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b1 + block * kBlock, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kTwo) {
+        _tile_loadd(5, a1 + block * kDepth, row_pitch);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    store_tiles<kTwo>(out, pitch);
+  }
+  template <bool kTwo>
+  static void store_tiles(float* out, int64_t pitch) {
+    const size_t bytes = size_t(pitch) * sizeof(float);
+    _tile_stored(0, out, bytes);
+    _tile_stored(1, out + kTile, bytes);
+    if constexpr (kTwo) {
+      _tile_stored(2, out + kTile * pitch, bytes);
+      _tile_stored(3, out + kTile * pitch + kTile, bytes);
+    }
   }
 
   // out[i][c] += the sum over `depth` of a[i][j] * b[j][c]; b is [32 summands][b_width / 16][pair][16 columns][2].
   static void add_product(const bf16* a, int64_t a_pitch, int64_t n_rows, const bf16* b, int64_t b_width, int64_t depth,
                           int64_t n_columns, float* out, int64_t pitch) {
-    const size_t a_bytes = size_t(a_pitch) * sizeof(bf16), out_bytes = size_t(pitch) * sizeof(float);
     for (int64_t c = 0; c < n_columns; c += 2 * kTile) {
-      for (int64_t i = 0; i < n_rows; i += kTileRows) {
-        const bf16* const a0 = a + i * a_pitch;
-        const bf16* const a1 = a0 + kTile * a_pitch;
-        const bf16* at = b + c / kTile * kBlock;
+      for (int64_t i = 0; i < n_rows; i += 2 * kTile) {
+        const bf16* const from = a + i * a_pitch;
+        const bf16* const by = b + c / kTile * kBlock;
         float* const to = out + i * pitch + c;
-        _tile_loadd(0, to, out_bytes);
-        _tile_loadd(1, to + kTile, out_bytes);
-        _tile_loadd(2, to + kTile * pitch, out_bytes);
-        _tile_loadd(3, to + kTile * pitch + kTile, out_bytes);
-        for (int64_t j = 0; j < depth; j += kDepth, at += b_width / kTile * kBlock) {
-          _tile_loadd(4, a0 + j, a_bytes);
-          _tile_loadd(6, at, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, at + kBlock, 64);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, a1 + j, a_bytes);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        store_tiles(to, pitch, out_bytes);
+        if (i + kTile < n_rows)
+          add_tiles<true>(from, a_pitch, by, b_width, depth, to, pitch);
+        else
+          add_tiles<false>(from, a_pitch, by, b_width, depth, to, pitch);
       }
     }
+  }
+  template <bool kTwo>
+  static void add_tiles(const bf16* a, int64_t a_pitch, const bf16* b, int64_t b_width, int64_t depth, float* out,
+                        int64_t pitch) {
+    const size_t a_bytes = size_t(a_pitch) * sizeof(bf16), out_bytes = size_t(pitch) * sizeof(float);
+    const bf16* const a1 = a + kTile * a_pitch;
+    _tile_loadd(0, out, out_bytes);
+    _tile_loadd(1, out + kTile, out_bytes);
+    if constexpr (kTwo) {
+      _tile_loadd(2, out + kTile * pitch, out_bytes);
+      _tile_loadd(3, out + kTile * pitch + kTile, out_bytes);
+    }
+    for (int64_t j = 0; j < depth; j += kDepth, b += b_width / kTile * kBlock) {
+      _tile_loadd(4, a + j, a_bytes);
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kBlock, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kTwo) {
+        _tile_loadd(5, a1 + j, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    store_tiles<kTwo>(out, pitch);
   }
   static void add_values(const bf16* weight, int64_t n_rows, const void* values, int64_t key, int64_t n_keys,
                          int64_t width, float* out) {

@@ -50,6 +50,18 @@ struct RowList {
   }
 };
 
+// Rows [begin, end) of one head that a later task will read.
+struct RowsAhead {
+  HeadRows rows;
+  int64_t begin, end;
+};
+
+// What a thread's next tasks will read, of queries, keys and values: asked for while the task before computes.
+struct Upcoming {
+  static constexpr int kParts = 3;
+  RowsAhead part[kParts];
+};
+
 // One way of doing it: fp32 vectors, or bf16 products on vectors or tiles where the machine has them. Keys and values
 // are packed once per head and thread.
 struct AttentionEngine {
@@ -64,14 +76,14 @@ struct AttentionEngine {
   // out[row] and lse[row] of rows [begin, end) over the packed keys [key_begin, key_end). `out` is fp32 if `wide`, else
   // has the head's dtype. Without values (of width 0) only lse is written.
   void (*forward)(const AttentionHead&, const void* keys, const void* values, int64_t key_begin, int64_t key_end,
-                  const RowList&, void* out, int64_t out_stride, bool wide, float* lse, void* scratch);
+                  const RowList&, const Upcoming&, void* out, int64_t out_stride, bool wide, float* lse, void* scratch);
   // Scores of up to row_block listed rows against the packed keys [key_begin, key_end): probabilities by the rows' lse,
   // or logits without one; 0 or -inf where a key is not seen. out[row][key - key_begin], rows `pitch` apart, up to the
   // next multiple of key_step.
   void (*scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
                  const float* lse, float* out, int64_t pitch, void* scratch);
-  // total[key - key_begin] += the sum of these probabilities over the rows, in ascending order; up to the next multiple
-  // of key_step.
+  // total[key - key_begin] += the sum of these probabilities over the rows, in ascending order. What is added behind
+  // the last key, up to the next multiple of key_step, means nothing.
   void (*sum_scores)(const AttentionHead&, const void* keys, int64_t key_begin, int64_t key_end, const RowList&,
                      const float* lse, float* total, void* scratch);
 };

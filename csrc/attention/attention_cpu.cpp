@@ -83,6 +83,47 @@ struct Partial {
   }
 };
 
+// What a thread's next tasks will read: queries of the very next one, and keys and values shared out among the tasks
+// before the first that needs them.
+class Foresight {
+ public:
+  Foresight(const AttentionCall& call, const std::vector<Task>& tasks, int64_t end)
+      : call_(call), tasks_(tasks), end_(end) {}
+
+  Upcoming behind(int64_t i) {
+    Upcoming upcoming = {};
+    if (i + 1 < end_) {
+      const Task& next = tasks_[i + 1];
+      upcoming.part[0] = {call_.head(next.b, next.h).q, next.row_begin, next.row_end};
+    }
+    if (i >= change_) {
+      since_ = i;
+      for (change_ = i + 1; change_ < end_ && same_keys(tasks_[i], tasks_[change_]);) ++change_;
+    }
+    if (change_ < end_) {
+      const Task& next = tasks_[change_];
+      const AttentionHead head = call_.head(next.b, next.h);
+      const int64_t n = next.key_end - next.key_begin, tasks = change_ - since_;
+      const int64_t begin = next.key_begin + n * (i - since_) / tasks;
+      const int64_t end = next.key_begin + n * (i - since_ + 1) / tasks;
+      upcoming.part[1] = {head.k, begin, end};
+      if (call_.has_values) upcoming.part[2] = {head.v, begin, end};
+    }
+    return upcoming;
+  }
+
+ private:
+  bool same_keys(const Task& a, const Task& b) const {
+    const int64_t group = call_.heads / call_.groups;
+    return a.b == b.b && a.h / group == b.h / group && a.key_begin == b.key_begin && a.key_end == b.key_end;
+  }
+
+  const AttentionCall& call_;
+  const std::vector<Task>& tasks_;
+  const int64_t end_;
+  int64_t since_ = 0, change_ = 0;  // the tasks around the last one that have its keys
+};
+
 }  // namespace
 
 bool rows_fit_one_task(const AttentionCall& call, int64_t begin, int64_t end) {
@@ -126,6 +167,7 @@ std::tuple<Tensor, Tensor> attend(const AttentionCall& call, const RowsTogether*
     const AlignedMemory scratch(scratch_bytes);
     PackedHead packed(call, engine);
     std::vector<AttentionHead> heads;
+    Foresight foresight(call, tasks, end);
     for (int64_t i = begin; i < end; ++i) {
       const Task& t = tasks[i];
       const AttentionHead head = call.head(t.b, t.h);
@@ -139,14 +181,15 @@ std::tuple<Tensor, Tensor> attend(const AttentionCall& call, const RowsTogether*
       }
       packed.pack(t.b, t.h / (call.heads / call.groups), head, t.key_begin, t.key_end);
       const RowList rows{nullptr, t.row_begin, t.n_rows()};
+      const Upcoming upcoming = foresight.behind(i);
       if (t.partial()) {
-        engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, part, call.v_width, true,
-                       part_lse, scratch.get());
+        engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, upcoming, part, call.v_width,
+                       true, part_lse, scratch.get());
       } else {
         char* const to = outs + (call.row_at(t.b, t.h) + t.row_begin * call.heads) * row_bytes;
         float* const lse = lses + call.lse_at(t.b, t.h);
-        engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, to, call.heads * call.v_width,
-                       false, lse + t.row_begin, scratch.get());
+        engine.forward(head, packed.keys, packed.values, t.key_begin, t.key_end, rows, upcoming, to,
+                       call.heads * call.v_width, false, lse + t.row_begin, scratch.get());
         if (together && t.row_begin < together->end && t.row_end > together->begin)
           together->finished(t.b, t.h, head, packed.keys, lse, scratch.get());
       }

@@ -42,7 +42,7 @@ template <class E>
 class Pass {
  public:
   Pass(const AttentionHead& head, const RowList& rows, const void* keys, const void* values, int64_t key_begin,
-       int64_t key_end, const Scratch<E>& scratch)
+       int64_t key_end, Fetching& fetching, const Scratch<E>& scratch)
       : head_(head),
         rows_(rows),
         n_rows_(round_up(rows.count, E::kTileRows)),
@@ -53,30 +53,30 @@ class Pass {
         factor_(factor_left<E>(head)),
         touched_(touches<E>(head)),
         v_width_(E::padded(head.v.width)),
+        fetching_(fetching),
         scratch_(scratch) {
     std::memset(scratch.out, 0, size_t(n_rows_ * v_width_) * sizeof(float));
   }
 
-  // A few keys by their peaks, then many by the peaks that there are, as long as weights do not become large; or, where
-  // peaks are not lazy (Weights), block after block by its own.
+  // Many keys by the peaks that there are, at first those of a few, as long as weights do not become large; else a few
+  // by their own. Or, where peaks are not lazy (Weights), block after block by its own.
   void over_keys() {
     const int64_t first = seen_.first, last = seen_.last;
     if constexpr (Weights<Weight>::kLazyPeaks) {
-      const int64_t size = even_part(last - first - kFewKeys, E::kWeightPitch);
+      const int64_t size = even_part(last - first, E::kWeightPitch, kFewKeys);
       for (int64_t begin = first, end; begin < last; begin = end) {
         end = begin + size < last ? begin + size : last;
-        if (running_.settled && weigh_by_old_peaks(begin, end)) {
-          add_values(scratch_.weights, begin, end);
-        } else {
+        if (begin == first) find_peaks(begin, end);
+        if (!running_.settled || !weigh_by_old_peaks(begin, end, begin == first)) {
           end = begin + kFewKeys < last ? begin + kFewKeys : last;
           multiply(begin, end, kFewKeys);
           weigh(end - begin, kFewKeys, scratch_.weights);
-          add_values(scratch_.weights, begin, end);
         }
+        add_values(scratch_.weights, begin, end);
       }
     } else {
       auto* const weights = reinterpret_cast<Weight*>(scratch_.scores);  // in their place
-      const int64_t size = even_part(last - first, E::kKeys);
+      const int64_t size = even_part(last - first, E::kKeys, E::kStep);
       for (int64_t begin = first, end; begin < last; begin = end) {
         end = begin + size < last ? begin + size : last;
         multiply(begin, end, E::kKeys);
@@ -104,18 +104,26 @@ class Pass {
   using Weight = typename E::Weight;
   static constexpr int kFewKeys = Scratch<E>::kFewKeys;
 
-  // How many of `n` keys to take at a time, when at most `most` are.
-  static int64_t even_part(int64_t n, int64_t most) {
+  // How many of `n` keys to take at a time, in whole steps, when at most `most` are.
+  static int64_t even_part(int64_t n, int64_t most, int64_t step) {
     const int64_t parts = n > 0 ? (n + most - 1) / most : 1;
-    return n > 0 ? round_up((n + parts - 1) / parts, E::kStep) : E::kStep;
+    return n > 0 ? round_up((n + parts - 1) / parts, step) : step;
   }
-  // The logits of the keys [begin, end), to scratch.scores.
-  void multiply(int64_t begin, int64_t end, int64_t pitch) const {
+  // The logits of the keys [begin, end), to scratch.scores. What is there of further keys, up to the next step, is
+  // hidden only if `hides` says so.
+  void multiply(int64_t begin, int64_t end, int64_t pitch, bool hides = true) const {
     const int64_t n = round_up(end - begin, E::kStep);
     float* const x = scratch_.scores;
     E::multiply(scratch_.rows, n_rows_, keys_, begin - key_begin_, n, head_.q.width, x, pitch);
-    if (touched_ || !seen_.by_all(begin, end) || n > end - begin)
+    if (touched_ || !seen_.by_all(begin, end) || (hides && n > end - begin))
       for (int64_t i = 0; i < rows_.count; ++i) finish_logits<E>(head_, rows_.at(i), begin, end, n, x + i * pitch);
+  }
+  // The peaks of the first few of these keys, before anything is summed up. Their logits remain in scratch.scores.
+  void find_peaks(int64_t begin, int64_t end) {
+    const int64_t few_end = begin + kFewKeys < end ? begin + kFewKeys : end;
+    multiply(begin, few_end, kFewKeys);
+    peaks_of(scratch_.scores, kFewKeys, rows_.count, round_up(few_end - begin, E::kStep), running_.here);
+    running_.advance(rows_.count, factor_);
   }
   // Weighs these logits by the highest peaks so far: what was summed up before shrinks.
   void weigh(int64_t n_keys, int64_t pitch, Weight* weights) {
@@ -124,7 +132,7 @@ class Pass {
     const float* const x = scratch_.scores;
     peaks_of(x, pitch, rows_.count, n, running_.here);
     const bool shrinks = running_.advance(rows_.count, factor_);
-    for (int64_t i = 0; i < rows_.count; ++i)
+    for (int64_t i = 0; i < rows_.count; ++i, fetching_.step())
       store(running_.sum[i], exponentials(x + i * pitch, n, factor_, running_.shift[i], weights + i * E::kWeightPitch));
     running_.shrink_and_add_sums(rows_.count);
     for (int64_t i = 0; shrinks && i < rows_.count; ++i)
@@ -132,31 +140,30 @@ class Pass {
         store(scratch_.out + i * v_width_ + c, load(scratch_.out + i * v_width_ + c) * splat(running_.shrink[i]));
   }
   // Weighs the keys [begin, end) by the peaks that there are, a few at a time, while their logits are in the
-  // first-level cache. Returns false, with nothing added up, if weights would become large.
-  bool weigh_by_old_peaks(int64_t begin, int64_t end) {
+  // first-level cache; those of the first few may be there already. Returns false, with nothing added up, if weights
+  // would become large.
+  bool weigh_by_old_peaks(int64_t begin, int64_t end, bool first_are_there) {
     const int64_t count = rows_.count;
     std::memset(running_.sum, 0, size_t(count) * sizeof(running_.sum[0]));
     float exponent[E::kRowsTogether];
     for (int64_t i = 0; i < count; ++i) exponent[i] = -kLog2E * running_.shift[i];
     for (int64_t j = begin; j < end; j += kFewKeys) {
       const int64_t few_end = j + kFewKeys < end ? j + kFewKeys : end;
-      multiply(j, few_end, kFewKeys);
-      if (few_end - j > kFewKeys - E::kStep)
-        exponentiate<kFewKeys>(exponent, scratch_.weights + (j - begin));
+      if (j > begin || !first_are_there) multiply(j, few_end, kFewKeys, false);
+      if (few_end - j == kFewKeys)
+        exponentiate(exponent, scratch_.weights + (j - begin));
       else
-        for (int64_t part = 0; part < few_end - j; part += E::kStep)
-          exponentiate<E::kStep>(exponent, scratch_.weights + (j - begin) + part, part);
+        exponentiate_last(exponent, few_end - j, scratch_.weights + (j - begin));
     }
     return running_.add_sums(count);
   }
-  // exp of kKeys of the scores from `first` on, added to the rows' sums.
-  template <int kKeys>
-  void exponentiate(const float* exponent, Weight* weights, int64_t first = 0) {
-    constexpr int kVectors = kKeys / kLanes;
+  // exp of kFewKeys scores of each row, added to the rows' sums.
+  void exponentiate(const float* exponent, Weight* weights) {
+    constexpr int kVectors = kFewKeys / kLanes;
     const typename Weights<Weight>::Mode mode;
     const vf factor = splat(factor_ * kLog2E);
-    for (int64_t i = 0; i < rows_.count; ++i) {
-      const float* const x = scratch_.scores + i * kFewKeys + first;
+    for (int64_t i = 0; i < rows_.count; ++i, fetching_.step()) {
+      const float* const x = scratch_.scores + i * kFewKeys;
       const vf shift = splat(exponent[i]);
       vf e[kVectors];
 #pragma GCC unroll 4
@@ -164,9 +171,29 @@ class Pass {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v += 2)
         Weights<Weight>::keep(weights + i * E::kWeightPitch + v * kLanes, e[v], e[v + 1]);
-      vf sum = e[0] + e[1];
-      if constexpr (kVectors > 2) sum = sum + (e[2] + e[3]);
-      store(running_.sum[i], load(running_.sum[i]) + sum);
+      store(running_.sum[i], load(running_.sum[i]) + ((e[0] + e[1]) + (e[2] + e[3])));
+    }
+  }
+  // exp of the scores of the last `n` keys, fewer than kFewKeys, and 0 behind them, up to the next step.
+  void exponentiate_last(const float* exponent, int64_t n, Weight* weights) {
+    const typename Weights<Weight>::Mode mode;
+    const vf factor = splat(factor_ * kLog2E), zero = splat(0.0f);
+    const vmask of_last = greater(splat(float((n - 1) % kLanes + 1)), load(kLaneNumbers));
+    const auto weight = [&](const float* x, int64_t j, vf shift) {
+      if (j >= n) return zero;
+      const vf e = Weights<Weight>::exp2(fma(load(x + j), factor, shift));
+      return j + kLanes > n ? select(of_last, e, zero) : e;
+    };
+    for (int64_t i = 0; i < rows_.count; ++i) {
+      const float* const x = scratch_.scores + i * kFewKeys;
+      const vf shift = splat(exponent[i]);
+      vf sum = load(running_.sum[i]);
+      for (int64_t j = 0; j < round_up(n, E::kStep); j += 2 * kLanes) {
+        const vf a = weight(x, j, shift), b = weight(x, j + kLanes, shift);
+        Weights<Weight>::keep(weights + i * E::kWeightPitch + j, a, b);
+        sum = sum + (a + b);
+      }
+      store(running_.sum[i], sum);
     }
   }
   void add_values(const Weight* weights, int64_t begin, int64_t end) const {
@@ -184,19 +211,24 @@ class Pass {
   const float factor_;
   const bool touched_;
   const int64_t v_width_;
+  Fetching& fetching_;
   const Scratch<E>& scratch_;
   Running<E::kRowsTogether> running_;
 };
 
 template <class E>
 void forward(const AttentionHead& head, const void* keys, const void* values, int64_t key_begin, int64_t key_end,
-             const RowList& all_rows, void* out, int64_t out_stride, bool wide, float* lse, void* memory) {
+             const RowList& all_rows, const Upcoming& upcoming, void* out, int64_t out_stride, bool wide, float* lse,
+             void* memory) {
   [[maybe_unused]] const Tiles tiles;
   const Scratch<E> scratch(memory, head.q.width);
+  constexpr int64_t kTogether = Weights<typename E::Weight>::kLazyPeaks ? Scratch<E>::kFewKeys : E::kKeys;
+  const Seen seen(head, all_rows, key_begin, key_end, E::kStep);
+  Fetching fetching(upcoming, all_rows.count * ((seen.last - seen.first) / kTogether));
   for (int64_t done = 0; done < all_rows.count; done += E::kRowsTogether) {
     const RowList rows = all_rows.part(done, E::kRowsTogether);
     E::pack_rows(head, rows, scratch.rows);
-    Pass<E> pass(head, rows, keys, values, key_begin, key_end, scratch);
+    Pass<E> pass(head, rows, keys, values, key_begin, key_end, fetching, scratch);
     pass.foresee_writing(wide, out, out_stride, done);
     pass.over_keys();
     pass.write(wide, out, out_stride, done, lse);
@@ -238,23 +270,23 @@ void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, 
   if (seen.first >= seen.last) return;
   E::pack_rows(head, rows, scratch.rows);
   // Rows that see anything.
-  float shift[E::kRows];
+  float exponent[E::kRows];
   int64_t row[E::kRows], n_rows = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
     row[n_rows] = i;
-    shift[n_rows] = lse[i];
+    exponent[n_rows] = -kLog2E * lse[i];
     n_rows += lse[i] != -kInfinity;
   }
-  constexpr int64_t kPart = 128;  // keys at a time, for the first-level cache
-  static_assert(kPart <= E::kKeys && kPart % E::kStep == 0);
+  constexpr int64_t kPart = E::kStep;  // keys at a time: their logits are to be found in the first-level cache
   for (int64_t begin = seen.first; begin < seen.last; begin += kPart) {
     const int64_t end = begin + kPart < seen.last ? begin + kPart : seen.last, n = round_up(end - begin, E::kStep);
     E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, begin - key_begin, n, head.q.width,
                 scratch.scores, kPart);
-    if (touches<E>(head) || !seen.by_all(begin, end) || n > end - begin)
+    // Behind the block's last key anything may be summed up.
+    if (touches<E>(head) || !seen.by_all(begin, end) || (n > end - begin && end < key_end))
       for (int64_t i = 0; i < n_rows; ++i)
         finish_logits<E>(head, rows.at(row[i]), begin, end, n, scratch.scores + row[i] * kPart);
-    add_exponentials<typename E::Weight>(scratch.scores, kPart, row, n_rows, n, factor_left<E>(head), shift,
+    add_exponentials<typename E::Weight>(scratch.scores, kPart, row, n_rows, n, factor_left<E>(head), exponent,
                                          total + (begin - key_begin));
   }
 }

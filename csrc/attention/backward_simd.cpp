@@ -98,7 +98,7 @@ struct Fp32Gradient : Fp32 {
 
 #if defined(FASTOK_AMX)
 struct Bf16Gradient : Bf16 {
-  static constexpr int kRowBlock = 320, kKeyBlock = 192;
+  static constexpr int kRowBlock = 320, kKeyBlock = 192, kTileRows = 2 * kTile;
 
   // P and dS of a block, rounded: [key][row], and dS once more in pairs of keys, as the factor on the right:
   // [32 keys][16 rows][pair of keys][row][2].

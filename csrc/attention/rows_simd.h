@@ -53,6 +53,48 @@ inline void prefetch_row(const HeadRows& rows, int64_t row) {
   for (int64_t byte = 0; byte < rows.width * rows.element_bytes; byte += 64) __builtin_prefetch(at + byte);
 }
 
+// Asks for the cache lines of what comes next, at every step for a few: spread over the steps, so that the products
+// between them do not wait, and no buffer is full.
+class Fetching {
+ public:
+  Fetching(const Upcoming& upcoming, int64_t steps) : next_(upcoming.part), end_(upcoming.part + Upcoming::kParts) {
+    int64_t lines = 0;
+    for (const RowsAhead& part : upcoming.part) lines += (part.end - part.begin) * lines_of(part.rows);
+    at_a_time_ = steps > 0 ? (lines + steps - 1) / steps : 0;
+  }
+  inline __attribute__((always_inline)) void step() {
+    for (int64_t i = 0; i < at_a_time_; ++i) {
+      if (line_ == lines_ && !next_row()) return;
+      __builtin_prefetch(row_ + kLine * line_++, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static int64_t lines_of(const HeadRows& rows) { return (rows.width * rows.element_bytes + kLine - 1) / kLine; }
+  bool next_row() {
+    if (rows_left_ > 0) {
+      row_ += stride_;
+    } else {
+      while (next_ < end_ && next_->begin >= next_->end) ++next_;
+      if (next_ == end_) return false;
+      const HeadRows& rows = next_->rows;
+      stride_ = rows.stride * rows.element_bytes;
+      row_ = static_cast<const char*>(rows.data) + next_->begin * stride_;
+      lines_ = lines_of(rows);
+      rows_left_ = next_->end - next_->begin;
+      ++next_;
+    }
+    --rows_left_;
+    line_ = 0;
+    return true;
+  }
+
+  const RowsAhead *next_, *end_;
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, rows_left_ = 0, line_ = 0, lines_ = 0, at_a_time_;
+};
+
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 }  // namespace

@@ -291,7 +291,7 @@ void compute_lse(Job& job, int64_t begin, int64_t end) {
       if (rows.count == 0) continue;
       const AttentionHead head = call.head(b, h);
       packed.pack(b, h / (call.heads / call.groups), head, begin, stop);
-      job.engine.forward(head, packed.keys, nullptr, begin, stop, rows, nullptr, 0, false,
+      job.engine.forward(head, packed.keys, nullptr, begin, stop, rows, {}, nullptr, 0, false,
                          job.own.data() + job.at[b] + h * rows.count, scratch.get());
     }
   });
