@@ -127,17 +127,14 @@ inline __attribute__((always_inline)) void integer_dot_tile(const uint8_t* const
 // out[row * pitch + i] = <q[row], keys[i][first ..]> over `width` channels; q is 0 behind them.
 inline void integer_dots(const uint8_t* const* keys, int64_t n, int64_t first, const int16_t* q, int64_t q_pitch,
                          int64_t rows, int64_t width, float* out, int64_t pitch) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
+  by_rows(rows, [&](auto some, int64_t r) {
+    const int16_t* const of_rows = q + r * q_pitch;
     int64_t i = 0;
     for (; i + kDotTokens <= n; i += kDotTokens)
-      integer_dot_tile<kDotTokens, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
+      integer_dot_tile<kDotTokens, some.count>(keys + i, first, of_rows, q_pitch, width, out + r * pitch + i, pitch);
     for (; i < n; ++i)
-      integer_dot_tile<1, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
-  }
-  for (; r < rows; ++r)
-    for (int64_t i = 0; i < n; ++i)
-      integer_dot_tile<1, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch);
+      integer_dot_tile<1, some.count>(keys + i, first, of_rows, q_pitch, width, out + r * pitch + i, pitch);
+  });
 }
 
 template <int kRows, int kVectors>
@@ -193,15 +190,11 @@ inline __attribute__((always_inline)) void integer_sum_tile(const uint8_t* const
 // behind n.
 inline void integer_sums(const uint8_t* const* values, int64_t n, int64_t first, const int16_t* p, int64_t p_pitch,
                          const float* step, int64_t rows, int64_t width, float* out, int64_t pitch) {
-  for (int64_t d = 0; d < width; d += kWords) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      integer_sum_tile<4, 1>(values, n, first + d, p + r * p_pitch, p_pitch, step + r, width - d, out + r * pitch + d,
-                             pitch);
-    for (; r < rows; ++r)
-      integer_sum_tile<1, 1>(values, n, first + d, p + r * p_pitch, p_pitch, step + r, width - d, out + r * pitch + d,
-                             pitch);
-  }
+  for (int64_t d = 0; d < width; d += kWords)
+    by_rows(rows, [&](auto some, int64_t r) {
+      integer_sum_tile<some.count, 1>(values, n, first + d, p + r * p_pitch, p_pitch, step + r, width - d,
+                                      out + r * pitch + d, pitch);
+    });
 }
 #else
 constexpr bool kIntegers = false;

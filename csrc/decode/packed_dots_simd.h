@@ -3,6 +3,7 @@
 // together before they are rounded, so they are those of integer_dots. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "cpu/transpose_simd.h"
+#include "decode/tile_simd.h"
 #include "quantize/kv_format.h"
 
 namespace fastok::FASTOK_ISA {
@@ -92,11 +93,10 @@ inline void packed_dots(const KvSide& side, const uint8_t* codes, int64_t n, con
   for (int64_t i = 0; i < n; i += 16) {
     for (const uint8_t* const end = ahead + 16 * row_bytes; ahead < end; ahead += 64) __builtin_prefetch(ahead);
     words_of(codes + i * row_bytes, row_bytes, n - i, words);
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      packed_dots_of<4>(side, words, q + 2 * r * kMostChannels, step + r, bias + r, out + r * pitch + i, pitch);
-    for (; r < rows; ++r)
-      packed_dots_of<1>(side, words, q + 2 * r * kMostChannels, step + r, bias + r, out + r * pitch + i, pitch);
+    by_rows(rows, [&](auto some, int64_t r) {
+      packed_dots_of<some.count>(side, words, q + 2 * r * kMostChannels, step + r, bias + r, out + r * pitch + i,
+                                 pitch);
+    });
   }
 }
 #else

@@ -55,6 +55,19 @@ constexpr int64_t lines_of(int64_t elements) {
   return elements * int64_t(sizeof(T)) / 64;
 }
 
+// body(Rows<n>(), first) of `rows` rows, four, two and one at a time.
+template <int kCount>
+struct Rows {
+  static constexpr int count = kCount;
+};
+template <class Body>
+inline __attribute__((always_inline)) void by_rows(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) body(Rows<4>(), r);
+  if (r + 2 <= rows) body(Rows<2>(), r), r += 2;
+  if (r < rows) body(Rows<1>(), r);
+}
+
 // `count` elements, then zeros.
 template <class T>
 inline vf load_part(const T* p, int64_t count) {
@@ -67,28 +80,30 @@ inline vf load_part(const T* p, int64_t count) {
 template <int kTokens, int kRows>
 inline __attribute__((always_inline)) void store_sums(const vf (&sum)[kRows][kTokens], float* out, int64_t pitch) {
 #if defined(__AVX512F__)
-  if constexpr (kTokens == 4 && kRows == 4) {
-    vf pair[8], quad[4];
+  if constexpr (kTokens == 4) {
+    vf pair[2 * kRows], quad[kRows];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 2 * kRows; ++i) {
       // By row and column: as one array of 16, or in loops that are not unrolled, the sums would live in memory.
       const vf a = sum[i / 2][i % 2 * 2], b = sum[i / 2][i % 2 * 2 + 1];
       pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
       quad[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    const vf low =
-        _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44), _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
-    const vf high =
-        _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44), _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
+    const auto halves = [](vf a, vf b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const vf low = halves(quad[0], quad[kRows > 1 ? 1 : 0]), high = kRows > 2 ? halves(quad[2], quad[3]) : low;
     const vf all = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
     _mm_storeu_ps(out, _mm512_castps512_ps128(all));
-    _mm_storeu_ps(out + pitch, _mm512_extractf32x4_ps(all, 1));
-    _mm_storeu_ps(out + 2 * pitch, _mm512_extractf32x4_ps(all, 2));
-    _mm_storeu_ps(out + 3 * pitch, _mm512_extractf32x4_ps(all, 3));
+    if constexpr (kRows > 1) _mm_storeu_ps(out + pitch, _mm512_extractf32x4_ps(all, 1));
+    if constexpr (kRows > 2) {
+      _mm_storeu_ps(out + 2 * pitch, _mm512_extractf32x4_ps(all, 2));
+      _mm_storeu_ps(out + 3 * pitch, _mm512_extractf32x4_ps(all, 3));
+    }
     return;
   }
 #endif
@@ -151,23 +166,24 @@ __attribute__((noinline)) void dot_tile(const T* const* keys, int64_t first, con
 template <class T, class Next>
 void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_t q_pitch, int64_t rows, int64_t width,
           float* out, int64_t pitch, Next& next) {
-  if (rows == 0) return;
   NothingAhead nothing;
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    int64_t r = 0;
-    if (rows >= 4) dot_tile<T, 4, 4>(keys + i, first, q, q_pitch, width, out + i, pitch, next), r = 4;
-    for (; r + 4 <= rows; r += 4)
-      dot_tile<T, 4, 4>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch, nothing);
-    if (r == 0) dot_tile<T, 4, 1>(keys + i, first, q, q_pitch, width, out + i, pitch, next), r = 1;
-    for (; r < rows; ++r)
-      dot_tile<T, 4, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch, nothing);
-  }
-  for (; i < n; ++i) {
-    dot_tile<T, 1, 1>(keys + i, first, q, q_pitch, width, out + i, pitch, next);
-    for (int64_t r = 1; r < rows; ++r)
-      dot_tile<T, 1, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, out + r * pitch + i, pitch, nothing);
-  }
+  for (; i + 4 <= n; i += 4)
+    by_rows(rows, [&](auto some, int64_t r) {
+      float* const to = out + r * pitch + i;
+      if (r == 0)
+        dot_tile<T, 4, some.count>(keys + i, first, q, q_pitch, width, to, pitch, next);
+      else
+        dot_tile<T, 4, some.count>(keys + i, first, q + r * q_pitch, q_pitch, width, to, pitch, nothing);
+    });
+  for (; i < n; ++i)
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const to = out + r * pitch + i;
+      if (r == 0)
+        dot_tile<T, 1, 1>(keys + i, first, q, q_pitch, width, to, pitch, next);
+      else
+        dot_tile<T, 1, 1>(keys + i, first, q + r * q_pitch, q_pitch, width, to, pitch, nothing);
+    }
 }
 
 template <class T, int kRows, int kVectors, class Next>
@@ -229,15 +245,13 @@ void weighted_rows(const T* const* values, int64_t n, int64_t first, const float
 template <class T, class Next>
 void weighted_sum(const T* const* values, int64_t n, int64_t first, const float* p, int64_t p_pitch, int64_t rows,
                   int64_t width, float* out, int64_t pitch, Next& next) {
-  if (rows == 0) return;
   NothingAhead nothing;
-  int64_t r = 0;
-  if (rows >= 4) weighted_rows<T, 4>(values, n, first, p, p_pitch, width, out, pitch, next), r = 4;
-  for (; r + 4 <= rows; r += 4)
-    weighted_rows<T, 4>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
-  if (r == 0) weighted_rows<T, 1>(values, n, first, p, p_pitch, width, out, pitch, next), r = 1;
-  for (; r < rows; ++r)
-    weighted_rows<T, 1>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
+  by_rows(rows, [&](auto some, int64_t r) {
+    if (r == 0)
+      weighted_rows<T, some.count>(values, n, first, p, p_pitch, width, out, pitch, next);
+    else
+      weighted_rows<T, some.count>(values, n, first, p + r * p_pitch, p_pitch, width, out + r * pitch, pitch, nothing);
+  });
 }
 
 }  // namespace
