@@ -20,6 +20,9 @@ FORMATS = {name: KVFormat.preset(name) for name in KVFormat.presets()} | {
     "eight bits, bf16": KVFormat(Code(8, "channel"), Code(8, "token"), 16, 48, 0, "bf16"),
     "one bit, fp32": KVFormat(Code(1, "token", compat=True), Code(1, "channel"), 32, 64, 5, "fp32"),
     "1.25": KVFormat(Code(1.25, "channel"), Code(1.25, "token"), 8, 16, 7),
+    "channels of each head": KVFormat(
+        Code(1.5, "channel", per_head=True), Code(1.25, "token", per_head=True), 16, 32, 9
+    ),
     "two classes, per token": KVFormat(Code(8, "token"), Code(8, "channel"), 24, 24, 9, low_bits=4),
 }
 NAMES = tuple(FORMATS)

@@ -293,5 +293,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="tokens_to_remove"):
         cache.layers[0].crop(3)
     k = torch.zeros(1, 4, 2, 32)
+    checked = PackedCache(SMALL_PAGES, model, check=True)
+    model(ids(1, 45), past_key_values=checked)
+    with pytest.raises(ValueError, match="v must be finite, got nan at"):
+        checked.update(torch.zeros(1, 2, 1, 32), torch.full((1, 2, 1, 32), torch.nan), 0)
     with pytest.raises(NotImplementedError, match="v: required, 16 channels beside 32 of k; supported, equally many"):
         fastok.kv_pack(k, k[..., :16], "kivi-2")

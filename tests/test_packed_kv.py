@@ -117,6 +117,59 @@ def test_appending_within_capacity_allocates_nothing_that_stays() -> None:
     assert same_records(cache, kv_pack(k, v, fmt))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("half", [32, 24])
+def test_keys_are_turned_on_their_way(half: int, dtype: torch.dtype) -> None:
+    """As products of complex numbers."""
+    k, v = torch.randn(2, 2, 130, 3, 64).to(dtype).unbind(0)
+    angle = torch.randn(2, 130, half)
+
+    def turned(kind: torch.dtype) -> Tensor:
+        x, by = k.to(kind), angle.to(kind)[:, :, None]
+        product = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(by), by)
+        return torch.cat([product.real, product.imag, x[..., 2 * half :]], -1)
+
+    fmt = KVFormat(Code(4, "channel"), Code(4, "token"), hot=256)
+    cache = PackedKV(fmt, 2, 3, 64, dtype=dtype)
+    cache.append(k[:, :100], v[:, :100], rope=(angle[:, :100].cos(), angle[:, :100].sin()))
+    cache.append(k[:, 100:], v[:, 100:], rope=(angle[:, 100:].cos(), angle[:, 100:].sin()))
+    stored_k, stored_v = cache.unpack()
+    assert_accurate(stored_k, turned(torch.float64), turned(torch.float32).to(dtype))
+    assert_same(stored_v, v)
+    alike = PackedKV(fmt, 2, 3, 64, dtype=dtype).append(k, v, rope=(angle[0].cos(), angle[0].sin()))  # for all samples
+    assert_same(alike.unpack()[0][0], stored_k[0])
+
+
+def test_angles_are_checked() -> None:
+    cache, k = PackedKV("kivi-2", 2, 3, 64), torch.randn(2, 5, 3, 64)
+    cos = torch.ones(5, 32)
+    with pytest.raises(TypeError, match=r"rope must be None or \(cos, sin\), got Tensor"):
+        cache.append(k, k, rope=cos)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rope\[0\] must have shape .* here \[5, 32\]; got \[4, 32\]"):
+        cache.append(k, k, rope=(cos[:4], cos))
+    with pytest.raises(ValueError, match=r"rope\[1\] must have shape .* here \[2, 5, 32\]; got \[1, 5, 32\]"):
+        cache.append(k, k, rope=(cos, cos[None]))
+    with pytest.raises(ValueError, match="rope must turn at most 64 channels, those of a head; got 66"):
+        cache.append(k, k, rope=(torch.ones(5, 33), torch.ones(5, 33)))
+    assert cache.seq_lens.eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused_where_that_is_asked_for(bad: float) -> None:
+    k, v = torch.randn(2, 1, 200, 2, 64).unbind(0)
+    spoilt = v.clone()
+    spoilt[0, 190, 1, 7] = bad
+    with pytest.raises(ValueError, match=rf"v must be finite, got {bad} at \[0, 190, 1, 7\]"):
+        kv_pack(k, spoilt, "kivi-2", check=True)
+    cache = kv_pack(k, spoilt, "kivi-2", seq_lens=torch.tensor([190]), check=True)  # what is not read does not count
+    with pytest.raises(ValueError, match=rf"k must be finite, got {bad} at \[0, 0, 1, 7\]"):
+        cache.append(spoilt[:, 190:191], v[:, 190:191])
+    assert cache.seq_lens.tolist() == [[190, 190]]
+    kv_pack(k, spoilt, "kivi-2").append(spoilt[:, 190:191], v[:, :1])  # unless asked, it stays in its group
+    with pytest.raises(TypeError, match="check must be True or False, got 1"):
+        PackedKV("kivi-2", 1, 2, 64, check=1)  # type: ignore[arg-type]
+
+
 @over_formats
 def test_keeping_copies_and_never_quantizes_again(name: str) -> None:
     fmt = FORMATS[name]

@@ -325,6 +325,27 @@ def test_hard_channels_are_those_of_the_largest_ranges() -> None:
     assert ties[0, 0].tolist() == [1.0] * 32 + [0.0] * 32
 
 
+def test_heads_may_have_hard_channels_of_their_own() -> None:
+    fmt = KVFormat(Code(1.25, "channel", per_head=True), Code(2, "token"), 32, 32, 0)  # 16 of 64
+    k = torch.randn(2, 64, 3, 64)
+    wanted = torch.zeros(2, 3, 64)
+    for b in range(2):
+        for g in range(3):
+            first = 16 * g + 8 * b
+            k[b, :32, g, first : first + 16] *= 50
+            wanted[b, g, first : first + 16] = 1
+    k[:, 32:, :, 60] *= 1e4  # the second page comes too late
+    bulk = kv_pack(k, k, fmt)
+    assert bulk.key_channels is not None
+    assert_same(bulk.key_channels.float(), wanted)
+    lengths = kv_pack(k, k, fmt, seq_lens=torch.tensor([64, 40])).append(k[:, :24], k[:, :24])  # in their own time
+    assert lengths.key_channels is not None
+    assert_same(lengths.key_channels.float(), wanted)
+    for bad in (lambda: Code(2, "channel", per_head=True), lambda: Code(1.5, "channel", per_head=True, compat=True)):
+        with pytest.raises(ValueError, match=r"per_head goes with bits 1\.5 or 1\.25 and without compat"):
+            bad()
+
+
 def test_channel_scales_are_divided_out() -> None:
     x = torch.randn(2, 128, 2, 64) * torch.randn(64).mul(2).exp()
     plain, scaled = (KVFormat(Code(4, "token", channel_scale=on), Code(4, "token", channel_scale=on), 64, 64, 0)

@@ -27,6 +27,7 @@ from .ops.checks import (
 )
 from .ops.decode import PagedKV
 from .ops.pages import attention_between, attention_paged, check_pages, check_used_pages, write_pages
+from .ops.rotary import rotated
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -201,9 +202,11 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         if rotary_cos is not None and rotary_sin is not None:
             steps = torch.arange(rows, device=q.device) * (masking.left >= 0 or masking.right >= 0)
-            q = _rotated(q, rotary_cos, rotary_sin, _positions(lengths, steps), rotary_interleaved)
+            at = _positions(lengths, steps)
+            q = rotated(q, rotary_cos[at], rotary_sin[at], rotary_interleaved)
             steps = torch.arange(k.shape[1], device=q.device)
-            k = _rotated(k, rotary_cos, rotary_sin, _positions(lengths, steps), rotary_interleaved)
+            at = _positions(lengths, steps)
+            k = rotated(k, rotary_cos[at], rotary_sin[at], rotary_interleaved)
         _write(k_cache, v_cache, k, v, lengths, entries, block_table)
         lengths = lengths + k.shape[1]
     if entries is not None:
@@ -403,14 +406,3 @@ def _write(
     where = torch.arange(k.shape[0], device=k.device) if entries is None else entries
     k_cache[where[:, None], position] = k
     v_cache[where[:, None], position] = v
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """``x[B,S,H,D]`` with its first 2 * cos.shape[1] channels rotated, computed in fp32."""
-    cos, sin = (table[positions].float().unsqueeze(-2) for table in (cos, sin))
-    half = cos.shape[-1]
-    turning, rest = x[..., : 2 * half].float(), x[..., 2 * half :]
-    a, b = (turning[..., 0::2], turning[..., 1::2]) if interleaved else (turning[..., :half], turning[..., half:])
-    a, b = a * cos - b * sin, a * sin + b * cos
-    turned = torch.stack([a, b], -1).flatten(-2) if interleaved else torch.cat([a, b], -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)

@@ -31,6 +31,8 @@ class Code:
             before coding: the channel-separable token-wise scheme of ZipCache.
         gamma: the ternary threshold; 0.7 is the VidKV paper's, 0.5 the release's.
         compat: numerics as in VidKV's release: ternary codes without a scale, spectrum components 0 or s.
+        per_head: every KV head has its own hard channels, those of its own largest ranges, where VidKV has the heads of
+            a layer share them. For 1.5 and 1.25 bits.
     """
 
     bits: float
@@ -38,17 +40,20 @@ class Code:
     channel_scale: bool = field(default=False, kw_only=True)
     gamma: float = field(default=0.7, kw_only=True)
     compat: bool = field(default=False, kw_only=True)
+    per_head: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.bits not in BITS or isinstance(self.bits, bool):
             raise ValueError(f"bits must be one of {', '.join(map(str, BITS))}; got {self.bits!r}")
         if self.axis not in AXES:
             raise ValueError(f"axis must be 'channel' or 'token', got {self.axis!r}")
-        for name in ("channel_scale", "compat"):
+        for name in ("channel_scale", "compat", "per_head"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.channel_scale and (self.bits not in AFFINE or self.axis != "token"):
             raise ValueError(f"channel_scale goes with bits 8, 4 or 2 and axis 'token'; got {self.bits}, {self.axis!r}")
+        if self.per_head and (self.bits not in (1.5, 1.25) or self.compat):
+            raise ValueError(f"per_head goes with bits 1.5 or 1.25 and without compat; got {self.bits}, {self.compat}")
         check_number("gamma", self.gamma)
         if not 0 <= self.gamma < float("inf"):
             raise ValueError(f"gamma must be finite and not negative, got {self.gamma!r}")

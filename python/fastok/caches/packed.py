@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ..ops import quantize as ops
+from ..ops.checks import check_finite
+from ..ops.rotary import check_angles, rotated
 from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
 from .formats import KVFormat
 from .memory import records
@@ -15,8 +17,9 @@ FEWEST = 4
 
 
 def kv_pack(
-    k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None = None, seq_lens: Tensor | None = None
-) -> "PackedKV":
+    k: Tensor, v: Tensor, fmt: KVFormat | str, *, salient: Tensor | None = None, seq_lens: Tensor | None = None,
+    check: bool = False,
+) -> "PackedKV":  # fmt: skip
     """A packed cache of given keys and values.
 
     Args:
@@ -26,10 +29,12 @@ def kv_pack(
             sealed, the others stay as they are.
         salient: bool ``[B,G,T]``: the tokens of the high class, for formats of two classes (None: all).
         seq_lens: integer ``[B]``: how many first tokens of each sequence there are (None: T); the others are not read.
+        check: look at every number that goes into the cache, now and later, which on CUDA waits for the device; inside
+            ``torch.compile`` they are trusted.
 
     Raises:
-        TypeError: a dtype that is not listed. ValueError: shapes that do not fit, an unknown preset, or ``salient`` for
-        a format of one class. NotImplementedError: values of another width than the keys.
+        TypeError: a dtype that is not listed. ValueError: shapes that do not fit, an unknown preset, ``salient`` for a
+        format of one class, or, with ``check``, NaN or inf. NotImplementedError: values of another width than the keys.
 
     Bytes are the same on every backend, and the same whether tokens come at once or one by one. A group that contains
     NaN or inf, or a range that ``scale_dtype`` cannot hold, is NaN afterwards; other groups are not affected. No
@@ -42,13 +47,17 @@ def kv_pack(
     batch, _, groups, width = k.shape
     if salient is not None:
         ops.check_salient(salient, fmt.low_bits is not None, k)
-    cache = PackedKV(fmt, batch, groups, width, dtype=k.dtype, device=k.device)
+    cache = PackedKV(fmt, batch, groups, width, dtype=k.dtype, device=k.device, check=check)
     if seq_lens is None:
+        if check:
+            check_finite(k=k, v=v)
         return cache._append(k, v, salient)
     ops.check_lengths(seq_lens, k)
     lengths = seq_lens.tolist()
     for length in sorted(set(lengths)):
         rows = [b for b, n in enumerate(lengths) if n == length]
+        if check:
+            check_finite(k=k[rows, :length], v=v[rows, :length])
         cache._fill(rows, k[rows, :length], v[rows, :length], None if salient is None else salient[rows, :, :length])
     return cache
 
@@ -58,6 +67,7 @@ class PackedKV:
 
     Attributes:
         format: the :class:`KVFormat`.
+        check: whether NaN and inf are refused.
         data: uint8, the records of all sealed pages (docs/kv-format.md); may be longer than what is used.
         offset: int64 ``[B,G,pages]``, where each head's records begin.
         counts: int16 ``[B,G,pages,token groups]``, tokens left of each group of tokens.
@@ -69,9 +79,12 @@ class PackedKV:
 
     def __init__(
         self, fmt: KVFormat | str, batch: int, groups: int, width: int, *, dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        device: torch.device | str | None = None, check: bool = False,
     ) -> None:  # fmt: skip
+        if not isinstance(check, bool):
+            raise TypeError(f"check must be True or False, got {check!r}")
         self.format = KVFormat.of(fmt)
+        self.check = check
         self.layout = self.format.layout(width)
         self.width = width
         window = self.format.hot + self.format.page
@@ -161,18 +174,27 @@ class PackedKV:
         self._grow_directory(pages)
         return self
 
-    def append(self, k: Tensor, v: Tensor) -> "PackedKV":
+    def append(self, k: Tensor, v: Tensor, *, rope: tuple[Tensor, Tensor] | None = None) -> "PackedKV":
         """Add the tokens ``k, v [B,S,G,D]`` at the end of every head; in place, returns self.
+
+        With ``rope = (cos, sin)``, ``[S,R]`` or ``[B,S,R]`` fp32, fp16 or bf16 of the tokens' positions, the first R
+        channels of the keys are turned with the R behind them first, in fp32 (rotary embedding as in LLaMA).
 
         Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed (in the high class,
         where there are two). Allocates only when capacity runs out, which then grows by a 64th: reading the cache once
         costs more than copying it so seldom, and no more than that lies idle.
 
         Raises:
-            TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit.
+            TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit; in a cache that
+            was made with ``check``, NaN or inf.
         """
         ops.check_keys_values(k, v)
         ops.check_appended(k, self.hot_k)
+        if rope is not None:
+            check_angles(rope, k)
+            k = rotated(k, *rope)
+        if self.check:
+            check_finite(k=k, v=v)
         return self._append(k, v, None)
 
     def _append(self, k: Tensor, v: Tensor, salient: Tensor | None) -> "PackedKV":
@@ -359,19 +381,23 @@ class PackedKV:
 
         ``k, v [B,page,G,D]`` of all heads, or ``[heads,page,1,D]`` of some.
         """
+        sides = (
+            ("key_channels", k, self.layout.key, self.format.key.per_head),
+            ("value_channels", v, self.layout.value, self.format.value.per_head),
+        )
         if heads is None and not any(map(any, self._chosen)):
-            self.key_channels, self.value_channels = (
-                channels_of(x, side) for x, side in ((k, self.layout.key), (v, self.layout.value))
-            )
+            for name, x, side, per_head in sides:
+                setattr(self, name, channels_of(x, side, per_head))
             self._chosen = [[True] * len(row) for row in self._chosen]
             return
         pairs = heads or [(b, g) for b, row in enumerate(self._chosen) for g in range(len(row))]
         new = [i for i, (b, g) in enumerate(pairs) if not self._chosen[b][g]]
         if not new:
             return
-        for name, x, side in (("key_channels", k, self.layout.key), ("value_channels", v, self.layout.value)):
+        for name, x, side, per_head in sides:
             if not (side.channel_scale or side.hard):
                 continue
+            alone = side.channel_scale or per_head
             if heads is None:
                 x = x.transpose(1, 2).flatten(0, 1)[:, :, None]
             if getattr(self, name) is None:  # of heads that have no page it only has to be well-formed
@@ -381,9 +407,9 @@ class PackedKV:
             channels: Tensor = getattr(self, name)
             for b in sorted({pairs[i][0] for i in new}):
                 of_row = [i for i in new if pairs[i][0] == b]
-                decided = channels_of(x[of_row] if side.channel_scale else x[of_row].transpose(0, 2), side)
+                decided = channels_of(x[of_row] if alone else x[of_row].transpose(0, 2), side, per_head)
                 assert decided is not None
-                if side.channel_scale:
+                if alone:
                     channels[b, [pairs[i][1] for i in of_row]] = decided[:, 0]
                 elif not any(self._chosen[b]):
                     channels[b] = decided[0, 0]

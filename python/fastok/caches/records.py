@@ -7,7 +7,7 @@ from ..reference.kv_layout import Addresses, Side
 from ..reference.quantize import gather_bytes, scatter_bytes
 
 
-def channels_of(x: Tensor, side: Side) -> Tensor | None:
+def channels_of(x: Tensor, side: Side, per_head: bool) -> Tensor | None:
     """fp16 ``[B,G,D]``: the factors, or the hard channels, that pages ``x[B,page,G,D]`` decide; None if none are."""
     batch, _, groups, width = x.shape
     x = x.float()
@@ -16,10 +16,10 @@ def channels_of(x: Tensor, side: Side) -> Tensor | None:
         return torch.where((factor > 0) & factor.isfinite(), factor, 1)
     if not side.hard:
         return None
-    over = (0, 1, 2) if side.compat else (1, 2)
+    over = (1,) if per_head else (0, 1, 2) if side.compat else (1, 2)
     span = (x.amax(over, keepdim=True) - x.amin(over, keepdim=True)).nan_to_num(-1, torch.inf)
     rank = span.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (rank < side.hard).half().squeeze(1).expand(batch, groups, width).contiguous()
+    return (rank < side.hard).half()[:, 0].expand(batch, groups, width).contiguous()
 
 
 def by_page(x: Tensor, order: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class PackedCache(HeldCache):
         fmt: a `KVFormat` or the name of a preset.
         model_or_config: the model it is for, or its config: whether the format can hold its heads is checked at once
             then, rather than at the first update.
+        check: refuse keys and values that are NaN or inf, by a ValueError, rather than have them spoil their groups.
+            Looks at all of them, which on CUDA waits for the device.
 
     Raises:
         TypeError, ValueError: arguments of another kind.
@@ -56,13 +58,13 @@ class PackedCache(HeldCache):
     once for the first length and once for all others.
     """
 
-    def __init__(self, fmt: KVFormat | str, model_or_config: Any = None) -> None:
+    def __init__(self, fmt: KVFormat | str, model_or_config: Any = None, *, check: bool = False) -> None:
         self.format = KVFormat.of(fmt)
         self._config: Any = None
         if model_or_config is not None:
             self._check_heads(getattr(model_or_config, "config", model_or_config))
             self._config = getattr(model_or_config, "config", model_or_config)
-        super().__init__(partial(_layer, self.format))
+        super().__init__(partial(_layer, self.format, check))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -104,8 +106,8 @@ class PackedCache(HeldCache):
         )
 
 
-def _layer(fmt: KVFormat, index: int) -> "PackedLayer":
-    return PackedLayer(fmt)
+def _layer(fmt: KVFormat, check: bool, index: int) -> "PackedLayer":
+    return PackedLayer(fmt, check)
 
 
 def _stored_width(width: int) -> int:
@@ -128,9 +130,9 @@ class PackedLayer(HeldLayer):
     kv: PackedKV
     compiles = True
 
-    def __init__(self, fmt: KVFormat) -> None:
+    def __init__(self, fmt: KVFormat, check: bool = False) -> None:
         super().__init__()
-        self.format = fmt
+        self.format, self.check = fmt, check
         self._which = register(self)
         self._new: tuple[Tensor, Tensor] | None = None
         self._unpadded: Unpadded | None = None
@@ -160,7 +162,7 @@ class PackedLayer(HeldLayer):
         self._unpadded = None
         batch, groups = key_states.shape[:2]
         stored = _stored_width(max(self.widths))
-        self.kv = PackedKV(self.format, batch, groups, stored, dtype=self.dtype, device=self.device)
+        self.kv = PackedKV(self.format, batch, groups, stored, dtype=self.dtype, device=self.device, check=self.check)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B,G,S,D]``; what the attention function is to be given."""
@@ -234,7 +236,7 @@ class PackedLayer(HeldLayer):
             if salient is not None:
                 salient = salient.gather(2, unpadded.places[:, None].expand_as(salient))
             seq_lens = unpadded.seen
-        self.kv = kv_pack(keys, values, self.format, salient=salient, seq_lens=seq_lens)
+        self.kv = kv_pack(keys, values, self.format, salient=salient, seq_lens=seq_lens, check=self.check)
 
     def _rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """``[B,G,S,D]`` as the packed cache takes them, ``[B,S,G,width]``."""

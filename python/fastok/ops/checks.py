@@ -88,3 +88,12 @@ def check_range(name: str, x: Tensor, low: int, high: int) -> None:
     if least < low or most >= high:
         bad = least if least < low else most
         raise ValueError(f"{name} must be within [{low}, {high}), got {bad}")
+
+
+def check_finite(**named: Tensor) -> None:
+    """ValueError if there is NaN or inf in any of these tensors; what has no values yet is trusted."""
+    for name, x in named.items():
+        odd = ~x.isfinite() if has_values(x) else None
+        if odd is not None and bool(odd.any()):
+            where = tuple(odd.nonzero()[0].tolist())
+            raise ValueError(f"{name} must be finite, got {x[where].item()} at {list(where)}")
