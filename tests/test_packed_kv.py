@@ -149,6 +149,8 @@ def test_angles_are_checked() -> None:
         cache.append(k, k, rope=(cos[:4], cos))
     with pytest.raises(ValueError, match=r"rope\[1\] must have shape .* here \[2, 5, 32\]; got \[1, 5, 32\]"):
         cache.append(k, k, rope=(cos, cos[None]))
+    with pytest.raises(ValueError, match=r"rope\[0\] must have shape .* here \[5, \*\]; got \[\]"):
+        cache.append(k, k, rope=(torch.ones(()), cos))
     with pytest.raises(ValueError, match="rope must turn at most 64 channels, those of a head; got 66"):
         cache.append(k, k, rope=(torch.ones(5, 33), torch.ones(5, 33)))
     assert cache.seq_lens.eq(0).all()
@@ -165,6 +167,9 @@ def test_what_is_not_finite_is_refused_where_that_is_asked_for(bad: float) -> No
     with pytest.raises(ValueError, match=rf"k must be finite, got {bad} at \[0, 0, 1, 7\]"):
         cache.append(spoilt[:, 190:191], v[:, 190:191])
     assert cache.seq_lens.tolist() == [[190, 190]]
+    several, lengths = torch.cat([k, v, spoilt]), torch.tensor([30, 200, 191])
+    with pytest.raises(ValueError, match=rf"k must be finite, got {bad} at \[2, 190, 1, 7\]"):
+        kv_pack(several, several, "kivi-2", seq_lens=lengths, check=True)
     kv_pack(k, spoilt, "kivi-2").append(spoilt[:, 190:191], v[:, :1])  # unless asked, it stays in its group
     with pytest.raises(TypeError, match="check must be True or False, got 1"):
         PackedKV("kivi-2", 1, 2, 64, check=1)  # type: ignore[arg-type]

@@ -53,11 +53,12 @@ def kv_pack(
             check_finite(k=k, v=v)
         return cache._append(k, v, salient)
     ops.check_lengths(seq_lens, k)
+    if check:
+        unread = torch.arange(k.shape[1], device=k.device) >= seq_lens.to(k.device)[:, None]
+        check_finite(**{name: x.masked_fill(unread[..., None, None], 0) for name, x in (("k", k), ("v", v))})
     lengths = seq_lens.tolist()
     for length in sorted(set(lengths)):
         rows = [b for b, n in enumerate(lengths) if n == length]
-        if check:
-            check_finite(k=k[rows, :length], v=v[rows, :length])
         cache._fill(rows, k[rows, :length], v[rows, :length], None if salient is None else salient[rows, :, :length])
     return cache
 

@@ -22,10 +22,11 @@ def check_angles(rope: tuple[Tensor, Tensor], k: Tensor) -> None:
     if not isinstance(rope, tuple) or len(rope) != 2:
         raise TypeError(f"rope must be None or (cos, sin), got {type(rope).__name__}")
     batch, steps, _, width = k.shape
+    angles = rope[0].shape[-1] if isinstance(rope[0], Tensor) and rope[0].dim() else None
     for name, table in zip(("rope[0]", "rope[1]"), rope, strict=True):
         check_dtype(name, table, ACTIVATIONS)
         check_same_device(name, table, "k", k.device)
         lead = (batch, steps) if table.dim() == 3 else (steps,)
-        check_shape(name, table, (*lead, rope[0].shape[-1]), "[S,R] or [B,S,R] of k, R that of rope[0]")
-    if 2 * rope[0].shape[-1] > width:
-        raise ValueError(f"rope must turn at most {width} channels, those of a head; got {2 * rope[0].shape[-1]}")
+        check_shape(name, table, (*lead, angles), "[S,R] or [B,S,R] of k, R that of rope[0]")
+    if angles is not None and 2 * angles > width:
+        raise ValueError(f"rope must turn at most {width} channels, those of a head; got {2 * angles}")
