@@ -12,7 +12,7 @@ from rivals import decode_torch
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
 LENGTHS = (32_768, 262_144)
-PRESETS = ("int8", "int4", "kivi-4", "kivi-2", "zipcache-4/2", "vidkv-2", "vidkv-1.5", "vidkv-1.5/1.58")
+PRESETS = KVFormat.presets()
 PROMISED = ("kivi-4", "kivi-2", "vidkv-1.5/1.58")
 BEST_OF_TORCH, OWN_DENSE = 3.0, 1.2
 DENSE_TARGET = 2.5
@@ -91,7 +91,10 @@ def heads_first(total: int, device: torch.device) -> Build:
 def packed(name: str, total: int, device: torch.device) -> Build:
     def build() -> Callable[[], Any]:
         q, k, v = randoms(total, device)
-        held = fastok.kv_pack(k, v, name)
+        fmt, salient = KVFormat.preset(name), None
+        if fmt.two_classes:
+            salient = torch.rand(1, GROUPS, total, device=device) < fmt.salient
+        held = fastok.kv_pack(k, v, fmt, salient=salient)
         return lambda: fastok.attention_decode(q, held)
 
     return build

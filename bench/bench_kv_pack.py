@@ -10,6 +10,7 @@ PROMPTS = [
     ("kivi-2", 32768, 0.4),
     ("kivi-4", 32768, None),
     ("vidkv-1.5/1.58", 8192, None),
+    ("vidkv-1.5/1.66", 8192, None),
     ("zipcache-4/2", 8192, None),
 ]
 
@@ -27,7 +28,8 @@ def prompt(name: str, total: int, target: float | None, device: torch.device) ->
 
     def ours():
         k, v = (torch.randn(1, total, GROUPS, WIDTH, device=device).bfloat16() for _ in range(2))
-        return lambda: kv_pack(k, v, fmt)
+        salient = torch.rand(1, GROUPS, total, device=device) < fmt.salient if fmt.two_classes else None
+        return lambda: kv_pack(k, v, fmt, salient=salient)
 
     def rival():
         source = torch.zeros(moved // 2, dtype=torch.uint8, device=device)

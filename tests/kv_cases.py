@@ -23,7 +23,11 @@ FORMATS = {name: KVFormat.preset(name) for name in KVFormat.presets()} | {
     "channels of each head": KVFormat(
         Code(1.5, "channel", per_head=True), Code(1.25, "token", per_head=True), 16, 32, 9
     ),
-    "two classes, per token": KVFormat(Code(8, "token"), Code(8, "channel"), 24, 24, 9, low_bits=4),
+    "two classes, per token": KVFormat(Code(8, "token", low_bits=4), Code(8, "channel", low_bits=4), 24, 24, 9),
+    "protected values": KVFormat(Code(1, "token"), Code(4, "channel", low_bits=1.58), 24, 24, 9, later="low"),
+    "protected keys, compat": KVFormat(
+        Code(2, "channel", low_bits=1.58, gamma=0.5, compat=True), Code(4, "token", low_bits=2), 16, 16, 7, "fp32"
+    ),
 }
 NAMES = tuple(FORMATS)
 
@@ -43,7 +47,13 @@ def keys_values(batch: int, total: int, groups: int, width: int, dtype: torch.dt
 
 
 def salient(fmt: KVFormat, batch: int, groups: int, total: int) -> Tensor | None:
-    return torch.rand(batch, groups, total) < 0.6 if fmt.low_bits else None
+    """All kinds of pages: of both classes, and, the second ones, of one of them."""
+    if not fmt.two_classes:
+        return None
+    high = torch.rand(batch, groups, total) < 0.6
+    second = slice(fmt.page, 2 * fmt.page)
+    high[:, 0, second], high[:, 1:, second] = True, False
+    return high
 
 
 def packed(

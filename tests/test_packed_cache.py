@@ -34,7 +34,9 @@ FORMATS = {
     "int8": KVFormat(Code(8, "token"), Code(8, "token"), page=8, hot=8),
     "4 bits": SMALL_PAGES,
     "signs and trits": KVFormat(Code(1.5, "channel"), Code(1.58, "channel"), group=8, page=8, hot=8),
-    "two classes": KVFormat(Code(4, "channel"), Code(4, "token", channel_scale=True), 16, 16, 8, low_bits=2),
+    "two classes": KVFormat(
+        Code(4, "channel", low_bits=2), Code(4, "token", channel_scale=True, low_bits=2), 16, 16, 8
+    ),
 }
 
 

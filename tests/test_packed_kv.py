@@ -38,8 +38,8 @@ def test_nbytes_are_bits_per_element_and_the_window(name: str) -> None:
     sealed = 4096 // fmt.page * fmt.page
     k, v = keys_values(1, sealed + fmt.hot, groups, width, torch.float16)
     high = None
-    if fmt.low_bits:  # exactly the share that bits_per_element assumes
-        of_page = torch.arange(fmt.page) < round(0.6 * fmt.page)
+    if fmt.two_classes:  # exactly the share that bits_per_element assumes
+        of_page = torch.arange(fmt.page) < round(fmt.salient * fmt.page)
         high = of_page.repeat((sealed + fmt.hot) // fmt.page + 1)[: sealed + fmt.hot].expand(1, groups, -1)
     cache = kv_pack(k, v, fmt, salient=high)
     assert int(cache.counts.sum()) == groups * sealed
@@ -397,7 +397,7 @@ def test_packing_and_decoding_compile_without_graph_breaks(name: str) -> None:
 
 def test_public_names() -> None:
     assert fastok.KVFormat.presets() == ("int8", "int4", "kivi-4", "kivi-2", "zipcache-4/2", "vidkv-2", "vidkv-1.5",
-                                         "vidkv-1.5/1.58")  # fmt: skip
+                                         "vidkv-1.5/1.58", "vidkv-1.5/1.66")  # fmt: skip
     text = KVFormat.preset("vidkv-1.5").describe(80)
     assert "40 channels by signs of their own (40 is no power of two)" in text
 

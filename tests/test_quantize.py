@@ -367,3 +367,30 @@ def test_salient_tokens_have_more_bits() -> None:
     for x, y in zip(cache.unpack(), (k, v), strict=True):
         error = (x - y)[:, :256].square().mean(-1)
         assert error[sealed].mean() < error[~sealed].mean() / 8
+
+
+def test_classes_with_parameters_of_their_own_are_coded_apart() -> None:
+    """Each as if the page had no other tokens, whatever those are; the bytes follow docs/kv-format.md."""
+    fmt = KVFormat(Code(2, "channel"), Code(2, "channel", low_bits=1.58), 16, 16, 0, "fp32")
+    k, v = torch.randn(2, 1, 16, 1, 32).unbind(0)
+    high = torch.arange(16) % 3 == 1  # 5 of 16
+    cache = kv_pack(k, v, fmt, salient=high.view(1, 1, 16))
+    own, others = v[0, high, 0], v[0, ~high, 0]
+    zero, scale = own.amin(0), (own.amax(0) - own.amin(0)) / 3
+    codes = ((own - zero) / torch.nextafter(scale, torch.tensor(torch.inf))).round()  # scales are rounded up
+    beyond = others.abs() > 0.7 * others.abs().mean(0)
+    mean = (others.abs() * beyond).sum(0) / beyond.sum(0)
+    wanted = torch.zeros(16, 32)
+    wanted[high], wanted[~high] = codes * scale + zero, others.sign() * beyond * mean
+    torch.testing.assert_close(cache.unpack()[1][0, :, 0], wanted, rtol=1e-5, atol=1e-6)
+
+    record = cache.record(0, 0, 0)
+    half = record[16 * 8 + 2 * 32 * 4 :]  # behind 16 rows of key codes, scales and zeros
+    assert len(half) == 128 + 3 * 32 * 4  # 5 rows of 8 bytes and 11 of 7, aligned; then the arrays
+    numbers = half[128:].view(torch.float32).view(3, 32)
+    torch.testing.assert_close(numbers, torch.stack([scale, zero, mean]), rtol=1e-5, atol=0)
+    other = v.clone()
+    other[:, high] *= 100
+    again = kv_pack(k, other, fmt, salient=high.view(1, 1, 16)).record(0, 0, 0)[16 * 8 + 2 * 32 * 4 :]
+    assert_same(again[40:117], half[40:117])  # codes of the low class
+    assert_same(again[-128:], half[-128:])

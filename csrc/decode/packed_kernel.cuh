@@ -48,7 +48,7 @@ __device__ __forceinline__ void unpack_part(unsigned char* tile, int pitch, cons
                                             const KvFormat& fmt, const KvSide& side, const KvPart& part,
                                             const PackedHalf& half, const uint8_t* arrays, const float* scale,
                                             const float* zero) {
-  const int bits = rows.high ? part.bits : side.low_bits, channels = int(part.channels), first = int(part.first);
+  const int bits = part.bits, channels = int(part.channels), first = int(part.first);
   const int bytes = int(kv_code_bytes(bits, channels)), pieces = bytes / kBytes, planes = bits == 0 ? 5 : 8 / bits;
   const int side_by_side = pieces < kWarpSize ? kWarpSize / pieces : 1, lane = lane_index();
   if (lane >= side_by_side * pieces) return;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void unpack_part(unsigned char* tile, int pitch, cons
           for (int i = 0; i < kBytes; ++i) x[i] = x[i] * scale[first + channel + i] + zero[first + channel + i];
         } else if (side.per_token) {  // groups are multiples of 8 channels
           Parameters by{0, 0};
-          if (there) by = read_parameters(fmt, side, part, arrays, half.rows, rows.rank + row, channel, rows.high);
+          if (there) by = read_parameters(fmt, side, part, arrays, half.rows, rows.rank + row, channel);
           // As released, the real and the imaginary components of a spectrum stand for different numbers.
           const bool differ = side.compat && part.fourier;
 #pragma unroll
@@ -106,8 +106,8 @@ __device__ inline void unpack_rows(unsigned char* tile, int pitch, const CodeRow
   int at = 0;
   const uint8_t* arrays = half.params;
   for (int i = 0; i < side.n_parts; ++i) {
-    const KvPart& part = side.part[i];
-    const int bytes = int(kv_code_bytes(rows.high ? part.bits : side.low_bits, part.channels));
+    const KvPart& part = side.part_of(i, rows.high);
+    const int bytes = int(part.bytes());
     const bool aligned = (reinterpret_cast<uintptr_t>(rows.codes) | uintptr_t(rows.bytes) | uintptr_t(at) |
                           uintptr_t(bytes) | uintptr_t(part.first) | uintptr_t(part.channels)) %
                              4 ==

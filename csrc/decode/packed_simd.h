@@ -1,6 +1,8 @@
 // Decode attention over a page of packed keys and values. Scales are folded into queries, probabilities and sums, never
 // into a copy of the page. See cpu/dispatch.h for the rule about linkage.
 #pragma once
+#include <initializer_list>
+
 #include "decode/expand_simd.h"
 #include "decode/packed_dots_simd.h"
 #include "decode/softmax_simd.h"
@@ -8,64 +10,82 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
-// The entries of a page that take part, in the order of their rows: segments of them share parameters along channels.
+// Neighbouring rows with the same parameters along channels.
+struct Segment {
+  int64_t begin, end;
+  int64_t slot;  // their row in arrays along channels
+  bool high;
+};
+
+// The entries of a page that take part, in the order of their rows.
 struct Chosen {
   int64_t n, segments;
-  bool all;                        // in the order of the page
-  int64_t end[kMostTokenGroups];   // of a segment
-  int64_t slot[kMostTokenGroups];  // its row in arrays along channels
-  bool high[kMostTokenGroups];
+  bool whole;  // all of the page, in the order of its rows
+  Segment segment[kMostTokenGroups];
+
+  // Rows up to `end` belong to the segment that was last, or to the next.
+  void extend(int64_t end, int64_t slot, bool high) {
+    if (segments == 0 || segment[segments - 1].slot != slot || segment[segments - 1].high != high)
+      segment[segments++] = {n, end, slot, high};
+    n = segment[segments - 1].end = end;
+  }
+  // Calls back with each segment; of a side whose classes have the same parameters, with all rows of a token group.
+  template <class Each>
+  void each_segment(const KvSide& side, const Each& each) const {
+    for (int64_t i = 0; i < segments; ++i) {
+      Segment of = segment[i];
+      while (!side.two_classes && i + 1 < segments && segment[i + 1].slot == of.slot) of.end = segment[++i].end;
+      each(of);
+    }
+  }
 };
+
+// Calls back with each entry of a class, in order.
+template <class Each>
+void each_of_class(const KvPage& page, bool high, const Each& each) {
+  for (int64_t first = 0; first < page.n; first += 8) {
+    const unsigned there = page.n - first < 8 ? (1u << (page.n - first)) - 1 : 0xffu;
+    const unsigned bits = page.high_bits(first);
+    for (unsigned left = high ? bits : there & ~bits; left; left &= left - 1) each(first + __builtin_ctz(left));
+  }
+}
 
 Chosen choose(const PackedKeys& keys, Scratch& s) {
   const KvPage& page = keys.page;
   Chosen chosen;
   chosen.n = chosen.segments = 0;
-  chosen.all = !keys.listed && !page.classes;
-  if (chosen.all) {
-    for (int64_t entry = 0; entry < page.n; ++entry) {
-      s.place[entry] = int32_t(keys.first + entry);
-      s.rank[entry] = int32_t(entry);
+  chosen.whole = !keys.listed;
+  if (chosen.whole) {
+    for (int64_t i = 0; i < page.n; ++i) s.rank[i] = int32_t(i);
+    if (page.classes) {
+      int64_t rank = 0;
+      for (const bool high : {true, false})
+        each_of_class(page, high, [&](int64_t entry) { s.place[rank++] = int32_t(keys.first + entry); });
+      if (page.n_high > 0) chosen.extend(page.n_high, 0, true);
+      if (page.n_high < page.n) chosen.extend(page.n, 0, false);
+      return chosen;
     }
-    for (int64_t slot = 0; slot < page.filled; ++slot) {
-      chosen.end[slot] = page.groups_end[slot];
-      chosen.slot[slot] = slot;
-      chosen.high[slot] = true;
-    }
-    chosen.n = page.n;
-    chosen.segments = page.filled;
+    for (int64_t entry = 0; entry < page.n; ++entry) s.place[entry] = int32_t(keys.first + entry);
+    for (int64_t slot = 0; slot < page.filled; ++slot) chosen.extend(page.groups_end[slot], slot, true);
     return chosen;
   }
-  const auto add = [&](int64_t entry, int64_t rank, int64_t slot, bool high) {
-    s.place[chosen.n] = int32_t(keys.first + entry);
-    s.rank[chosen.n++] = int32_t(rank);
-    if (chosen.segments == 0 || chosen.slot[chosen.segments - 1] != slot || chosen.high[chosen.segments - 1] != high) {
-      chosen.slot[chosen.segments] = slot;
-      chosen.high[chosen.segments++] = high;
-    }
-    chosen.end[chosen.segments - 1] = chosen.n;
-  };
   int64_t at = 0;
-  const auto takes_part = [&](int64_t entry) {
-    if (!keys.listed) return true;
+  const auto add_if_listed = [&](int64_t entry, int64_t rank, int64_t slot, bool high) {
     while (at < keys.n_listed && keys.listed[at] < keys.first + entry) ++at;
-    return at < keys.n_listed && keys.listed[at] == keys.first + entry;
+    if (at == keys.n_listed || keys.listed[at] != keys.first + entry) return;
+    s.place[chosen.n] = int32_t(keys.first + entry);
+    s.rank[chosen.n] = int32_t(rank);
+    chosen.extend(chosen.n + 1, slot, high);
   };
   if (!page.classes) {
     for (int64_t slot = 0, entry = 0; slot < page.filled; ++slot)
-      for (; entry < page.groups_end[slot]; ++entry)
-        if (takes_part(entry)) add(entry, entry, slot, true);
+      for (; entry < page.groups_end[slot]; ++entry) add_if_listed(entry, entry, slot, true);
     return chosen;
   }
   int64_t rank = 0;
-  for (int wanted = 1; wanted >= 0; --wanted) {
-    const bool high = wanted == 1;
+  for (const bool high : {true, false}) {
     at = 0;
-    for (int64_t entry = 0; entry < page.n; ++entry) {
-      if (page.is_high(entry) != high) continue;
-      if (takes_part(entry)) add(entry, rank, 0, high);
-      ++rank;
-    }
+    each_of_class(page, high, [&](int64_t entry) { add_if_listed(entry, rank++, 0, high); });
   }
   return chosen;
 }
@@ -73,55 +93,59 @@ Chosen choose(const PackedKeys& keys, Scratch& s) {
 // The chosen rows' codes, a byte each, to s.code_rows.
 void expand(const KvSide& side, const KvPage& page, const KvHalf& half, const Chosen& chosen, const uint8_t* data_end,
             Scratch& s) {
-  const int64_t pitch = decode_pitch(side.width), high_bytes = side.row_bytes(true);
-  const int64_t low_bytes = side.low_bits ? side.row_bytes(false) : 0;
+  const int64_t pitch = decode_pitch(side.width);
   // While these codes are read, those of the values, or of the next page's keys, are fetched; and now what will be
   // wanted in between.
   const int64_t distance = page.size / 2;
-  for (int64_t byte = 0; byte < half.param_rows * side.arrays_width() * side.scale_bytes; byte += 64)
-    __builtin_prefetch(half.params + byte);
+  const int64_t param_bytes = side.params_size(page.n_high, page.n - page.n_high, page.filled);
+  for (int64_t byte = 0; byte < param_bytes; byte += 64) __builtin_prefetch(half.params + byte);
   const uint8_t* ahead = half.codes + distance;
-  // Pages that are read as a whole, not too near the end of the data: several rows at a time, where one part's rows do
-  // not write over another's.
-  bool apart = side.n_parts == 1;
-  for (int i = 0; i < side.n_parts && !apart; ++i) {
-    const KvPart& part = side.part[i];
-    if (!expands_exactly(part.bits, part.bytes(), part.channels)) break;
-    apart = i + 1 == side.n_parts;
-  }
-  if (apart && chosen.n == page.n && page.n_high == page.n && data_end - half.params >= kSlack) {
-    constexpr int64_t kRun = 8;
-    for (int64_t i = 0; i < chosen.n; i += kRun) {
-      const int64_t n = chosen.n - i < kRun ? chosen.n - i : kRun;
-      const uint8_t* row = half.codes + i * high_bytes;
-      for (; ahead < row + n * high_bytes + distance; ahead += 64) __builtin_prefetch(ahead);
-      for (int64_t j = i; j < i + n; ++j) s.code_rows[j] = s.codes + j * pitch;
+  // Pages that are read as a whole, not too near the end of the data: several rows of a class at a time, where one
+  // part's rows do not write over another's.
+  const auto apart = [&](bool high) {
+    for (int i = 0; i < side.n_parts && side.n_parts > 1; ++i) {
+      const KvPart& part = side.part_of(i, high);
+      if (!expands_exactly(part.bits, part.bytes(), part.channels)) return false;
+    }
+    return true;
+  };
+  const bool all_at_once = chosen.whole && data_end - half.params >= kSlack;
+  const uint8_t* first_row = half.codes;
+  int64_t i = 0;
+  for (const bool high : {true, false}) {
+    const int64_t bytes = side.row_bytes(high), first_rank = high ? 0 : page.n_high;
+    const int64_t end_rank = high ? page.n_high : page.n;
+    if (all_at_once && apart(high)) {
+      constexpr int64_t kRun = 8;
+      for (; i < end_rank; i += kRun) {
+        const int64_t n = end_rank - i < kRun ? end_rank - i : kRun;
+        const uint8_t* row = first_row + (i - first_rank) * bytes;
+        for (; ahead < row + n * bytes + distance; ahead += 64) __builtin_prefetch(ahead);
+        for (int64_t j = i; j < i + n; ++j) s.code_rows[j] = s.codes + j * pitch;
+        for (int p = 0; p < side.n_parts; ++p) {
+          const KvPart& part = side.part_of(p, high);
+          const CodeRows rows{row, bytes, n, s.codes + i * pitch + part.first, pitch};
+          if (!expand_at_once(rows, part.bits, part.bytes()))
+            rows.each([&](const uint8_t* from, uint8_t* out) { expand_row(from, part.bits, part.channels, out); });
+          row += part.bytes();
+        }
+      }
+      i = end_rank;
+    }
+    for (; i < chosen.n && s.rank[i] < end_rank; ++i) {
+      const uint8_t* row = first_row + (s.rank[i] - first_rank) * bytes;
+      for (; ahead < row + bytes + distance; ahead += 64) __builtin_prefetch(ahead);
+      uint8_t copy[kMostChannels + kSlack];
+      if (data_end - row < bytes + kSlack) row = static_cast<const uint8_t*>(std::memcpy(copy, row, size_t(bytes)));
+      uint8_t* const out = s.codes + i * pitch;
       for (int p = 0; p < side.n_parts; ++p) {
-        const KvPart& part = side.part[p];
-        const CodeRows rows{row, high_bytes, n, s.codes + i * pitch + part.first, pitch};
-        if (!expand_at_once(rows, part.bits, part.bytes()))
-          rows.each([&](const uint8_t* from, uint8_t* out) { expand_row(from, part.bits, part.channels, out); });
+        const KvPart& part = side.part_of(p, high);
+        expand_codes(row, part.bits, part.channels, out + part.first);
         row += part.bytes();
       }
+      s.code_rows[i] = out;
     }
-    return;
-  }
-  for (int64_t i = 0; i < chosen.n; ++i) {
-    const int64_t rank = s.rank[i];
-    const bool high = rank < page.n_high;
-    const uint8_t* row =
-        half.codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes);
-    const int64_t bytes = high ? high_bytes : low_bytes;
-    for (; ahead < row + bytes + distance; ahead += 64) __builtin_prefetch(ahead);
-    uint8_t copy[kMostChannels + kSlack];
-    if (data_end - row < bytes + kSlack) row = static_cast<const uint8_t*>(std::memcpy(copy, row, size_t(bytes)));
-    uint8_t* const out = s.codes + i * pitch;
-    for (int part = 0; part < side.n_parts; ++part) {
-      expand_codes(row, high ? side.part[part].bits : side.low_bits, side.part[part].channels,
-                   out + side.part[part].first);
-      row += side.part[part].bytes();
-    }
-    s.code_rows[i] = out;
+    first_row += page.n_high * bytes;
   }
 }
 
@@ -253,7 +277,7 @@ struct Column {
 
 Column read_column(const Chosen& chosen, int64_t group, Scratch& s) {
   const float *const scale = s.table_scale + group * kMostPage, *const zero = s.table_zero + group * kMostPage;
-  if (chosen.all) return {scale, zero};
+  if (chosen.whole) return {scale, zero};
   for (int64_t i = 0; i < chosen.n; ++i) {
     s.scale[i] = scale[s.rank[i]];
     s.zero[i] = zero[s.rank[i]];
@@ -265,7 +289,7 @@ Column read_column(const Chosen& chosen, int64_t group, Scratch& s) {
 // Whether logits can be had from the codes of the page as they are.
 bool suits_packed_dots(const PackedKeys& keys, const Chosen& chosen) {
   const KvSide& side = keys.fmt->key;
-  return kPackedDots && keys.integers && chosen.all && !side.per_token && has_whole_words(side);
+  return kPackedDots && keys.integers && chosen.whole && !side.two_classes && !side.per_token && has_whole_words(side);
 }
 
 // Of keys with parameters along channels. False, having done nothing, if the queries suit no integers.
@@ -273,16 +297,18 @@ bool packed_key_logits(const DecodeRows& rows, const PackedKeys& keys, const Cho
   const KvSide& side = keys.fmt->key;
   const int64_t width = side.width, pitch = decode_pitch(width);
   const uint8_t* ahead = keys.page.key.codes + keys.page.size / 2;
-  for (int64_t segment = 0, begin = 0; segment < chosen.segments; begin = chosen.end[segment++]) {
-    channel_parameters(*keys.fmt, side, keys.page.key, chosen.slot[segment], true, s.scale, s.zero);
+  bool suits = true;
+  chosen.each_segment(side, [&](const Segment& of) {
+    channel_parameters(*keys.fmt, side, keys.page.key, of.slot, true, s.scale, s.zero);
     for (int64_t r = 0; r < rows.count; ++r)
       s.bias[r] = fold(rows.q + r * pitch, s.scale, s.zero, width, s.folded + r * pitch);
-    if (!integer_rows(keys, s.folded, pitch, rows.count, width, s)) return false;
+    suits = suits && integer_rows(keys, s.folded, pitch, rows.count, width, s);
+    if (!suits) return;
     split_bytes(s.integers, Scratch::kPitch, rows.count, width, s.halves);
-    packed_dots(side, keys.page.key.codes + begin * side.row_bytes(true), chosen.end[segment] - begin, s.halves, s.step,
-                s.bias, rows.count, s.logits + begin, Scratch::kPitch, ahead);
-  }
-  return true;
+    packed_dots(side, keys.page.key.codes + of.begin * side.row_bytes(true), of.end - of.begin, s.halves, s.step,
+                s.bias, rows.count, s.logits + of.begin, Scratch::kPitch, ahead);
+  });
+  return suits;
 }
 
 void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
@@ -290,14 +316,13 @@ void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
   const KvSide& side = fmt.key;
   const int64_t width = side.width, pitch = decode_pitch(width);
   if (!side.per_token) {
-    for (int64_t segment = 0, begin = 0; segment < chosen.segments; begin = chosen.end[segment++]) {
-      const int64_t n = chosen.end[segment] - begin;
-      channel_parameters(fmt, side, keys.page.key, chosen.slot[segment], chosen.high[segment], s.scale, s.zero);
+    return chosen.each_segment(side, [&](const Segment& of) {
+      channel_parameters(fmt, side, keys.page.key, of.slot, of.high, s.scale, s.zero);
       for (int64_t r = 0; r < rows.count; ++r)
         s.bias[r] = fold(rows.q + r * pitch, s.scale, s.zero, width, s.folded + r * pitch);
-      code_dots(keys, s.code_rows + begin, n, 0, s.folded, rows.count, width, s.bias, s.logits + begin, s);
-    }
-    return;
+      code_dots(keys, s.code_rows + of.begin, of.end - of.begin, 0, s.folded, rows.count, width, s.bias,
+                s.logits + of.begin, s);
+    });
   }
   for (int64_t r = 0; r < rows.count; ++r)
     for (int64_t i = 0; i < chosen.n; i += kLanes) store(s.logits + r * Scratch::kPitch + i, splat(0.0f));
@@ -327,9 +352,9 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
   const KvSide& side = fmt.value;
   const int64_t width = side.width, pitch = decode_pitch(width);
   if (!side.per_token) {
-    for (int64_t segment = 0, begin = 0; segment < chosen.segments; begin = chosen.end[segment++]) {
-      const int64_t n = chosen.end[segment] - begin;
-      channel_parameters(fmt, side, keys.page.value, chosen.slot[segment], chosen.high[segment], s.scale, s.zero);
+    return chosen.each_segment(side, [&](const Segment& of) {
+      const int64_t begin = of.begin, n = of.end - begin;
+      channel_parameters(fmt, side, keys.page.value, of.slot, of.high, s.scale, s.zero);
       for (int64_t d = width; d < pitch; ++d) s.scale[d] = s.zero[d] = 0;
       std::memset(s.sums, 0, size_t(rows.count * pitch) * sizeof(float));
       code_sums(keys, s.code_rows + begin, n, 0, s.logits + begin, rows.count, width, s.sums, s);
@@ -339,8 +364,7 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
         for (int64_t d = 0; d < width; d += kLanes)
           store(sum + d, load(sum + d) + fma(load(more + d), load(s.scale + d), total * load(s.zero + d)));
       }
-    }
-    return;
+    });
   }
   for (int part = 0; part < side.n_parts; ++part) {
     const KvPart& of = side.part[part];

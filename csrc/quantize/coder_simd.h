@@ -155,8 +155,8 @@ void code(KvKind kind, const float* x, int64_t count, const Parameters& p, uint8
 
 // Whether rows of a part are coded by code_two_bits.
 inline bool fits_two_bits(const KvSide& side, const KvPart& part) {
-  return part.kind == KvKind::affine && part.bits == 2 && side.low_bits == 0 && part.channels % (4 * kLanes) == 0 &&
-         (!side.per_token || side.group % kLanes == 0);
+  return part.kind == KvKind::affine && part.bits == 2 && (!side.two_classes || side.own_arrays) &&
+         part.channels % (4 * kLanes) == 0 && (!side.per_token || side.group % kLanes == 0);
 }
 
 // A row of 2-bit codes as it lies in the record. `place_of(c)`: where lo and bounds of channel c are, of kLanes

@@ -106,9 +106,7 @@ inline void read_scales(const uint8_t* array, KvScale scale, int64_t i, int64_t 
 }
 
 // The largest code of an affine part.
-inline float top_code(const KvSide& side, const KvPart& part, bool high) {
-  return float((1 << (high ? part.bits : side.low_bits)) - 1);
-}
+inline float top_code(const KvPart& part) { return float((1 << part.bits) - 1); }
 
 // x = code * scale + zero for `count` channels of one part, whose groups have these parameters: scale[i], zero[i].
 inline void finish_parameters(const KvSide& side, const KvPart& part, int64_t count, float* scale, float* zero) {
@@ -130,17 +128,18 @@ inline void finish_parameters(const KvSide& side, const KvPart& part, int64_t co
 // The parameters of all channels in the order of the codes, from row `slot` of arrays along channels.
 inline void channel_parameters(const KvFormat& fmt, const KvSide& side, const KvHalf& half, int64_t slot, bool high,
                                float* scale, float* zero) {
-  const uint8_t* array = half.params;
+  const bool own_arrays = side.own_arrays && !high;
+  const uint8_t* array = own_arrays ? half.low_params : half.params;
   for (int i = 0; i < side.n_parts; ++i) {
-    const KvPart& part = side.part[i];
-    const int64_t size = half.param_rows * part.channels * side.scale_bytes;
+    const KvPart& part = side.part_of(i, high);
+    const int64_t size = (own_arrays ? 1 : half.param_rows) * part.channels * side.scale_bytes;
     read_scales(array, fmt.scale, slot * part.channels, part.channels, scale + part.first);
     array += size;
     if (part.kind == KvKind::affine) {
       read_scales(array, fmt.scale, slot * part.channels, part.channels, zero + part.first);
       array += size;
-      if (side.low_bits)
-        for (int64_t d = 0; d < part.channels; ++d) scale[part.first + d] /= top_code(side, part, high);
+      if (side.shares_ranges())
+        for (int64_t d = 0; d < part.channels; ++d) scale[part.first + d] /= top_code(part);
     } else {
       finish_parameters(side, part, part.channels, scale + part.first, zero + part.first);
     }

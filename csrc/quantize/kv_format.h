@@ -42,14 +42,19 @@ struct KvPart {
 // The keys' or the values' half.
 struct KvSide {
   bool per_token, channel_scale, compat;
-  int low_bits;  // 0: one class
+  bool two_classes, own_arrays;  // own_arrays: the low class has parameters of its own, and not the high one's
   int64_t width, group, scale_bytes, hard;
   int n_parts;
-  KvPart part[2];
+  KvPart part[2], low;  // low: what the low class has instead of part[0]
 
   FASTOK_HOST_DEVICE FASTOK_INLINE bool needs_channels() const { return channel_scale || hard > 0; }
+  // Whether classes share the ranges of channels, which are stored in place of scales.
+  FASTOK_HOST_DEVICE FASTOK_INLINE bool shares_ranges() const { return two_classes && !own_arrays && !per_token; }
+  FASTOK_HOST_DEVICE FASTOK_INLINE const KvPart& part_of(int i, bool high) const {
+    return high || !two_classes ? part[i] : low;
+  }
   FASTOK_HOST_DEVICE FASTOK_INLINE int64_t row_bytes(bool high) const {
-    if (!high) return kv_code_bytes(low_bits, width);
+    if (!high && two_classes) return low.bytes();
     return part[0].bytes() + (n_parts > 1 ? part[1].bytes() : 0);
   }
   // Entries of one row of a parameter array.
@@ -61,11 +66,23 @@ struct KvSide {
     for (int i = 0; i < n_parts; ++i) width_sum += part[i].arrays() * groups_of(part[i]);
     return width_sum;
   }
-  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t codes_size(int64_t high, int64_t low) const {
-    return kv_aligned(high * row_bytes(true) + (low_bits ? low * row_bytes(false) : 0));
+  // Of a page with so many tokens of each class, and token groups that have any.
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t codes_size(int64_t high, int64_t low_tokens) const {
+    return kv_aligned(high * row_bytes(true) + low_tokens * row_bytes(false));
   }
-  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t size(int64_t high, int64_t low, int64_t token_groups) const {
-    return codes_size(high, low) + kv_aligned((per_token ? high + low : token_groups) * arrays_width() * scale_bytes);
+  // Rows of the parameter arrays, of those of the high class where the low one has its own.
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t array_rows(int64_t high, int64_t low_tokens, int64_t token_groups) const {
+    return per_token ? high + low_tokens : own_arrays ? high > 0 : token_groups;
+  }
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t array_bytes(int64_t rows) const {
+    return rows * arrays_width() * scale_bytes;
+  }
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t params_size(int64_t high, int64_t low_tokens, int64_t token_groups) const {
+    const int64_t of_low = own_arrays && low_tokens > 0 ? low.arrays() * groups_of(low) * scale_bytes : 0;
+    return array_bytes(array_rows(high, low_tokens, token_groups)) + of_low;
+  }
+  FASTOK_HOST_DEVICE FASTOK_INLINE int64_t size(int64_t high, int64_t low_tokens, int64_t token_groups) const {
+    return codes_size(high, low_tokens) + kv_aligned(params_size(high, low_tokens, token_groups));
   }
 };
 
@@ -83,6 +100,14 @@ struct KvFormat {
 struct KvHalf {
   const uint8_t *codes, *params;
   int64_t param_rows;
+  const uint8_t* low_params;  // where the low class has arrays of its own
+
+  FASTOK_INLINE static KvHalf of(const KvSide& side, const uint8_t* codes, int64_t high, int64_t low,
+                                 int64_t token_groups) {
+    const uint8_t* const params = codes + side.codes_size(high, low);
+    const int64_t rows = side.array_rows(high, low, token_groups);
+    return {codes, params, rows, params + side.array_bytes(rows)};
+  }
 };
 
 // One page of one head: how many entries it has, and where they are.
@@ -105,16 +130,21 @@ struct KvPage {
     page.n_high = page.n;
     if (classes) {
       page.n_high = 0;
-      for (int64_t i = 0; i < page.n; ++i) page.n_high += page.is_high(i);
+      for (int64_t i = 0; i < page.n; i += 8) page.n_high += __builtin_popcount(page.high_bits(i));
     }
     const int64_t low = page.n - page.n_high;
-    page.key = {record, record + fmt.key.codes_size(page.n_high, low), fmt.key.per_token ? page.n : page.filled};
+    page.key = KvHalf::of(fmt.key, record, page.n_high, low, page.filled);
     const uint8_t* const half = record + fmt.key.size(page.n_high, low, page.filled);
-    page.value = {half, half + fmt.value.codes_size(page.n_high, low), fmt.value.per_token ? page.n : page.filled};
+    page.value = KvHalf::of(fmt.value, half, page.n_high, low, page.filled);
     page.size = page.n > 0 ? half + fmt.value.size(page.n_high, low, page.filled) - record : 0;
     return page;
   }
   FASTOK_INLINE bool is_high(int64_t entry) const { return !classes || (classes[entry / 8] >> (entry % 8) & 1); }
+  // Of the 8 entries from `entry` on, which is a multiple of 8, a bit for each that is there and high.
+  FASTOK_INLINE unsigned high_bits(int64_t entry) const {
+    const unsigned there = n - entry < 8 ? (1u << (n - entry)) - 1 : 0xffu;
+    return (classes ? classes[entry / 8] : 0xffu) & there;
+  }
 };
 
 }  // namespace fastok

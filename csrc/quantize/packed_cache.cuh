@@ -142,19 +142,22 @@ __device__ inline PackedPage PackedView::page(int64_t b, int g, int i) const {
 // Keys or values of a page: the high class's rows of codes, then the low one's, then the parameters.
 struct PackedHalf {
   uint8_t *codes, *params;
-  int rows;  // of the parameter arrays
+  int rows;             // of the parameter arrays
+  uint8_t* low_params;  // where the low class has arrays of its own
 
   __device__ static PackedHalf of(const KvFormat& fmt, int which, const PackedPage& page, const uint8_t* data) {
     const int low = page.n - page.n_high;
     const KvSide& side = which ? fmt.value : fmt.key;
     uint8_t* const codes =
         const_cast<uint8_t*>(data) + page.at + (which ? fmt.key.size(page.n_high, low, page.filled) : 0);
-    return {codes, codes + side.codes_size(page.n_high, low), side.per_token ? page.n : page.filled};
+    uint8_t* const params = codes + side.codes_size(page.n_high, low);
+    const int64_t rows = side.array_rows(page.n_high, low, page.filled);
+    return {codes, params, int(rows), params + side.array_bytes(rows)};
   }
   // Rows by rank.
   __device__ uint8_t* row(const KvSide& side, const PackedPage& page, int rank) const {
     const int64_t high = min(rank, page.n_high), low = rank - high;
-    return codes + high * side.row_bytes(true) + (low > 0 ? low * side.row_bytes(false) : 0);
+    return codes + high * side.row_bytes(true) + low * side.row_bytes(false);
   }
 };
 
@@ -166,9 +169,9 @@ __device__ __forceinline__ float read_scale(const uint8_t* array, KvScale kind, 
   return reinterpret_cast<const float*>(array)[i];
 }
 
-// The largest code of an affine part.
-__device__ __forceinline__ float top_code(const KvSide& side, const KvPart& part, bool high) {
-  return float((1 << (high ? part.bits : side.low_bits)) - 1);
+// The largest code of an affine part; 1 for others.
+__device__ __forceinline__ float top_code(const KvPart& part) {
+  return part.kind == KvKind::affine ? float((1 << part.bits) - 1) : 1.0f;
 }
 
 // x = code * scale + zero.
@@ -178,12 +181,12 @@ struct Parameters {
 
 // Of channel c of a part whose arrays begin at `arrays` and have so many rows.
 __device__ inline Parameters read_parameters(const KvFormat& fmt, const KvSide& side, const KvPart& part,
-                                             const uint8_t* arrays, int64_t rows, int row, int c, bool high) {
+                                             const uint8_t* arrays, int64_t rows, int row, int c) {
   const int64_t groups = side.groups_of(part), i = row * groups + (side.per_token ? c / int(side.group) : c);
   const float s = read_scale(arrays, fmt.scale, i);
   if (part.kind == KvKind::affine) {
     const float zero = read_scale(arrays + rows * groups * side.scale_bytes, fmt.scale, i);
-    return {!side.per_token && side.low_bits ? s / top_code(side, part, high) : s, zero};
+    return {side.shares_ranges() ? s / top_code(part) : s, zero};
   }
   if (part.kind == KvKind::trit) {
     // A NaN says that the group could not be stored, whatever the numerics.
@@ -197,11 +200,12 @@ __device__ inline Parameters read_parameters(const KvFormat& fmt, const KvSide& 
 // Of place c of a coded row, whichever part it is in.
 __device__ inline Parameters read_parameters(const KvFormat& fmt, const KvSide& side, const PackedHalf& half, int row,
                                              int c, bool high) {
-  const KvPart& first = side.part[0];
+  if (side.own_arrays && !high) return read_parameters(fmt, side, side.low, half.low_params, 1, row, c);
+  const KvPart& first = side.part_of(0, high);
   if (side.n_parts == 1 || c < int(first.channels))
-    return read_parameters(fmt, side, first, half.params, half.rows, row, c, high);
+    return read_parameters(fmt, side, first, half.params, half.rows, row, c);
   const int64_t before = half.rows * first.arrays() * side.groups_of(first) * side.scale_bytes;
-  return read_parameters(fmt, side, side.part[1], half.params + before, half.rows, row, c - int(first.channels), high);
+  return read_parameters(fmt, side, side.part[1], half.params + before, half.rows, row, c - int(first.channels));
 }
 
 // ---- segments -------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ __device__ inline Coder write_group(const KvFormat& fmt, const KvSide& side, con
     float zero = write_scale(fmt.scale, zeros, i, finite ? __fadd_rn(least, 0.0f) : 0.0f, -1);
     const float span = finite ? __fadd_rn(__fsub_rn(most, zero), 0.0f) : nan;
     // Two classes share the channels' ranges, so the range is what is stored.
-    const float scale = write_scale(fmt.scale, scales, i, !side.per_token && side.low_bits ? span : span / top, 1);
+    const float scale = write_scale(fmt.scale, scales, i, side.shares_ranges() ? span : span / top, 1);
     if (isnan(scale)) zero = write_scale(fmt.scale, zeros, i, 0.0f, 0);
     return {zero, scale};
   }
@@ -120,11 +120,6 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) kv_seal_kernel(const __gr
   const auto is_high = [&](int t) { return !classes || (classes[t / 8] >> (t % 8) & 1); };
   PackedPage page{p.offset[blockIdx.x], page_tokens, page_tokens, int(fmt.token_groups)};
   if (classes) page.n_high = count_high(classes, page_tokens);
-  const auto rank_of = [&](int t) {
-    if (!classes) return t;
-    const int high = count_high(classes, t);
-    return is_high(t) ? high : page.n_high + t - high;
-  };
   const int64_t low = page.n - page.n_high, key_size = fmt.key.size(page.n_high, low, page.filled);
   const int64_t size = key_size + fmt.value.size(page.n_high, low, page.filled);
   if (page.at < 0 || page.at % 16 != 0 || page.at > p.bytes - size) return;  // it would end behind the data
@@ -142,7 +137,12 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) kv_seal_kernel(const __gr
   float* const lows = memory.take<float>(most_groups, "lows");
   float* const steps = memory.take<float>(most_groups, "steps");
   float* const tops = memory.take<float>(most_groups, "tops");
+  auto* const ranks = memory.take<int16_t>(int(kMostPage), "ranks");
   p.cosines.spread(table);
+  for (int t = thread; t < page_tokens; t += kQuantizeThreads) {
+    const int high = classes ? count_high(classes, t) : t;
+    ranks[t] = int16_t(is_high(t) ? high : page.n_high + t - high);
+  }
 
   for (int which = 0; which < 2; ++which) {
     const KvSide& side = which ? fmt.value : fmt.key;
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) kv_seal_kernel(const __gr
     __syncthreads();  // nobody needs the keys' order any more
     order_channels(side.hard > 0 ? channels : nullptr, width, order, nullptr);
     // What aligns the codes and the record.
-    const int64_t code_end = page.n_high * side.row_bytes(true) + (low > 0 ? low * side.row_bytes(false) : 0);
-    const int64_t param_end = half.rows * side.arrays_width() * side.scale_bytes;
+    const int64_t code_end = page.n_high * side.row_bytes(true) + low * side.row_bytes(false);
+    const int64_t param_end = side.params_size(page.n_high, low, page.filled);
     for (int64_t i = code_end + thread; i < half.params - half.codes; i += kQuantizeThreads) half.codes[i] = 0;
     for (int64_t i = param_end + thread; i < kv_aligned(param_end); i += kQuantizeThreads) half.params[i] = 0;
     __syncthreads();
@@ -176,53 +176,65 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) kv_seal_kernel(const __gr
           sum = __fadd_rn(sum, __fmul_rn(widen(x[order[i]]), fourier_element(table, part_channels, i, c)));
         return sum;
       };
+      // Rows of the slab are tokens in order, or by their ranks where classes have arrays of their own.
+      const bool by_rank = side.own_arrays;
       const int tile = side.per_token ? kTokenTile : group;
       for (int first = 0; first < page_tokens; first += tile) {
         const int tokens = min(tile, page_tokens - first);
         const int slab_width = side.per_token ? part_channels : min(slab_channels(group), part_channels);
         const int pitch = side.per_token ? slab_width + 1 : slab_width;
+        const auto rank_of = [&](int row) { return by_rank ? row : int(ranks[first + row]); };
+        const auto part_of = [&](int row) -> const KvPart& {
+          return side.part_of(part_index, rank_of(row) < page.n_high);
+        };
         for (int begin = 0; begin < part_channels; begin += slab_width) {
           const int columns = min(slab_width, part_channels - begin);
-          for (int i = thread; i < tokens * columns; i += kQuantizeThreads)
-            slab[i / columns * pitch + i % columns] = coded(first + i / columns, begin + i % columns);
+          for (int i = thread; i < tokens * columns; i += kQuantizeThreads) {
+            const int t = i / columns, row = by_rank ? ranks[t] : t;
+            slab[row * pitch + i % columns] = coded(first + t, begin + i % columns);
+          }
           __syncthreads();
           if (side.per_token) {
             for (int i = thread; i < tokens * groups; i += kQuantizeThreads) {
               const int t = i / groups, channel = i % groups * group;
               const float* const row = slab + t * pitch + channel;
-              tops[i] = part.kind == KvKind::affine ? top_code(side, part, is_high(first + t)) : 1.0f;
+              tops[i] = top_code(part_of(t));
               const Coder coder = write_group(fmt, side, part, tops[i], p.gamma[which], arrays, zeros,
-                                              int64_t(rank_of(first + t)) * groups + i % groups,
+                                              int64_t(rank_of(t)) * groups + i % groups,
                                               min(group, part_channels - channel), [&](int j) { return row[j]; });
               lows[i] = coder.lo, steps[i] = coder.step;
             }
           } else {
-            const float top = part.kind == KvKind::affine ? top_code(side, part, true) : 1.0f;
-            for (int i = thread; i < columns; i += kQuantizeThreads) {
-              const Coder coder = write_group(fmt, side, part, top, p.gamma[which], arrays, zeros,
-                                              int64_t(first / group) * groups + begin + i, tokens,
-                                              [&](int j) { return slab[j * pitch + i]; });
+            for (int i = thread; i < (by_rank ? 2 : 1) * columns; i += kQuantizeThreads) {
+              const bool high = i < columns;
+              const int column = high ? i : i - columns, from = high ? 0 : page.n_high;
+              const int count = !by_rank ? tokens : high ? page.n_high : tokens - from;
+              if (count == 0) continue;
+              const KvPart& own = side.part_of(part_index, high);
+              const Coder coder =
+                  write_group(fmt, side, own, top_code(own), p.gamma[which], high ? arrays : half.low_params, zeros,
+                              int64_t(first / group) * groups + begin + column, count,
+                              [&](int j) { return slab[(from + j) * pitch + column]; });
               lows[i] = coder.lo, steps[i] = coder.step;
             }
           }
           __syncthreads();
           for (int i = thread; i < tokens * columns; i += kQuantizeThreads) {
-            const int t = i / columns, c = i % columns, of = side.per_token ? t * groups + c / group : c;
-            const float top = side.per_token                ? tops[of]
-                              : part.kind == KvKind::affine ? top_code(side, part, is_high(first + t))
-                                                            : 1.0f;
-            const bool shares = !side.per_token && side.low_bits > 0;
-            const Coder coder{lows[of], shares ? steps[of] / top : steps[of]};
-            codes[t * part_channels + begin + c] = uint8_t(code_of(part, coder, top, slab[t * pitch + c]));
+            const int row = i / columns, c = i % columns;
+            const int of = side.per_token ? row * groups + c / group : by_rank && row >= page.n_high ? columns + c : c;
+            const KvPart& own = part_of(row);
+            const float top = top_code(own);
+            const Coder coder{lows[of], side.shares_ranges() ? steps[of] / top : steps[of]};
+            codes[row * part_channels + begin + c] = uint8_t(code_of(own, coder, top, slab[row * pitch + c]));
           }
           __syncthreads();
         }
         const int most_bytes = int(part.bytes());
         for (int i = thread; i < tokens * most_bytes; i += kQuantizeThreads) {
-          const int t = i / most_bytes, at = i % most_bytes, bits = is_high(first + t) ? part.bits : side.low_bits;
+          const int row = i / most_bytes, at = i % most_bytes, bits = part_of(row).bits;
           if (at < int(kv_code_bytes(bits, part_channels)))
-            half.row(side, page, rank_of(first + t))[row_at + at] =
-                pack_byte(codes + t * part_channels, bits, part_channels, at);
+            half.row(side, page, rank_of(row))[row_at + at] =
+                pack_byte(codes + row * part_channels, bits, part_channels, at);
         }
         __syncthreads();
       }
@@ -318,9 +330,9 @@ __global__ void __launch_bounds__(kQuantizeThreads, 4) kv_unseal_kernel(const __
         if (page.at >= 0) {
           const bool high = ranks[t] < page.n_high;
           const int easy = int(side.part[0].channels), part_index = side.n_parts > 1 && c >= easy;
-          const KvPart& part = side.part[part_index];
+          const KvPart& part = side.part_of(part_index, high);
           const uint32_t code = read_code(half.row(side, page, ranks[t]) + (part_index ? side.part[0].bytes() : 0),
-                                          high ? part.bits : side.low_bits, int(part.channels), c - int(part.first));
+                                          part.bits, int(part.channels), c - int(part.first));
           const Parameters by = read_parameters(fmt, side, half, side.per_token ? ranks[t] : slots[t], c, high);
           x = float(code) * by.scale + by.zero;
         }

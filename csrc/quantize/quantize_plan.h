@@ -23,7 +23,8 @@ inline size_t seal_bytes(const KvFormat& fmt) {
     if (!side->per_token && size_t(fmt.group) > rows) rows = size_t(fmt.group);
   const size_t groups = kTokenTile * size_t(kMostTokenGroups);
   return shared_bytes<float>(kSlab) + shared_bytes<uint8_t>(rows * size_t(fmt.key.width)) +
-         shared_bytes<float>(kMostChannels) + shared_bytes<int16_t>(kMostChannels) + 3 * shared_bytes<float>(groups);
+         shared_bytes<float>(kMostChannels) + shared_bytes<int16_t>(kMostChannels) + 3 * shared_bytes<float>(groups) +
+         shared_bytes<int16_t>(kMostPage);
 }
 inline size_t unseal_bytes() {
   return shared_bytes<float>(kSlab) + shared_bytes<float>(kMostChannels) + shared_bytes<int16_t>(kMostChannels) +

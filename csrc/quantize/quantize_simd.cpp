@@ -68,13 +68,14 @@ void to_spectrum(const float* x, const float* basis, int64_t n, float* out) {
     for (int64_t j = 0; j < n; ++j) out[j] += x[i] * basis[i * n + j];
 }
 
+// Token t's to row place[t].
 template <class T>
-void read_rows(const KvFormat& fmt, const KvSide& side, const KvRows& source, const KvChannels& channels, float* line,
-               float* rows) {
+void read_rows(const KvFormat& fmt, const KvSide& side, const KvRows& source, const KvChannels& channels,
+               const int16_t* place, float* line, float* rows) {
   const int64_t width = side.width, pitch = pitch_of(width);
   const bool plain = !channels.factor && !channels.order && !side.part[0].fourier;
   for (int64_t t = 0; t < fmt.page; ++t) {
-    float* const out = rows + t * pitch;
+    float* const out = rows + place[t] * pitch;
     const T* const x = static_cast<const T*>(source.data) + t * source.stride;
     // Short rows, far apart, are more than the hardware's own prefetcher foresees.
     const T* const ahead = static_cast<const T*>(source.ahead) + t * source.ahead_stride;
@@ -92,14 +93,14 @@ void read_rows(const KvFormat& fmt, const KvSide& side, const KvRows& source, co
 }
 
 void read_rows(const KvFormat& fmt, const KvSide& side, Dtype dtype, const KvRows& source, const KvChannels& channels,
-               float* line, float* rows) {
+               const int16_t* place, float* line, float* rows) {
   switch (dtype) {
     case Dtype::f16:
-      return read_rows<f16>(fmt, side, source, channels, line, rows);
+      return read_rows<f16>(fmt, side, source, channels, place, line, rows);
     case Dtype::bf16:
-      return read_rows<bf16>(fmt, side, source, channels, line, rows);
+      return read_rows<bf16>(fmt, side, source, channels, place, line, rows);
     default:
-      return read_rows<float>(fmt, side, source, channels, line, rows);
+      return read_rows<float>(fmt, side, source, channels, place, line, rows);
   }
 }
 
@@ -158,18 +159,20 @@ void without_scale(const float* scale, int64_t count, float* zero, uint8_t* zero
   }
 }
 
-// Of each column of x[tokens][pitch], 0 and inf where not all of it is finite. `bad` is scratch.
+// Of each column of x[tokens][pitch], of which there is one at least, 0 and inf where not all of it is finite. `bad` is
+// scratch.
 void ranges(const float* x, int64_t pitch, int64_t tokens, int64_t columns, float* lo, float* hi, float* bad) {
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    vf least[2], most[2], poison[2];  // of every other token, which there is an even number of
+    vf least[2], most[2], poison[2];  // of every other token; of an odd number the last counts twice
+    const auto at = [&](int64_t t) { return load(x + smaller(t, tokens - 1) * pitch + i); };
     for (int odd = 0; odd < 2; ++odd) {
-      least[odd] = most[odd] = load(x + odd * pitch + i);
+      least[odd] = most[odd] = at(odd);
       poison[odd] = least[odd] * splat(0.0f);
     }
     for (int64_t t = 2; t < tokens; t += 2) {
       for (int odd = 0; odd < 2; ++odd) {
-        const vf value = load(x + (t + odd) * pitch + i);
+        const vf value = at(t + odd);
         least[odd] = select(greater(least[odd], value), value, least[odd]);
         most[odd] = maximum(most[odd], value);
         poison[odd] = fma(value, splat(0.0f), poison[odd]);
@@ -201,11 +204,12 @@ void close_channels(const KvFormat& fmt, const KvSide& side, const KvPart& part,
   const int64_t n = part.channels, size = side.scale_bytes;
   uint8_t* const first = arrays + row * n * size;
   float* const __restrict lo = s.lo, * const __restrict hi = s.hi, * const __restrict step = s.step;
-  const float top = top_code(side, part, true);
+  const bool shares = side.shares_ranges();
+  const float top = top_code(part), low_top = shares ? top_code(side.low) : 1.0f;
   write_scales(fmt.scale, lo, n, -1, first + rows * n * size);
   for (int64_t i = 0; i < n; ++i) {
     const float span = hi[i] - lo[i] + 0.0f;
-    step[i] = side.low_bits ? span : span / top;
+    step[i] = shares ? span : span / top;
   }
   write_scales(fmt.scale, step, n, 1, first);
   without_scale(step, n, lo, first + rows * n * size, size);
@@ -213,10 +217,9 @@ void close_channels(const KvFormat& fmt, const KvSide& side, const KvPart& part,
     s.bounds.set(step, n);
     return;
   }
-  const float low_top = side.low_bits ? top_code(side, part, false) : 1.0f;
   for (int64_t i = 0; i < n; ++i) {
-    s.of_codes[1].set(i, side.low_bits ? step[i] / top : step[i], top);
-    if (side.low_bits) s.of_codes[0].set(i, step[i] / low_top, low_top);
+    s.of_codes[1].set(i, shares ? step[i] / top : step[i], top);
+    if (shares) s.of_codes[0].set(i, step[i] / low_top, low_top);
   }
 }
 
@@ -225,7 +228,9 @@ void close_tokens(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
                   Scratch& s) {
   const int64_t groups = side.groups_of(part), count = fmt.page * groups, size = side.scale_bytes;
   uint8_t* const zeros = arrays + count * size;
-  const auto top_of = [&](int64_t i) { return top_code(side, part, i < page.n_high * groups); };
+  const auto top_of = [&](int64_t i) {
+    return top_code(side.two_classes && i >= page.n_high * groups ? side.low : part);
+  };
   write_scales(fmt.scale, s.lo, count, -1, zeros);
   for (int64_t i = 0; i < count; ++i) s.step[i] = (s.hi[i] - s.lo[i] + 0.0f) / top_of(i);
   write_scales(fmt.scale, s.step, count, 1, arrays);
@@ -273,15 +278,13 @@ void channel_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part,
   for (int64_t i = 0; i < n; ++i) s.of_codes[1].top[i] = step[i] == step[i] ? 1.0f : 0.0f;
 }
 
-// The same for the groups of channels of every token of a page: entry rank * groups + g, where `rank_of(t)` says which
-// row of the arrays token t has.
-template <class RankOf>
+// The same for the groups of channels of every row of a page: entry rank[row] * groups + g.
 void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, const float* x, int64_t pitch,
-                  const KvPage& page, const RankOf& rank_of, float gamma, uint8_t* arrays, Scratch& s) {
+                  const KvPage& page, const int16_t* rank, float gamma, uint8_t* arrays, Scratch& s) {
   const int64_t groups = side.groups_of(part), count_all = fmt.page * groups;
   for (int64_t t = 0; t < fmt.page; ++t) {
     const float* const row = x + t * pitch;
-    for (int64_t g = 0, at = rank_of(t) * groups; g < groups; ++g, ++at) {
+    for (int64_t g = 0, at = rank[t] * groups; g < groups; ++g, ++at) {
       const int64_t begin = g * side.group, end = smaller(begin + side.group, part.channels);
       if (part.kind == KvKind::affine) {
         float lo = row[begin], hi = row[begin], bad = 0;
@@ -326,52 +329,88 @@ void token_groups(const KvFormat& fmt, const KvSide& side, const KvPart& part, c
 
 // ---- pages ----------------------------------------------------------------------------------------------------------
 
-void seal_side(const KvFormat& fmt, const KvSide& side, const KvPage& page, KvHalf half, float gamma, Scratch& s) {
-  const int64_t pitch = pitch_of(side.width);
+// The order of a page's tokens in its record, and the order as it is.
+struct Ranks {
+  int16_t of[kMostPage], same[kMostPage];
+
+  explicit Ranks(const KvFormat& fmt, const KvPage& page) {
+    for (int64_t t = 0, n_high = 0, n_low = 0; t < fmt.page; ++t) {
+      of[t] = int16_t(page.is_high(t) ? n_high++ : page.n_high + n_low++);
+      same[t] = int16_t(t);
+    }
+  }
+};
+
+// Rows [begin, end), of which `group` have their parameters along channels in common.
+struct Run {
+  const KvPart& part;
+  int64_t begin, end, group;
+  uint8_t* arrays;
+  int64_t array_rows;
+};
+
+// Writes the codes of row t to to(t), as codes of bits_of(t) bits.
+template <class To, class BitsOf>
+void seal_run(const KvFormat& fmt, const KvSide& side, const KvPage& page, const Run& run, const int16_t* rank,
+              float gamma, const To& to, const BitsOf& bits_of, Scratch& s) {
+  const KvPart& part = run.part;
+  const float* const x = s.rows + part.first;
+  const int64_t pitch = pitch_of(side.width), groups = side.groups_of(part);
+  if (side.per_token) token_groups(fmt, side, part, x, pitch, page, rank, gamma, run.arrays, s);
+  RowCodes row;
+  std::memset(row.byte + part.channels, 0, 64);
+  for (int64_t t = run.begin; t < run.end; ++t) {
+    const float* const xs = x + t * pitch;
+    if (!side.per_token && (t - run.begin) % run.group == 0)
+      channel_groups(fmt, side, part, xs, pitch, run.group, gamma, (t - run.begin) / run.group, run.array_rows,
+                     run.arrays, s);
+    if (fits_two_bits(side, part)) {
+      if (side.per_token) {
+        const auto place_of = [&](int64_t c) { return rank[t] * groups + c / side.group; };
+        code_two_bits<true>(xs, part.channels, s.lo, s.bounds, place_of, to(t));
+      } else {
+        code_two_bits<false>(xs, part.channels, s.lo, s.bounds, [](int64_t c) { return c; }, to(t));
+      }
+      continue;
+    }
+    if (side.per_token) {
+      for (int64_t g = 0, d = 0; d < part.channels; ++g, d += side.group)
+        code(part.kind, xs + d, smaller(part.channels - d, side.group),
+             SharedParameters(s.lo, s.of_codes[1], rank[t] * groups + g), row.byte + d);
+    } else {
+      const bool low = side.shares_ranges() && t >= page.n_high;
+      code(part.kind, xs, part.channels, OwnParameters(s.lo, s.of_codes[low ? 0 : 1]), row.byte);
+    }
+    pack_row(row.byte, bits_of(t), part.channels, to(t));
+  }
+}
+
+// From rows in the order of the record where the side has two classes, else of the tokens.
+void seal_side(const KvFormat& fmt, const KvSide& side, const KvPage& page, KvHalf half, const Ranks& ranks,
+               float gamma, Scratch& s) {
   uint8_t* const codes = const_cast<uint8_t*>(half.codes);
-  const int64_t high_bytes = side.row_bytes(true), low_bytes = side.low_bits ? side.row_bytes(false) : 0;
-  int16_t rank_of[kMostPage];
-  for (int64_t t = 0, n_high = 0, n_low = 0; t < fmt.page; ++t)
-    rank_of[t] = int16_t(page.is_high(t) ? n_high++ : page.n_high + n_low++);
   uint8_t* arrays = const_cast<uint8_t*>(half.params);
+  const int16_t* const rank = side.two_classes ? ranks.same : ranks.of;
+  const int64_t bytes = side.row_bytes(true);
+  if (side.two_classes) {
+    const auto to = [&](int64_t t) {
+      const int64_t high = smaller(t, page.n_high);
+      return codes + high * bytes + (t - high) * side.low.bytes();
+    };
+    const auto bits_of = [&](int64_t t) { return (t < page.n_high ? side.part[0] : side.low).bits; };
+    const auto run = [&](const Run& of) { seal_run(fmt, side, page, of, rank, gamma, to, bits_of, s); };
+    if (!side.own_arrays) return run({side.part[0], 0, fmt.page, fmt.group, arrays, half.param_rows});
+    run({side.part[0], 0, page.n_high, page.n_high, arrays, 1});
+    return run({side.low, page.n_high, fmt.page, fmt.page - page.n_high, const_cast<uint8_t*>(half.low_params), 1});
+  }
   int64_t at = 0;  // of the part's bytes in a row
   for (int i = 0; i < side.n_parts; ++i) {
     const KvPart& part = side.part[i];
-    const float* const x = s.rows + part.first;
-    const int64_t groups = side.groups_of(part);
-    if (side.per_token)
-      token_groups(fmt, side, part, x, pitch, page, [&](int64_t t) { return int64_t(rank_of[t]); }, gamma, arrays, s);
-    RowCodes row;
-    std::memset(row.byte + part.channels, 0, 64);
-    for (int64_t t = 0; t < fmt.page; ++t) {
-      const bool high = page.is_high(t);
-      if (!side.per_token && t % fmt.group == 0)
-        channel_groups(fmt, side, part, x + t * pitch, pitch, fmt.group, gamma, t / fmt.group, half.param_rows, arrays,
-                       s);
-      const int64_t rank = rank_of[t];
-      const float* const xs = x + t * pitch;
-      uint8_t* const to =
-          codes + (high ? rank * high_bytes : page.n_high * high_bytes + (rank - page.n_high) * low_bytes) + at;
-      if (fits_two_bits(side, part)) {
-        if (side.per_token) {
-          const auto place_of = [&](int64_t c) { return rank * groups + c / side.group; };
-          code_two_bits<true>(xs, part.channels, s.lo, s.bounds, place_of, to);
-        } else {
-          code_two_bits<false>(xs, part.channels, s.lo, s.bounds, [](int64_t c) { return c; }, to);
-        }
-        continue;
-      }
-      if (side.per_token) {
-        for (int64_t g = 0, d = 0; d < part.channels; ++g, d += side.group)
-          code(part.kind, xs + d, smaller(part.channels - d, side.group),
-               SharedParameters(s.lo, s.of_codes[1], rank * groups + g), row.byte + d);
-      } else {
-        code(part.kind, xs, part.channels, OwnParameters(s.lo, s.of_codes[high]), row.byte);
-      }
-      pack_row(row.byte, high ? part.bits : side.low_bits, part.channels, to);
-    }
+    seal_run(
+        fmt, side, page, {part, 0, fmt.page, fmt.group, arrays, half.param_rows}, rank, gamma,
+        [&](int64_t t) { return codes + rank[t] * bytes + at; }, [&](int64_t) { return part.bits; }, s);
     at += part.bytes();
-    arrays += half.param_rows * part.arrays() * groups * side.scale_bytes;
+    arrays += half.param_rows * part.arrays() * side.groups_of(part) * side.scale_bytes;
   }
 }
 
@@ -423,9 +462,8 @@ void seal_keys(const KvFormat& fmt, const KvSide& side, const KvPage& page, cons
 
 // What aligns the parts of a side's half of the record.
 void clear_gaps(const KvSide& side, const KvPage& page, KvHalf half) {
-  const int64_t low = page.n - page.n_high;
-  const int64_t codes = page.n_high * side.row_bytes(true) + (side.low_bits ? low * side.row_bytes(false) : 0);
-  const int64_t params = half.param_rows * side.arrays_width() * side.scale_bytes;
+  const int64_t low = page.n - page.n_high, params = side.params_size(page.n_high, low, page.filled);
+  const int64_t codes = page.n_high * side.row_bytes(true) + low * side.row_bytes(false);
   std::memset(const_cast<uint8_t*>(half.codes) + codes, 0, size_t(kv_aligned(codes) - codes));
   std::memset(const_cast<uint8_t*>(half.params) + params, 0, size_t(kv_aligned(params) - params));
 }
@@ -436,6 +474,7 @@ void seal(const KvFormat& fmt, Dtype dtype, const KvRows rows[2], const KvChanne
   int16_t counts[kMostTokenGroups];
   for (int64_t i = 0; i < fmt.token_groups; ++i) counts[i] = int16_t(fmt.page / fmt.token_groups);
   const KvPage page = KvPage::of(fmt, record, counts, classes);
+  const Ranks ranks(fmt, page);
   for (int which = 0; which < 2; ++which) {
     const KvSide& side = which ? fmt.value : fmt.key;
     const KvHalf half = which ? page.value : page.key;
@@ -447,8 +486,9 @@ void seal(const KvFormat& fmt, Dtype dtype, const KvRows rows[2], const KvChanne
         seal_keys<bf16>(fmt, side, page, rows[which], half, s);
       continue;
     }
-    read_rows(fmt, side, dtype, rows[which], channels[which], s.line, s.rows);
-    seal_side(fmt, side, page, half, gamma[which], s);
+    const int16_t* const place = side.two_classes ? ranks.of : ranks.same;
+    read_rows(fmt, side, dtype, rows[which], channels[which], place, s.line, s.rows);
+    seal_side(fmt, side, page, half, ranks, gamma[which], s);
   }
 }
 

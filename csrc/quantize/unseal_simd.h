@@ -12,8 +12,8 @@ void dequantize_row(const KvFormat& fmt, const KvSide& side, const KvHalf& half,
                     int64_t rank, const float* scale, const float* zero, float* out) {
   RowCodes row;
   for (int i = 0; i < side.n_parts; ++i) {
-    const KvPart& part = side.part[i];
-    expand_row(codes, high ? part.bits : side.low_bits, part.channels, row.byte);
+    const KvPart& part = side.part_of(i, high);
+    expand_row(codes, part.bits, part.channels, row.byte);
     codes += part.bytes();
     float* const to = out + part.first;
     if (!side.per_token) {
@@ -48,7 +48,7 @@ void unseal(const KvFormat& fmt, const KvPage& page, const uint8_t* data_end, co
     const KvSide& side = which ? fmt.value : fmt.key;
     const KvHalf& half = which ? page.value : page.key;
     const int64_t width = side.width, high_bytes = side.row_bytes(true);
-    const int64_t low_bytes = side.low_bits ? side.row_bytes(false) : 0;
+    const int64_t low_bytes = side.row_bytes(false);
     int64_t high_rank = 0, low_rank = 0, slot = 0;
     for (int64_t t = 0; t < page.n; ++t) {
       const bool high = page.is_high(t);
@@ -56,7 +56,7 @@ void unseal(const KvFormat& fmt, const KvPage& page, const uint8_t* data_end, co
       if (!side.per_token) {
         const bool next = t == page.groups_end[slot];
         slot += next;
-        if (t == 0 || next || side.low_bits) channel_parameters(fmt, side, half, slot, high, scale, zero);
+        if (t == 0 || next || side.two_classes) channel_parameters(fmt, side, half, slot, high, scale, zero);
       }
       const int64_t bytes = high ? high_bytes : low_bytes;
       const uint8_t* codes =

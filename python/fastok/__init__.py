@@ -5,7 +5,7 @@ from . import _library
 _library.load()
 
 from . import flash, reducers, reference, sparse  # noqa: E402
-from .caches import Code, KVFormat, PackedKV, kv_pack  # noqa: E402
+from .caches import Code, KVFormat, PackedKV, kv_pack, semantic_tokens  # noqa: E402
 from .integrations import Handle, apply, record_scores, register_transformers  # noqa: E402
 from .ops.attention import attention, attention_scores, attention_with_scores, merge_states  # noqa: E402
 from .ops.decode import PagedKV, attention_decode  # noqa: E402
@@ -27,6 +27,10 @@ def __getattr__(name: str) -> object:
         from .integrations.packed_cache import PackedCache
 
         return PackedCache
+    if name == "protect_semantics":
+        from .integrations.protection import protect_semantics
+
+        return protect_semantics
     if name in sparse.CACHES:
         return getattr(sparse, name)
     if name == "viz":  # draws with Pillow
@@ -64,6 +68,7 @@ __all__ = [
     "reference",
     "register_transformers",
     "sample_cdf",
+    "semantic_tokens",
     "sparse",
     "top_tokens",
 ]

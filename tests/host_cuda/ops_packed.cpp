@@ -14,7 +14,7 @@ using namespace fastok::cuda;
 namespace {
 
 KvFormat format_of(const Call& call, int64_t width) {
-  std::array<int64_t, 10> ints;
+  std::array<int64_t, 11> ints;
   for (size_t i = 0; i < ints.size(); ++i) ints[i] = call.integer("fmt_" + std::to_string(i));
   KvFormat fmt;
   if (!KvFormat::of(ints.data(), ints.size(), width, fmt)) throw std::runtime_error("fmt is no packed KV format");

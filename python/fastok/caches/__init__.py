@@ -2,5 +2,6 @@
 
 from .formats import Code, KVFormat
 from .packed import PackedKV, kv_pack
+from .semantic import semantic_tokens
 
-__all__ = ["Code", "KVFormat", "PackedKV", "kv_pack"]
+__all__ = ["Code", "KVFormat", "PackedKV", "kv_pack", "semantic_tokens"]

@@ -9,7 +9,7 @@ from ..ops.rotary import check_angles, rotated
 from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
 from .formats import KVFormat
 from .memory import records
-from .records import by_page, channels_of, move
+from .records import blank_channels, by_page, channels_of, decide_channels, move
 
 CHUNK = 64  # pages that `keep` moves at a time
 SPARE = 64  # memory for records grows by this share of what there is, and by FEWEST pages of every head at least
@@ -27,7 +27,8 @@ def kv_pack(
             32 to 256.
         fmt: a :class:`KVFormat` or the name of a preset. The first ``max(0, T - hot) // page * page`` tokens are
             sealed, the others stay as they are.
-        salient: bool ``[B,G,T]``: the tokens of the high class, for formats of two classes (None: all).
+        salient: bool ``[B,G,T]``: the tokens of the high class, for formats of two classes (None: all or none, by
+            ``fmt.later``).
         seq_lens: integer ``[B]``: how many first tokens of each sequence there are (None: T); the others are not read.
         check: look at every number that goes into the cache, now and later, which on CUDA waits for the device; inside
             ``torch.compile`` they are trusted.
@@ -46,7 +47,7 @@ def kv_pack(
     ops.check_keys_values(k, v)
     batch, _, groups, width = k.shape
     if salient is not None:
-        ops.check_salient(salient, fmt.low_bits is not None, k)
+        ops.check_salient(salient, fmt.two_classes, k)
     cache = PackedKV(fmt, batch, groups, width, dtype=k.dtype, device=k.device, check=check)
     if seq_lens is None:
         if check:
@@ -99,6 +100,7 @@ class PackedKV:
         if self.layout.two_classes:
             of_page = (self.format.page + 7) // 8
             self._classes = torch.zeros(batch, groups, 0, of_page, dtype=torch.uint8, device=device)
+        self._later_high = self.format.later == "high" or not self.layout.two_classes
         self._chosen = [[False] * groups for _ in range(batch)]
         self.key_channels: Tensor | None = None
         self.value_channels: Tensor | None = None
@@ -171,7 +173,7 @@ class PackedKV:
         """Take memory for ``tokens`` tokens per head at once: :meth:`append` allocates nothing until there are more."""
         pages = max(0, tokens - self.format.hot) // self.format.page
         heads = self.hot_len.numel()
-        self._grow_data(heads * pages * self.layout.full_record())
+        self._grow_data(heads * pages * self.layout.largest_record())
         self._grow_directory(pages)
         return self
 
@@ -181,9 +183,9 @@ class PackedKV:
         With ``rope = (cos, sin)``, ``[S,R]`` or ``[B,S,R]`` fp32, fp16 or bf16 of the tokens' positions, the first R
         channels of the keys are turned with the R behind them first, in fp32 (rotary embedding as in LLaMA).
 
-        Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed (in the high class,
-        where there are two). Allocates only when capacity runs out, which then grows by a 64th: reading the cache once
-        costs more than copying it so seldom, and no more than that lies idle.
+        Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed (in the format's class
+        ``later``, where there are two). Allocates only when capacity runs out, which then grows by a 64th: reading the
+        cache once costs more than copying it so seldom, and no more than that lies idle.
 
         Raises:
             TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit; in a cache that
@@ -254,13 +256,13 @@ class PackedKV:
         self._hot = [[n + count for n in row] for row in self._hot]
 
     def _note_salient(self, salient: Tensor) -> None:
-        """Remember the classes of hot tokens that were given; others are high. Only ``kv_pack`` gives any."""
+        """Remember the classes of hot tokens that were given. Only ``kv_pack`` gives any."""
         last = self._hot[0][0]
         self._classes_of_hot()[:, :, last - salient.shape[2] : last] = salient
 
     def _classes_of_hot(self) -> Tensor:
         if self._hot_high is None:
-            self._hot_high = torch.ones(self.hot_k.shape[:3], dtype=torch.bool, device=self.hot_k.device)
+            self._hot_high = torch.full(self.hot_k.shape[:3], self._later_high, device=self.hot_k.device)
         return self._hot_high
 
     def _seal_full_windows(self) -> None:
@@ -287,7 +289,7 @@ class PackedKV:
                 x[b, g, : window - page] = x[b, g, page:]
             self.hot_len[b, g] -= page
         if self._hot_high is not None:
-            self._hot_high[b, g, window - page :] = True
+            self._hot_high[b, g, window - page :] = self._later_high
         for b_, g_ in full:
             self._hot[b_][g_] -= page
 
@@ -302,21 +304,21 @@ class PackedKV:
             channels = [None if c is None else c[index[0], index[1]][:, None] for c in channels]
         batch, tokens, groups, _ = k.shape
         n = tokens // page
-        classes, all_high = None, high is None
+        classes, one_class = None, high is None
         if layout.two_classes:
             if high is None:
-                high = torch.ones(batch, groups, tokens, dtype=torch.bool, device=k.device)
+                high = torch.full((batch, groups, tokens), self._later_high, device=k.device)
             classes = pack_bits(high.unflatten(2, (n, page)))
-        offset = self._take(batch, groups, n, None if all_high else classes)
+        offset = self._take(batch, groups, n, None if one_class else classes)
         torch.ops.fastok.kv_seal(self.data, offset, k, v, classes, *channels, self.format.flat, self.format.key.gamma,
                                  self.format.value.gamma)  # fmt: skip
         self._enter(offset, classes, heads, index)
 
     def _take(self, batch: int, groups: int, n: int, classes: Tensor | None) -> Tensor:
-        """Memory for records: their offsets ``[batch,groups,n]``. ``classes`` None: of high tokens only."""
+        """Memory for records: their offsets ``[batch,groups,n]``. ``classes`` None: of tokens that are all `later`."""
         device, layout, page = self.data.device, self.layout, self.format.page
         if classes is None:
-            size = layout.full_record()
+            size = layout.full_record(self._later_high)
             self._grow_data(self._used + batch * groups * n * size)
             offset = self._used + size * torch.arange(batch * groups * n, device=device).view(batch, groups, n)
             self._used += batch * groups * n * size
@@ -361,7 +363,7 @@ class PackedKV:
             return
         capacity = needed
         if self._used:
-            few = FEWEST * self.hot_len.numel() * self.layout.full_record()
+            few = FEWEST * self.hot_len.numel() * self.layout.largest_record()
             capacity = max(needed, self.data.numel() + max(self.data.numel() // SPARE, few))
         grown = records(capacity, self.data.device)
         grown[: self._used] = self.data[: self._used]
@@ -396,24 +398,13 @@ class PackedKV:
         if not new:
             return
         for name, x, side, per_head in sides:
-            if not (side.channel_scale or side.hard):
+            if not side.needs_channels:
                 continue
-            alone = side.channel_scale or per_head
             if heads is None:
                 x = x.transpose(1, 2).flatten(0, 1)[:, :, None]
-            if getattr(self, name) is None:  # of heads that have no page it only has to be well-formed
-                first = torch.arange(self.width, device=x.device) < side.hard
-                blank = torch.ones_like(first) if side.channel_scale else first
-                setattr(self, name, blank.half().expand(*self.hot_len.shape, -1).clone())
-            channels: Tensor = getattr(self, name)
-            for b in sorted({pairs[i][0] for i in new}):
-                of_row = [i for i in new if pairs[i][0] == b]
-                decided = channels_of(x[of_row] if alone else x[of_row].transpose(0, 2), side, per_head)
-                assert decided is not None
-                if alone:
-                    channels[b, [pairs[i][1] for i in of_row]] = decided[:, 0]
-                elif not any(self._chosen[b]):
-                    channels[b] = decided[0, 0]
+            if getattr(self, name) is None:
+                setattr(self, name, blank_channels(side, self.hot_len))
+            decide_channels(getattr(self, name), x, side, per_head, [(i, *pairs[i]) for i in new], self._chosen)
         for i in new:
             self._chosen[pairs[i][0]][pairs[i][1]] = True
 
@@ -484,7 +475,8 @@ class PackedKV:
         self.hot_k.copy_(self.hot_k.gather(2, wide))
         self.hot_v.copy_(self.hot_v.gather(2, wide))
         if self._hot_high is not None:
-            self._hot_high.copy_(self._hot_high.gather(2, order) | (entry >= stays.sum(-1, keepdim=True)))
+            own = entry < stays.sum(-1, keepdim=True)
+            self._hot_high.copy_(torch.where(own, self._hot_high.gather(2, order), self._later_high))
         self.hot_len.copy_(stays.sum(-1))
         self._hot = self.hot_len.tolist()
 

@@ -22,6 +22,33 @@ def channels_of(x: Tensor, side: Side, per_head: bool) -> Tensor | None:
     return (rank < side.hard).half()[:, 0].expand(batch, groups, width).contiguous()
 
 
+def blank_channels(side: Side, of_heads: Tensor) -> Tensor:
+    """fp16 ``[B,G,D]`` for heads ``of_heads[B,G]`` that have no page yet: well-formed, and no more."""
+    first = torch.arange(side.width, device=of_heads.device) < side.hard
+    blank = torch.ones_like(first) if side.channel_scale else first
+    return blank.half().expand(*of_heads.shape, -1).clone()
+
+
+def decide_channels(
+    channels: Tensor, x: Tensor, side: Side, per_head: bool, new: list[tuple[int, int, int]], chosen: list[list[bool]]
+) -> None:
+    """Write the channels that first pages ``x[n,page,1,D]`` decide into ``channels[B,G,D]``.
+
+    ``new``: pages that are a head's first, as ``(i, b, g)``. Where heads share their hard channels, a sequence's first
+    ones decide, unless some of its heads are ``chosen`` already.
+    """
+    alone = side.channel_scale or per_head
+    for b in sorted({b for _, b, _ in new}):
+        own = [(i, g) for i, of, g in new if of == b]
+        pages = x[[i for i, _ in own]]
+        decided = channels_of(pages if alone else pages.transpose(0, 2), side, per_head)
+        assert decided is not None
+        if alone:
+            channels[b, [g for _, g in own]] = decided[:, 0]
+        elif not any(chosen[b]):
+            channels[b] = decided[0, 0]
+
+
 def by_page(x: Tensor, order: Tensor) -> Tensor:
     """``x[B,G,pages,*]`` with its pages in another order ``[B,G,pages]``."""
     return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
@@ -37,6 +64,9 @@ def move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays: 
         for chosen, size in of_class:
             to = new.codes[which].gather(-1, place)[chosen]
             scatter_bytes(target, to, gather_bytes(source, old.codes[which][chosen], size))
-        for start, end, width in zip(old.arrays[which], new.arrays[which], side.array_widths, strict=True):
-            moved = gather_bytes(source, start[stays], width * side.scale_bytes)
-            scatter_bytes(target, end.gather(-1, place)[stays], moved)
+        for start, end, array in zip(old.arrays[which], new.arrays[which], side.arrays, strict=True):
+            users = stays
+            if array.high is not None and old.high is not None:
+                users = stays & (old.high == array.high)
+            moved = gather_bytes(source, start[users], array.width * side.scale_bytes)
+            scatter_bytes(target, end.gather(-1, place)[users], moved)

@@ -1,6 +1,7 @@
 """``PackedCache``: transformers' cache with packed keys and values, which fastok's attention reads in place."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..caches.formats import KVFormat
 from ..caches.packed import PackedKV, kv_pack
 from ..ops.attention import attention_scores
+from ..ops.checks import check_dtype, check_shape
 from ..ops.decode import attention_decode
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
@@ -18,8 +20,8 @@ from .compiled_step import cache_step, register
 from .held_cache import HeldCache, HeldLayer, Store
 from .unpadded import Unpadded
 
-RECENT, RANDOM, UNIMPORTANT = 0.05, 0.05, 0.4
-"""ZipCache's probes, as shares of the prompt's tokens, and the share of tokens in the low class."""
+RECENT, RANDOM = 0.05, 0.05
+"""ZipCache's probes, as shares of the prompt's tokens."""
 
 
 class PackedCache(HeldCache):
@@ -37,6 +39,9 @@ class PackedCache(HeldCache):
             then, rather than at the first update.
         check: refuse keys and values that are NaN or inf, by a ValueError, rather than have them spoil their groups.
             Looks at all of them, which on CUDA waits for the device.
+        salient: bool ``[B,T]``, for formats of two classes: which tokens of the prompt are of the high class, in every
+            layer and head. May be set later, as an attribute, until the prompt comes; samples may be repeated then, as
+            beams are. See also `fastok.protect_semantics`.
 
     Raises:
         TypeError, ValueError: arguments of another kind.
@@ -50,7 +55,9 @@ class PackedCache(HeldCache):
     What the mask hides of a prompt (padding, left or right) is not stored, so that a sequence's pages are, byte for
     byte, those that it has without padding. That takes ``attn_implementation="fastok"``, and concerns the first
     forward: later chunks and turns are stored as they are, padding included.
-    Formats of two classes (``"zipcache-4/2"``) find the salient tokens of the prompt by probing its attention.
+    Formats of two classes (``"zipcache-4/2"``, ``"vidkv-1.5/1.66"``) find the salient tokens of the prompt, of which
+    they have the share ``format.salient``, by probing its attention, unless they are given; with another attention
+    implementation they must be given, or all tokens are of the class ``format.later``.
 
     Works with batches (left or right padding), beam search, ``crop``, `reset` and continued conversations. Not for
     training. ``torch.compile(fullgraph=True)`` of decode steps works where the prompt was not compiled, with the model
@@ -58,13 +65,31 @@ class PackedCache(HeldCache):
     once for the first length and once for all others.
     """
 
-    def __init__(self, fmt: KVFormat | str, model_or_config: Any = None, *, check: bool = False) -> None:
+    def __init__(
+        self, fmt: KVFormat | str, model_or_config: Any = None, *, check: bool = False, salient: Tensor | None = None
+    ) -> None:
         self.format = KVFormat.of(fmt)
+        self._marks = Marks()
+        self.salient = salient
         self._config: Any = None
         if model_or_config is not None:
             self._check_heads(getattr(model_or_config, "config", model_or_config))
             self._config = getattr(model_or_config, "config", model_or_config)
-        super().__init__(partial(_layer, self.format, check))
+        super().__init__(partial(_layer, self.format, check, self._marks))
+
+    @property
+    def salient(self) -> Tensor | None:
+        """See the class."""
+        return self._marks.salient
+
+    @salient.setter
+    def salient(self, salient: Tensor | None) -> None:
+        if salient is not None:
+            if not self.format.two_classes:
+                raise ValueError("salient must be None for a format with one class of tokens (no code with low_bits)")
+            check_dtype("salient", salient, (torch.bool,))
+            check_shape("salient", salient, (None, None), "[B,T]")
+        self._marks.salient = salient
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -106,8 +131,25 @@ class PackedCache(HeldCache):
         )
 
 
-def _layer(fmt: KVFormat, check: bool, index: int) -> "PackedLayer":
-    return PackedLayer(fmt, check)
+@dataclass
+class Marks:
+    """What the layers of a cache are told about the prompt: its salient tokens, bool ``[B,T]``."""
+
+    salient: Tensor | None = None
+
+    def of(self, keys: Tensor) -> Tensor | None:
+        """The same for every head, ``[B,G,T]``, of a prompt with keys ``[B,G,T,D]``."""
+        if self.salient is None:
+            return None
+        batch, groups, total, _ = keys.shape
+        if self.salient.shape[1] != total or not len(self.salient) or batch % len(self.salient):
+            raise ValueError(f"salient must be [B,T] of the prompt, [{batch}, {total}]; got {list(self.salient.shape)}")
+        rows = self.salient.to(keys.device).repeat_interleave(batch // len(self.salient), 0)
+        return rows[:, None].expand(batch, groups, total)
+
+
+def _layer(fmt: KVFormat, check: bool, marks: Marks, index: int) -> "PackedLayer":
+    return PackedLayer(fmt, check, marks)
 
 
 def _stored_width(width: int) -> int:
@@ -130,9 +172,9 @@ class PackedLayer(HeldLayer):
     kv: PackedKV
     compiles = True
 
-    def __init__(self, fmt: KVFormat, check: bool = False) -> None:
+    def __init__(self, fmt: KVFormat, check: bool = False, marks: Marks | None = None) -> None:
         super().__init__()
-        self.format, self.check = fmt, check
+        self.format, self.check, self.marks = fmt, check, marks or Marks()
         self._which = register(self)
         self._new: tuple[Tensor, Tensor] | None = None
         self._unpadded: Unpadded | None = None
@@ -226,8 +268,10 @@ class PackedLayer(HeldLayer):
         """Pack the prompt, told what it attended to: ``q[B,T,H,D]``, ``k[B,T,G,D]``, ``lse[B,H,T]``."""
         assert self._prompt is not None
         prompt, self._prompt = self._prompt, None
+        salient = self.marks.of(prompt[0])
         keys, values = self._rows(*prompt)
-        salient = None if self.format.low_bits is None else _salient(q, k, lse, masking)
+        if salient is None and self.format.two_classes:
+            salient = _salient(q, k, lse, masking, self.format.salient)
         bias, seq_lens = masking["key_bias"], None
         hidden = bias == -torch.inf if bias is not None and bias.dim() == 2 else None
         if hidden is not None and bool(hidden.any()):
@@ -238,13 +282,20 @@ class PackedLayer(HeldLayer):
             seq_lens = unpadded.seen
         self.kv = kv_pack(keys, values, self.format, salient=salient, seq_lens=seq_lens, check=self.check)
 
+    def settle(self) -> None:
+        """Store a prompt whose attention was not seen."""
+        if self._prompt is None or self.marks.salient is None:
+            return super().settle()
+        prompt, self._prompt = self._prompt, None
+        self.kv = kv_pack(*self._rows(*prompt), self.format, salient=self.marks.of(prompt[0]), check=self.check)
+
     def _rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """``[B,G,S,D]`` as the packed cache takes them, ``[B,S,G,width]``."""
         width = self.kv.width
         return _widened(keys, width).transpose(1, 2), _widened(values, width).transpose(1, 2)
 
 
-def _salient(q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> Tensor:
+def _salient(q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any], share: float) -> Tensor:
     """bool ``[B,G,T]``: ZipCache's important tokens of a prompt, by the attention of probing rows."""
     total = q.shape[1]
     recent = math.ceil(RECENT * total)
@@ -253,6 +304,6 @@ def _salient(q: Tensor, k: Tensor, lse: Tensor, masking: dict[str, Any]) -> Tens
     rows = torch.cat([earlier, torch.arange(total - recent, total)]).to(q.device)
     spec = ScoreSpec(rows=rows, normalize="causal", heads="group_sum")
     scores = attention_scores(q, k, lse=lse, spec=spec, **masking)
-    kept = total - int(UNIMPORTANT * total)
+    kept = total - int((1 - share) * total)
     best = top_tokens(scores.flatten(0, 1), kept).view(*scores.shape[:2], -1)
     return torch.zeros(scores.shape, dtype=torch.bool, device=q.device).scatter(2, best, True)

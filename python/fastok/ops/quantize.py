@@ -28,7 +28,7 @@ def check_keys_values(k: Tensor, v: Tensor) -> None:
 def check_salient(salient: Tensor, two_classes: bool, k: Tensor) -> None:
     """``salient`` goes with a format of two classes and is bool ``[B,G,T]``."""
     if not two_classes:
-        raise ValueError("salient must be None for a format with one class of tokens (low_bits is None)")
+        raise ValueError("salient must be None for a format with one class of tokens (no code with low_bits)")
     check_dtype("salient", salient, (torch.bool,))
     check_shape("salient", salient, (k.shape[0], k.shape[2], k.shape[1]), "[B,G,T] of k")
     check_same_device("salient", salient, "k", k.device)

@@ -44,13 +44,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Array:
+    """Parameters of a part: ``width`` numbers a row. ``high``: of that class of tokens only (None: of both)."""
+
+    part: Part
+    width: int
+    high: bool | None
+
+
+@dataclass(frozen=True)
 class Side:
     """The keys' or the values' half of a format, for heads of ``width`` channels."""
 
     bits: int
     axis: int
     flags: int
-    low_bits: int  # 0: one class
+    low_bits: int  # of the low class, 0: no classes
     width: int
     group: int
     scale_bytes: int
@@ -85,34 +94,58 @@ class Side:
             return (Part("sign", 100, easy, fourier), *hard)
         return (Part("trit" if self.bits == TRIT else "affine", self.bits, self.width),)
 
+    @property
+    def low(self) -> Part | None:
+        """What tokens of the low class have instead; None: they are coded as the high ones."""
+        if not self.low_bits:
+            return None
+        return Part("trit" if self.low_bits == TRIT else "affine", self.low_bits, self.width)
+
+    @property
+    def own_arrays(self) -> bool:
+        """Whether the low class has parameters of its own, and not the high one's."""
+        return self.low_bits == TRIT
+
+    @property
+    def shares_ranges(self) -> bool:
+        """Whether classes share the ranges of channels, which are stored in place of scales."""
+        return self.axis == CHANNEL and self.low_bits > 0 and not self.own_arrays
+
     def row_bytes(self, high: bool = True) -> int:
         """Bytes of one token's codes."""
-        if not high:
-            return code_bytes(self.low_bits, self.width)
-        return sum(code_bytes(part.bits, part.channels) for part in self.parts)
+        parts = self.parts if high or self.low is None else (self.low,)
+        return sum(code_bytes(part.bits, part.channels) for part in parts)
 
     def groups_of(self, part: Part) -> int:
         """Entries of one row of a parameter array."""
         return part.channels if self.axis == CHANNEL else -(-part.channels // self.group)
 
     @property
-    def array_widths(self) -> tuple[int, ...]:
-        """The row widths of the parameter arrays, one after the other."""
-        return tuple(self.groups_of(part) for part in self.parts for _ in range(part.arrays))
+    def arrays(self) -> tuple[Array, ...]:
+        """One after the other."""
+        if self.low is None or not self.own_arrays:
+            classes: list[tuple[bool | None, tuple[Part, ...]]] = [(None, self.parts)]
+        else:
+            classes = [(True, self.parts), (False, (self.low,))]
+        return tuple(Array(part, self.groups_of(part), high) for high, parts in classes for part in parts
+                     for _ in range(part.arrays))  # fmt: skip
 
-    def array_rows(self, tokens: Any, token_groups: Any) -> Any:
-        """How many rows the parameter arrays have."""
-        return token_groups if self.axis == CHANNEL else tokens
+    def array_rows(self, array: Array, high: Any, low: Any, token_groups: Any) -> Any:
+        """How many rows an array has in a page with so many tokens of each class; counts are ints or tensors."""
+        if self.axis != CHANNEL:
+            return high + low
+        if array.high is None:
+            return token_groups
+        return ((high if array.high else low) > 0) * 1
 
     def codes_size(self, high: Any, low: Any) -> Any:
         """Bytes of the codes of a page with so many tokens of each class, aligned."""
-        size = high * self.row_bytes()
-        return aligned(size + low * self.row_bytes(False) if self.low_bits else size)
+        return aligned(high * self.row_bytes() + low * self.row_bytes(False))
 
     def size(self, high: Any, low: Any, token_groups: Any) -> Any:
         """Bytes of codes and parameters, aligned."""
-        rows = self.array_rows(high + low, token_groups)
-        return self.codes_size(high, low) + aligned(rows * (sum(self.array_widths) * self.scale_bytes))
+        rows = [self.array_rows(array, high, low, token_groups) * array.width for array in self.arrays]
+        return self.codes_size(high, low) + aligned(sum(rows) * self.scale_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,18 +160,22 @@ class Layout:
 
     @classmethod
     def of(cls, fmt: list[int], width: int) -> "Layout":
-        """From the ints ``[key bits * 100, axis, flags, value bits * 100, axis, flags, group, page, scale, low]``."""
-        *codes, group, page, scale, low = fmt
+        """From the ints ``[bits, axis, flags, low bits]`` of keys, the same of values, ``[group, page, scale]``.
+
+        Numbers of bits are times a hundred.
+        """
+        *codes, group, page, scale = fmt
         dtype = SCALE_DTYPES[scale]
         key, value = (
-            Side(bits, axis, flags, low, width, group, dtype.itemsize) for bits, axis, flags in (codes[:3], codes[3:])
+            Side(bits, axis, flags, low, width, group, dtype.itemsize)
+            for bits, axis, flags, low in (codes[:4], codes[4:])
         )
         return cls(key, value, group, page, dtype)
 
     @property
     def two_classes(self) -> bool:
         """Whether tokens are of a high or a low class."""
-        return self.key.low_bits > 0
+        return self.key.low_bits > 0 or self.value.low_bits > 0
 
     @property
     def token_groups(self) -> int:
@@ -149,9 +186,13 @@ class Layout:
         """Bytes of the key half and of the value half of a record."""
         return self.key.size(high, low, token_groups), self.value.size(high, low, token_groups)
 
-    def full_record(self) -> int:
-        """Bytes of a page of high-class tokens."""
-        return sum(self.sizes(self.page, 0, self.token_groups))
+    def full_record(self, high: bool = True) -> int:
+        """Bytes of a page of tokens of one class."""
+        return sum(self.sizes(self.page if high else 0, 0 if high else self.page, self.token_groups))
+
+    def largest_record(self) -> int:
+        """Bytes that a page may take."""
+        return max(self.full_record(), sum(self.sizes(self.page - 1, 1, self.token_groups)))
 
 
 def unpack_bits(bits: Tensor, count: int) -> Tensor:
@@ -170,14 +211,14 @@ def pack_bits(flags: Tensor) -> Tensor:
 class Addresses:
     """Of every entry (token) of some pages: whether it exists, and where its codes and parameters begin in ``data``.
 
-    Shapes are those of ``offset`` plus ``[P]`` for entries.
+    Shapes are those of ``offset`` plus ``[P]`` for entries. An entry uses the arrays of its class only.
     """
 
     layout: Layout
     valid: Tensor
     high: Tensor | None  # of the entry's class, two classes only
     codes: tuple[Tensor, Tensor]  # of the keys and of the values
-    arrays: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # per parameter array, the row that the entry uses
+    arrays: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]  # per parameter array, the row of the entry
     size: Tensor  # of the record
 
     @classmethod
@@ -205,10 +246,10 @@ class Addresses:
             codes.append(start + at)
             place = start + side.codes_size(n_high, n - n_high)
             of_side = []
-            for width in side.array_widths:
-                row = slot if side.axis == CHANNEL else rank
-                of_side.append(place + row * (width * side.scale_bytes))
-                place = place + side.array_rows(n, filled) * (width * side.scale_bytes)
+            for array in side.arrays:
+                row_bytes, row = array.width * side.scale_bytes, slot if side.axis == CHANNEL else rank
+                of_side.append(place + row * row_bytes)
+                place = place + side.array_rows(array, n_high, n - n_high, filled) * row_bytes
             arrays.append(tuple(of_side))
             start = start + side.size(n_high, n - n_high, filled)
         size = torch.where(n > 0, start - offset[..., None], 0)[..., 0]

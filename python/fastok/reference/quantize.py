@@ -132,12 +132,17 @@ def _ascending_sum(x: Tensor) -> Tensor:
     return total
 
 
-def encode(x: Tensor, part: Part, side: Side, layout: Layout, gamma: float, low: Tensor | None) -> tuple[Tensor, ...]:
+def encode(
+    x: Tensor, part: Part, side: Side, layout: Layout, gamma: float, low: Tensor | None, only: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Codes uint8 ``[…,P,n]`` of ``x[…,P,n]`` (fp32), and the parameter arrays ``[…,rows,groups]`` in the scale dtype.
 
-    ``low`` bool ``[…,P]``: tokens of the low class.
+    ``low`` bool ``[…,P]``: tokens of the low class. ``only`` bool ``[…,P]``: the tokens that parameters along channels
+    are of, others do not count.
     """
     dtype, member = layout.scale_dtype, _members(part, side).to(x.device)
+    if only is not None:
+        member = only[..., None, None, :]
     grouped = _grouped(x, side, layout.page)
     finite = (torch.isfinite(grouped) | ~member).all(-1)
     if part.kind == "affine":
@@ -146,11 +151,11 @@ def encode(x: Tensor, part: Part, side: Side, layout: Layout, gamma: float, low:
         zero = round_to(torch.where(finite, least + 0.0, 0), dtype, -math.inf)  # zeros and ranges of -0 are 0
         top = float((1 << part.bits // 100) - 1)
         tops = torch.full((*x.shape[:-1], 1), top, device=x.device)
-        if low is not None:
-            tops = torch.where(low[..., None], float((1 << side.low_bits // 100) - 1), tops)
+        if low is not None and side.low is not None and not side.own_arrays:
+            tops = torch.where(low[..., None], float((1 << side.low.bits // 100) - 1), tops)
         span = torch.where(finite, most - zero.float() + 0.0, torch.nan)
         # Two classes share the channels' ranges, so the range is what is stored; a token's scale is its own.
-        shares = side.axis == CHANNEL and side.low_bits > 0
+        shares = side.shares_ranges
         scale = round_to(span if shares else span / (tops if side.axis != CHANNEL else top), dtype, math.inf)
         zero = torch.where(scale.isnan(), 0, zero)
         wide = [_spread(parameter.float(), part, side) for parameter in (scale, zero)]
@@ -158,7 +163,7 @@ def encode(x: Tensor, part: Part, side: Side, layout: Layout, gamma: float, low:
         codes = ((x - wide[1]) / torch.where(step == 0, 1, step)).round().clamp(min=0).minimum(tops)
         return torch.where(step > 0, codes, 0).to(torch.uint8), scale, zero
     size = torch.where(member & finite[..., None], grouped.abs(), 0)
-    mean = _ascending_sum(size) / member.sum(-1)
+    mean = _ascending_sum(size) / member.sum(-1).clamp(min=1)
     mean = torch.where(finite, mean, torch.nan)
     if part.kind == "sign":
         scale = round_to(mean, dtype)
@@ -183,8 +188,8 @@ def dequantize(codes: Tensor, part: Part, side: Side, parameters: list[Tensor], 
     """``[…,P,n]`` in the dtype of ``parameters``, which are ``[…,P,n]`` already."""
     c, scale = codes.to(parameters[0].dtype), parameters[0]
     if part.kind == "affine":
-        if side.axis == CHANNEL and side.low_bits:
-            high_top, low_top = ((1 << bits // 100) - 1 for bits in (part.bits, side.low_bits))
+        if side.low is not None and side.shares_ranges:
+            high_top, low_top = ((1 << bits // 100) - 1 for bits in (part.bits, side.low.bits))
             scale = scale / (high_top if low is None else torch.where(low[..., None], low_top, high_top).to(scale))
         return c * scale + parameters[1]
     if part.kind == "trit":
@@ -268,20 +273,29 @@ def _write_side(
     data: Tensor, at: Addresses, which: int, side: Side, x: Tensor, gamma: float, low: Tensor | None
 ) -> None:
     layout, arrays, rows = at.layout, [], []
+    own = side.own_arrays and low is not None
     for part, xs in zip(side.parts, x.split([part.channels for part in side.parts], -1), strict=True):
-        codes, *parameters = encode(xs, part, side, layout, gamma, low)
+        codes, *parameters = encode(xs, part, side, layout, gamma, low, ~low if own and low is not None else None)
         rows.append(codes)
         arrays += parameters
-    if low is None:
-        packed = [pack_codes(codes, part.bits) for part, codes in zip(side.parts, rows, strict=True)]
-        scatter_bytes(data, at.codes[which], torch.cat(packed, -1))
+    of_low = rows[0]
+    if own and side.low is not None:
+        of_low, *parameters = encode(x, side.low, side, layout, gamma, low, low)
+        arrays += parameters
+    packed = torch.cat([pack_codes(codes, part.bits) for part, codes in zip(side.parts, rows, strict=True)], -1)
+    if low is None or side.low is None:
+        scatter_bytes(data, at.codes[which], packed)
     else:
-        for chosen, bits in ((~low, side.bits), (low, side.low_bits)):
-            scatter_bytes(data, at.codes[which][chosen], pack_codes(rows[0][chosen], bits))
-    for start, array in zip(at.arrays[which], arrays, strict=True):
+        scatter_bytes(data, at.codes[which][~low], packed[~low])
+        scatter_bytes(data, at.codes[which][low], pack_codes(of_low[low], side.low.bits))
+    for start, values, array in zip(at.arrays[which], arrays, side.arrays, strict=True):
+        raw = values.contiguous().view(torch.uint8)
         if side.axis == CHANNEL:
             start = start[..., :: side.group]
-        scatter_bytes(data, start, array.contiguous().view(torch.uint8))
+        if array.high is not None and low is not None:  # a class without tokens has no row
+            there = (low != array.high).any(-1)
+            start, raw = start[there], raw[there]
+        scatter_bytes(data, start, raw)
 
 
 def read_side(
@@ -292,33 +306,52 @@ def read_side(
     side = layout.value if which else layout.key
     low = None if at.high is None else ~at.high
     start = torch.where(at.valid, at.codes[which], 0)
-    parts, place, array = [], 0, 0
-    for part in side.parts:
+    rows = _read_parts(data, at, which, side.parts, start, low, 0, dtype)
+    if side.low is not None and side.own_arrays and low is not None:
+        first = sum(part.arrays for part in side.parts)
+        of_low = _read_parts(data, at, which, (side.low,), start, low, first, dtype)
+        rows = torch.where(low[..., None], of_low, rows)
+    x = from_coded(rows, side, channels)
+    return torch.where(at.valid[..., None], x, 0)
+
+
+def _read_parts(
+    data: Tensor, at: Addresses, which: int, parts: tuple[Part, ...], start: Tensor, low: Tensor | None, array: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Rows of all entries as if they were coded so; their parameters begin with that array."""
+    layout = at.layout
+    side, rows, place = layout.value if which else layout.key, [], 0
+    for part in parts:
         size = code_bytes(part.bits, part.channels)
         codes = _read_codes(data, start + place, part, side, low)
         parameters = []
         for _ in range(part.arrays):
             of_entry = torch.where(at.valid, at.arrays[which][array], 0)
-            raw = gather_bytes(data, of_entry, side.groups_of(part) * side.scale_bytes)
-            parameter = raw.contiguous().view(layout.scale_dtype).to(dtype)
+            parameter = _read_bytes(data, of_entry, side.groups_of(part) * side.scale_bytes)
+            parameter = parameter.contiguous().view(layout.scale_dtype).to(dtype)
             if side.axis != CHANNEL:
                 parameter = parameter.repeat_interleave(side.group, -1)[..., : part.channels]
             parameters.append(parameter)
             array += 1
-        parts.append(dequantize(codes, part, side, parameters, low))
+        rows.append(dequantize(codes, part, side, parameters, low))
         place += size
-    x = from_coded(torch.cat(parts, -1), side, channels)
-    return torch.where(at.valid[..., None], x, 0)
+    return torch.cat(rows, -1)
+
+
+def _read_bytes(data: Tensor, start: Tensor, count: int) -> Tensor:
+    """As `gather_bytes`; of what entries do not have, whatever is there."""
+    return gather_bytes(data, start.clamp(max=max(data.numel() - count, 0)), count)
 
 
 def _read_codes(data: Tensor, start: Tensor, part: Part, side: Side, low: Tensor | None) -> Tensor:
     def read(bits: int) -> Tensor:
-        size = code_bytes(bits, part.channels)
-        inside = start.clamp(max=max(data.numel() - size, 0))
-        return unpack_codes(gather_bytes(data, inside, size), bits, part.channels)
+        return unpack_codes(_read_bytes(data, start, code_bytes(bits, part.channels)), bits, part.channels)
 
     codes = read(part.bits)
-    return codes if low is None else torch.where(low[..., None], read(side.low_bits), codes)
+    if low is None or side.low is None or side.own_arrays:
+        return codes
+    return torch.where(low[..., None], read(side.low.bits), codes)
 
 
 def kv_unseal(

@@ -18,6 +18,7 @@ from .decode import attend, combine, store_part
 _ROWS = 16
 _PAGES = tl.constexpr(4)  # of a split, and more where there would be more splits than these
 _SPLITS = tl.constexpr(63)  # and one of the hot window
+_LOW_TRITS = tl.constexpr(TRIT // 100)
 
 
 def decode_packed(
@@ -74,7 +75,7 @@ def decode_packed(
 
 
 def _described(name: str, side: Side) -> dict[str, int]:
-    """A side as the kernel has it: bits of the first part's codes (0: trits) and of the low class (0: one class)."""
+    """A side as the kernel has it: bits of the first part's codes (0: trits), and of the low class (0: none)."""
     easy = side.parts[0]
     return {
         f"{name}_BITS": 0 if easy.bits == TRIT else easy.bits // 100,
@@ -82,7 +83,7 @@ def _described(name: str, side: Side) -> dict[str, int]:
         f"{name}_FOURIER": int(easy.fourier),
         f"{name}_COMPAT": int(side.compat),
         f"{name}_BY_CHANNEL": int(side.axis == CHANNEL),
-        f"{name}_LOW": side.low_bits // 100,
+        f"{name}_LOW": side.low_bits // 100,  # _LOW_TRITS of trits, which no affine code has
         f"{name}_EASY": easy.channels,
     }
 
@@ -114,6 +115,24 @@ def _coded_queries(q: Tensor, side: Side, channels: Tensor | None) -> Tensor:
 
 
 @triton.jit
+def _low_row(D: tl.constexpr, LOW: tl.constexpr, HIGH_ROW: tl.constexpr) -> int:
+    """Bytes of a row of codes of the low class."""
+    if LOW == 0:
+        return HIGH_ROW
+    elif LOW == _LOW_TRITS:
+        return (D + 4) // 5
+    else:
+        return (D * LOW + 7) // 8
+
+
+@triton.jit
+def _trit(byte: tl.tensor, plane: tl.tensor) -> tl.tensor:
+    """The trit of each byte that is in that plane."""
+    power = tl.where(plane == 0, 1, tl.where(plane == 1, 3, tl.where(plane == 2, 9, tl.where(plane == 3, 27, 81))))
+    return byte // power % 3
+
+
+@triton.jit
 def _side_sizes(
     n: tl.tensor,
     n_high: tl.tensor,
@@ -129,12 +148,15 @@ def _side_sizes(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Bytes of a page's codes, and of its codes and parameters."""
     row: tl.constexpr = ((EASY + 4) // 5 if BITS == 0 else (EASY * BITS + 7) // 8) + ((D - EASY) * 2 + 7) // 8
-    codes = (n_high * row + (n - n_high) * ((D * LOW + 7) // 8) + 15) // 16 * 16
+    codes = (n_high * row + (n - n_high) * _low_row(D, LOW, row) + 15) // 16 * 16
     easy: tl.constexpr = EASY if BY_CHANNEL else (EASY + GROUP - 1) // GROUP
     hard: tl.constexpr = D - EASY if BY_CHANNEL else (D - EASY + GROUP - 1) // GROUP
     width: tl.constexpr = easy * (1 if SIGNS or BITS == 0 else 2) + hard * 2
-    rows = filled if BY_CHANNEL else n
-    return codes, codes + (rows * (width * SCALE_BYTES) + 15) // 16 * 16
+    if LOW == _LOW_TRITS:  # classes have arrays of their own, along channels
+        numbers = tl.where(n_high > 0, width, 0) + tl.where(n > n_high, D, 0)
+    else:
+        numbers = (filled if BY_CHANNEL else n) * width
+    return codes, codes + (numbers * SCALE_BYTES + 15) // 16 * 16
 
 
 @triton.jit
@@ -186,20 +208,21 @@ def _coded_rows(
     plane = tl.where(is_hard, own // HARD_BYTES, own // EASY_BYTES)
     row_at = rank * (EASY_BYTES + (HARD * 2 + 7) // 8)
     if LOW > 0:
-        LOW_BYTES: tl.constexpr = (D * LOW + 7) // 8
+        LOW_BYTES: tl.constexpr = (D + 4) // 5 if LOW == _LOW_TRITS else (D * LOW + 7) // 8
         low_at = n_high * EASY_BYTES + (rank - n_high) * LOW_BYTES
         row_at = tl.where(high, row_at, low_at)
         byte_at = tl.where(high[:, None], byte_at, d % LOW_BYTES)
         plane = tl.where(high[:, None], plane, d // LOW_BYTES)
     byte = tl.load(data + start + row_at[:, None] + byte_at, mask=mask, other=0).to(tl.int32)
     if BITS == 0:
-        power = tl.where(plane == 0, 1, tl.where(plane == 1, 3, tl.where(plane == 2, 9, tl.where(plane == 3, 27, 81))))
-        code = byte // power % 3
+        code = _trit(byte, plane)
     else:
         bits = tl.where(is_hard, 2, BITS)
-        if LOW > 0:
+        if LOW > _LOW_TRITS:
             bits = tl.where(high[:, None], BITS, LOW)
         code = (byte >> (bits * plane)) & ((1 << bits) - 1)
+        if LOW == _LOW_TRITS:
+            code = tl.where(high[:, None], code, _trit(byte, plane))
     code = code.to(tl.float32)
 
     AFFINE: tl.constexpr = not SIGNS and BITS > 0
@@ -207,14 +230,21 @@ def _coded_rows(
     HARD_WIDTH: tl.constexpr = HARD if BY_CHANNEL else (HARD + GROUP - 1) // GROUP
     row = (slot if BY_CHANNEL else rank)[:, None]
     rows = filled if BY_CHANNEL else n
+    if LOW == _LOW_TRITS:  # the one row of the high class; behind its arrays, that of the low one
+        rows = tl.where(n_high > 0, 1, 0)
     column = own if BY_CHANNEL else own // GROUP
     first = (start + codes_size) // SCALE_BYTES
     behind = first + rows * (EASY_WIDTH * (2 if AFFINE else 1))
     scale_at = tl.where(is_hard, behind + row * HARD_WIDTH + column, first + row * EASY_WIDTH + column)
+    if LOW == _LOW_TRITS:
+        scale_at = tl.where(high[:, None], scale_at, behind + column)
     scale = _parameters(params, scale_at, mask)
-    if LOW > 0 and BY_CHANNEL:  # classes share the range
+    if LOW > _LOW_TRITS and BY_CHANNEL:  # classes share the range
         scale = scale / tl.where(high[:, None], ((1 << BITS) - 1) * 1.0, ((1 << LOW) - 1) * 1.0)
-    if AFFINE:
+    if AFFINE and LOW == _LOW_TRITS:
+        zero = _parameters(params, scale_at + rows * EASY_WIDTH, mask & high[:, None])
+        x = tl.where(high[:, None], code * scale + zero, code - 1 + 0 * scale if COMPAT else (code - 1) * scale)
+    elif AFFINE:
         x = code * scale + _parameters(params, scale_at + rows * EASY_WIDTH, mask)
     elif SIGNS:
         if COMPAT and FOURIER:

@@ -14,7 +14,10 @@ EPS = torch.finfo(torch.float32).eps
 FORMATS = {
     "KIVI, 2 bits": KVFormat.preset("kivi-2"),
     "spectrum and trits, small pages": KVFormat(Code(1.5, "channel"), Code(1.58, "channel"), 16, 32, 20),
-    "two classes": KVFormat(Code(4, "channel"), Code(4, "token", channel_scale=True), 40, 40, 9, low_bits=2),
+    "two classes": KVFormat(
+        Code(4, "channel", low_bits=2), Code(4, "token", channel_scale=True, low_bits=2), 40, 40, 9
+    ),
+    "protected values": KVFormat(Code(1.5, "channel"), Code(2, "channel", low_bits=1.58), 40, 40, 9, later="low"),
 }
 
 
@@ -22,7 +25,7 @@ def packed(fmt: KVFormat, batch: int, total: int, groups: int, width: int, dtype
     """A cache of random tokens, every class of them."""
     k, v = torch.randn(2, batch, total, groups, width).to(dtype).unbind(0)
     # As many in every example, so that shapes do not depend on the seed.
-    salient = (torch.arange(total) * 7 % 10 < 6).expand(batch, groups, -1) if fmt.low_bits else None
+    salient = (torch.arange(total) * 7 % 10 < 6).expand(batch, groups, -1) if fmt.two_classes else None
     return kv_pack(k, v, fmt, salient=salient)
 
 
