@@ -49,37 +49,57 @@ inline void words_of(const uint8_t* row, int64_t row_bytes, int64_t tokens, floa
   }
 }
 
+// One plane of a word's codes, times the halves of kRows queries at `q`; `sum` is [row][high, low].
+template <int kRows>
+inline __attribute__((always_inline)) void add_plane(vi codes, const int8_t* q, vi (&sum)[2 * kRows]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 2 * kRows; ++i) {
+    int32_t word;
+    std::memcpy(&word, q + i * kMostChannels, sizeof word);
+    sum[i] = _mm512_dpbusd_epi32(sum[i], codes, splat(word));
+  }
+}
+
+// The words of one part, whose planes of kBits bits are `bytes` channels apart. Every other plane has sums of its own:
+// one after the other into the same would wait for each other.
+template <int kRows, int kBits>
+inline void add_words(const float* words, int64_t bytes, const int8_t* q, vi (&even)[2 * kRows], vi (&odd)[2 * kRows]) {
+  const vi mask = _mm512_set1_epi8(char((1 << kBits) - 1));
+  for (int64_t byte = 0; byte < bytes; byte += 4, words += 16, q += 4) {
+    const vi planes = _mm512_castps_si512(load(words));
+#pragma GCC unroll 8
+    for (int plane = 0; plane < 8 / kBits; ++plane) {
+      const vi codes = _mm512_and_si512(_mm512_srli_epi32(planes, unsigned(plane * kBits)), mask);
+      add_plane<kRows>(codes, q + plane * bytes, plane % 2 ? odd : even);
+    }
+  }
+}
+
 template <int kRows>
 inline void packed_dots_of(const KvSide& side, const float* words, const int8_t* q, const float* step,
                            const float* bias, float* out, int64_t pitch) {
-  vi high[kRows], low[kRows];
-  for (int r = 0; r < kRows; ++r) high[r] = low[r] = _mm512_setzero_si512();
-  const auto word_at = [](const int8_t* p) {
-    int32_t word;
-    std::memcpy(&word, p, sizeof word);
-    return splat(word);
-  };
+  vi even[2 * kRows], odd[2 * kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < 2 * kRows; ++i) even[i] = odd[i] = _mm512_setzero_si512();
   for (int i = 0; i < side.n_parts; ++i) {
     const KvPart& part = side.part[i];
     const int64_t bytes = part.bytes();
-    const vi mask = _mm512_set1_epi8(char((1 << part.bits) - 1));
-    for (int64_t byte = 0; byte < bytes; byte += 4, words += 16) {
-      vi planes = _mm512_castps_si512(load(words));
-      const int8_t* at = q + part.first + byte;
-      for (int shift = 0; shift < 8; shift += part.bits, at += bytes) {
-        const vi codes = _mm512_and_si512(planes, mask);
-        planes = _mm512_srl_epi32(planes, _mm_cvtsi32_si128(part.bits));
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          high[r] = _mm512_dpbusd_epi32(high[r], codes, word_at(at + 2 * r * kMostChannels));
-          low[r] = _mm512_dpbusd_epi32(low[r], codes, word_at(at + (2 * r + 1) * kMostChannels));
-        }
-      }
+    const int8_t* const of_part = q + part.first;
+    if (part.bits == 1) {
+      add_words<kRows, 1>(words, bytes, of_part, even, odd);
+    } else if (part.bits == 2) {
+      add_words<kRows, 2>(words, bytes, of_part, even, odd);
+    } else if (part.bits == 4) {
+      add_words<kRows, 4>(words, bytes, of_part, even, odd);
+    } else {
+      add_words<kRows, 8>(words, bytes, of_part, even, odd);
     }
+    words += bytes / 4 * 16;
   }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const vf sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]));
+    const vi high = _mm512_add_epi32(even[2 * r], odd[2 * r]), low = _mm512_add_epi32(even[2 * r + 1], odd[2 * r + 1]);
+    const vf sum = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
     store(out + r * pitch, fma(sum, splat(step[r]), splat(bias[r])));
   }
 }

@@ -5,6 +5,7 @@
 
 #include "decode/expand_simd.h"
 #include "decode/packed_dots_simd.h"
+#include "decode/packed_sums_simd.h"
 #include "decode/softmax_simd.h"
 
 namespace fastok::FASTOK_ISA {
@@ -90,16 +91,20 @@ Chosen choose(const PackedKeys& keys, Scratch& s) {
   return chosen;
 }
 
+// While codes are read, those of the values, or of the next page's keys, are fetched, from what this returns on; and
+// now what will be wanted in between.
+const uint8_t* fetch_ahead(const KvSide& side, const KvPage& page, const KvHalf& half) {
+  const int64_t param_bytes = side.params_size(page.n_high, page.n - page.n_high, page.filled);
+  for (int64_t byte = 0; byte < param_bytes; byte += 64) __builtin_prefetch(half.params + byte);
+  return half.codes + page.size / 2;
+}
+
 // The chosen rows' codes, a byte each, to s.code_rows.
 void expand(const KvSide& side, const KvPage& page, const KvHalf& half, const Chosen& chosen, const uint8_t* data_end,
             Scratch& s) {
   const int64_t pitch = decode_pitch(side.width);
-  // While these codes are read, those of the values, or of the next page's keys, are fetched; and now what will be
-  // wanted in between.
   const int64_t distance = page.size / 2;
-  const int64_t param_bytes = side.params_size(page.n_high, page.n - page.n_high, page.filled);
-  for (int64_t byte = 0; byte < param_bytes; byte += 64) __builtin_prefetch(half.params + byte);
-  const uint8_t* ahead = half.codes + distance;
+  const uint8_t* ahead = fetch_ahead(side, page, half);
   // Pages that are read as a whole, not too near the end of the data: several rows of a class at a time, where one
   // part's rows do not write over another's.
   const auto apart = [&](bool high) {
@@ -202,17 +207,53 @@ void code_dots(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, i
   }
 }
 
-// out[row * pitch + d] += the sum over tokens of p[row * kPitch + i] * code of channel first + d.
-void code_sums(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, int64_t first, const float* p,
-               int64_t rows, int64_t width, float* out, Scratch& s) {
-  const int64_t pitch = decode_pitch(keys.fmt->value.width);
-  const bool integers = integer_rows(keys, p, Scratch::kPitch, rows, n, s);
-  if constexpr (kIntegers) {
-    if (integers) integer_sums(codes, n, first, s.integers, Scratch::kPitch, s.step, rows, width, out, pitch);
+// Sums of the codes of a page's values: of codes as they lie in the page where that can be, else of expanded ones.
+class CodeSums {
+ public:
+  CodeSums(const PackedKeys& keys, const Chosen& chosen, Scratch& s)
+      : keys_(keys), side_(keys.fmt->value), chosen_(chosen), s_(s), quads_(side_.part[0]) {
+    const KvHalf& half = keys.page.value;
+    const bool whole = chosen.whole && keys.page.n == keys.fmt->page && keys.data_end - half.params >= kSlack;
+    in_place_ = keys.integers && whole && suits_packed_sums(side_, chosen.n, kMostPage * decode_pitch(side_.width));
+    if (in_place_) {
+      quads_of(quads_, half.codes, chosen.n, fetch_ahead(side_, keys.page, half), s.codes);
+    } else {
+      expand(side_, keys.page, half, chosen, keys.data_end, s);
+    }
   }
-  NothingAhead nothing;
-  if (!integers) weighted_sum(codes, n, first, p, Scratch::kPitch, rows, width, out, pitch, nothing);
-}
+
+  // out[row * pitch + d] += the sum over tokens [begin, end) of p[row * kPitch + i] * code of channel first + d.
+  void add(int64_t begin, int64_t end, int64_t first, const float* p, int64_t rows, int64_t width, float* out) {
+    const int64_t n = end - begin, pitch = decode_pitch(side_.width);
+    const bool integers = integer_rows(keys_, p, Scratch::kPitch, rows, n, s_);
+    if (in_place_ && !integers) {
+      in_place_ = false;
+      expand(side_, keys_.page, keys_.page.value, chosen_, keys_.data_end, s_);
+    }
+    if constexpr (kIntegers) {
+      if (in_place_) {
+        split_bytes(s_.integers, Scratch::kPitch, rows, n, s_.halves);
+        const uint8_t* const words = s_.codes + begin / 4 * quads_.bytes();
+        const bool all = width == side_.width;
+        return packed_sums(quads_, words, n, all ? 0 : first / kLanes, all ? quads_.vectors() : width / kLanes,
+                           s_.halves, s_.step, rows, out - first, pitch);
+      }
+      if (integers)
+        return integer_sums(s_.code_rows + begin, n, first, s_.integers, Scratch::kPitch, s_.step, rows, width, out,
+                            pitch);
+    }
+    NothingAhead nothing;
+    weighted_sum(s_.code_rows + begin, n, first, p, Scratch::kPitch, rows, width, out, pitch, nothing);
+  }
+
+ private:
+  const PackedKeys& keys_;
+  const KvSide& side_;
+  const Chosen& chosen_;
+  Scratch& s_;
+  Quads quads_;
+  bool in_place_;
+};
 
 // Released numerics code real components 0 or s and imaginary ones +-s/2.
 bool released_spectrum(const KvSide& side, const KvPart& part) { return side.compat && part.fourier; }
@@ -351,15 +392,15 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
   const KvFormat& fmt = *keys.fmt;
   const KvSide& side = fmt.value;
   const int64_t width = side.width, pitch = decode_pitch(width);
+  CodeSums code_sums(keys, chosen, s);
   if (!side.per_token) {
     return chosen.each_segment(side, [&](const Segment& of) {
-      const int64_t begin = of.begin, n = of.end - begin;
       channel_parameters(fmt, side, keys.page.value, of.slot, of.high, s.scale, s.zero);
       for (int64_t d = width; d < pitch; ++d) s.scale[d] = s.zero[d] = 0;
       std::memset(s.sums, 0, size_t(rows.count * pitch) * sizeof(float));
-      code_sums(keys, s.code_rows + begin, n, 0, s.logits + begin, rows.count, width, s.sums, s);
+      code_sums.add(of.begin, of.end, 0, s.logits + of.begin, rows.count, width, s.sums);
       for (int64_t r = 0; r < rows.count; ++r) {
-        const vf total = splat(sum_of(s.logits + r * Scratch::kPitch + begin, n));
+        const vf total = splat(sum_of(s.logits + r * Scratch::kPitch + of.begin, of.end - of.begin));
         float *const sum = state.sum + r * pitch, *const more = s.sums + r * pitch;
         for (int64_t d = 0; d < width; d += kLanes)
           store(sum + d, load(sum + d) + fma(load(more + d), load(s.scale + d), total * load(s.zero + d)));
@@ -384,7 +425,7 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
         const float total = horizontal_sum(whole);
         for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) state.sum[r * pitch + d] += total;
       }
-      code_sums(keys, s.code_rows, chosen.n, first, s.weights, rows.count, count, state.sum + first, s);
+      code_sums.add(0, chosen.n, first, s.weights, rows.count, count, state.sum + first);
     }
   }
 }
@@ -399,7 +440,6 @@ void packed(const DecodeRows& rows, const PackedKeys& keys, const DecodeState& s
   }
   soften(rows, chosen.n, s.place, keys.first + keys.page.n - 1, keys.fmt->value.width, s.logits, Scratch::kPitch,
          state);
-  expand(keys.fmt->value, keys.page, keys.page.value, chosen, keys.data_end, s);
   value_sums(rows, keys, chosen, state, s);
 }
 

@@ -101,17 +101,26 @@ class PackedCall {
       channels_[0] = std::make_unique<SideChannels>(fmt.key, key_channels, batch, groups, "key_channels");
       channels_[1] = std::make_unique<SideChannels>(fmt.value, value_channels, batch, groups, "value_channels");
     }
+    bytes_ = const_data<uint8_t>(data_);
+    offsets_ = const_data<int64_t>(offset_);
+    tokens_ = const_data<int16_t>(counts_);
+    hot_tokens_ = const_data<int32_t>(hot_len_);
+    if (fmt.two_classes) bits_ = const_data<uint8_t>(classes_);
+    for (int64_t d = 0; d < 3; ++d) {
+      offset_strides_[d] = offset_.stride(d);
+      counts_strides_[d] = counts_.stride(d);
+    }
     check_directory();
   }
 
-  const uint8_t* data_end() const { return const_data<uint8_t>(data_) + data_.numel(); }
-  int64_t hot_len(int64_t b, int64_t g) const { return const_data<int32_t>(hot_len_)[b * groups + g]; }
+  const uint8_t* data_end() const { return bytes_ + data_.numel(); }
+  int64_t hot_len(int64_t b, int64_t g) const { return hot_tokens_[b * groups + g]; }
   int64_t sealed(int64_t b, int64_t g) const { return first_.empty() ? 0 : first_[size_t(head_at(b, g) + pages)]; }
   int64_t length(int64_t b, int64_t g) const { return sealed(b, g) + hot_len(b, g); }
   // The place of a page's first entry.
   int64_t first(int64_t b, int64_t g, int64_t page) const { return first_[size_t(head_at(b, g) + page)]; }
   KvPage page(int64_t b, int64_t g, int64_t i) const {
-    return KvPage::of(fmt, const_data<uint8_t>(data_) + offset_of(b, g, i), counts_of(b, g, i), classes_of(b, g, i));
+    return KvPage::of(fmt, bytes_ + offset_of(b, g, i), counts_of(b, g, i), classes_of(b, g, i));
   }
   KvChannels channels(int which, int64_t b, int64_t g) const {
     return channels_[which] ? channels_[which]->of(b, g) : KvChannels{};
@@ -131,14 +140,13 @@ class PackedCall {
  private:
   int64_t head_at(int64_t b, int64_t g) const { return (b * groups + g) * (pages + 1); }
   int64_t offset_of(int64_t b, int64_t g, int64_t i) const {
-    return const_data<int64_t>(offset_)[b * offset_.stride(0) + g * offset_.stride(1) + i * offset_.stride(2)];
+    return offsets_[b * offset_strides_[0] + g * offset_strides_[1] + i * offset_strides_[2]];
   }
   const int16_t* counts_of(int64_t b, int64_t g, int64_t i) const {
-    return const_data<int16_t>(counts_) + b * counts_.stride(0) + g * counts_.stride(1) + i * counts_.stride(2);
+    return tokens_ + b * counts_strides_[0] + g * counts_strides_[1] + i * counts_strides_[2];
   }
   const uint8_t* classes_of(int64_t b, int64_t g, int64_t i) const {
-    if (!fmt.two_classes) return nullptr;
-    return const_data<uint8_t>(classes_) + ((b * groups + g) * pages + i) * classes_.size(3);
+    return bits_ ? bits_ + ((b * groups + g) * pages + i) * ((fmt.page + 7) / 8) : nullptr;
   }
   void check_directory() {
     const int64_t most = fmt.page / fmt.token_groups, bytes = data_.numel();
@@ -161,8 +169,9 @@ class PackedCall {
           const int64_t at = offset_of(b, g, i);
           STD_TORCH_CHECK(at >= 0 && at % 16 == 0 && at < bytes, "offset must be a multiple of 16 within data; page ",
                           i, " of head ", g, " of sequence ", b, " is at ", at);
-          STD_TORCH_CHECK(at + page(b, g, i).size <= bytes, "data is too short: page ", i, " of head ", g,
-                          " of sequence ", b, " ends at byte ", at + page(b, g, i).size, " of ", bytes);
+          const int64_t end = at + page(b, g, i).size;
+          STD_TORCH_CHECK(end <= bytes, "data is too short: page ", i, " of head ", g, " of sequence ", b,
+                          " ends at byte ", end, " of ", bytes);
           place += n;
         }
         first_[size_t(head_at(b, g) + pages)] = place;
@@ -171,6 +180,12 @@ class PackedCall {
   }
 
   Tensor data_, offset_, counts_, classes_, hot_len_;
+  // What they hold: asking a tensor is a call into torch.
+  const uint8_t *bytes_, *bits_ = nullptr;
+  const int64_t* offsets_;
+  const int16_t* tokens_;
+  const int32_t* hot_tokens_;
+  int64_t offset_strides_[3], counts_strides_[3];
   std::unique_ptr<SideChannels> channels_[2];
   std::vector<int64_t> first_;
 };
