@@ -18,7 +18,7 @@ from fastok.testing.bench import Case
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 from transformers.initialization import no_init_weights
 
-PROMPT, TOKENS, LAYERS = 8192, 8, 2
+PROMPT, TOKENS, LAYERS = 8192, 16, 2
 GROUPS, WIDTH = 8, 128
 SMALL, LARGE = "Qwen3-0.6B", "Llama-3.1-8B"
 MODELS = {

@@ -216,7 +216,9 @@ class CodeSums {
     const bool whole = chosen.whole && keys.page.n == keys.fmt->page && keys.data_end - half.params >= kSlack;
     in_place_ = keys.integers && whole && suits_packed_sums(side_, chosen.n, kMostPage * decode_pitch(side_.width));
     if (in_place_) {
-      quads_of(quads_, half.codes, chosen.n, fetch_ahead(side_, keys.page, half), s.codes);
+      ahead_.line = fetch_ahead(side_, keys.page, half);
+      ahead_.end = ahead_.line + chosen.n * side_.row_bytes(true);
+      quads_of(quads_, half.codes, chosen.n, ahead_, s.codes);
     } else {
       expand(side_, keys.page, half, chosen, keys.data_end, s);
     }
@@ -236,7 +238,7 @@ class CodeSums {
         const uint8_t* const words = s_.codes + begin / 4 * quads_.bytes();
         const bool all = width == side_.width;
         return packed_sums(quads_, words, n, all ? 0 : first / kLanes, all ? quads_.vectors() : width / kLanes,
-                           s_.halves, s_.step, rows, out - first, pitch);
+                           s_.halves, s_.step, rows, out - first, pitch, ahead_);
       }
       if (integers)
         return integer_sums(s_.code_rows + begin, n, first, s_.integers, Scratch::kPitch, s_.step, rows, width, out,
@@ -252,6 +254,7 @@ class CodeSums {
   const Chosen& chosen_;
   Scratch& s_;
   Quads quads_;
+  FetchedAhead ahead_{};
   bool in_place_;
 };
 
