@@ -2,9 +2,9 @@
 
 Llamas of two layers with the widths of Qwen3-0.6B (of 28 layers) and of Llama 3.1 8B (of 32), and as large a share of
 the vocabulary. Weights, keys and values are random; caches are filled with the prompt's directly. What the model itself
-takes, its weights above all, is the same on both sides and bounds the ratio: 8.5 of our 10.7 ms a token in the first,
-60 of 62 in the second, where no cache can make generating five times as fast (quiet machine of 2 cores). Rivals that
-quantize are measured where their package is there (requirements/bench.txt).
+takes, its weights above all, is the same on both sides and bounds the ratio: 6.3 of our 8.1 ms a token in the first,
+all but 1 or 2 of 62 in the second, where no cache can make generating five times as fast (quiet machine of 2 cores).
+Rivals that quantize are measured where their package is there (requirements/bench.txt).
 """
 
 import importlib.util
