@@ -274,6 +274,17 @@ def test_errors_name_the_argument() -> None:
         KVFormat.preset("int8").bits_per_element("64")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"salient must be within \[0, 1\], got 2.0"):
         KVFormat.preset("zipcache-4/2").bits_per_element(64, salient=2.0)
+    for bits, low in ((2, 2), (2, 4), (1.58, 1.58), (1.5, 2), (4, 3)):
+        with pytest.raises(ValueError, match=f"low_bits must be one of 4, 2, 1.58 and fewer than .*; got {low}"):
+            Code(bits, "channel", low_bits=low)
+    with pytest.raises(ValueError, match=r"low_bits 1\.58 goes with axis 'channel', got 'token'"):
+        Code(2, "token", low_bits=1.58)
+    with pytest.raises(ValueError, match="group must be page, 64, for two classes of tokens; got 32"):
+        KVFormat(Code(2, "channel"), Code(2, "channel", low_bits=1.58), group=32)
+    with pytest.raises(ValueError, match=r"salient must be within \[0, 1\], got 20"):
+        KVFormat(Code(2, "channel"), Code(2, "token"), salient=20)
+    with pytest.raises(ValueError, match="later must be 'high' or 'low', got 'hot'"):
+        KVFormat(Code(2, "channel"), Code(2, "token"), later="hot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="page must be a multiple of group"):
         KVFormat(Code(2, "channel"), Code(2, "token"), group=64, page=32)
     with pytest.raises(ValueError, match="k must have a head dim that is"):
