@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastok import Code, KVFormat, PackedKV, kv_pack
 from fastok.reference import quantize as reference
+from fastok.reference.kv_layout import unpack_bits
 from fastok.testing import Backend, assert_accurate, assert_same, over_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -421,3 +422,37 @@ def test_no_gradient_flows_through_a_cache() -> None:
         assert not cache.hot_k.requires_grad
         assert not cache.unpack()[0].requires_grad
         assert copy.deepcopy(cache).seq_lens.tolist() == cache.seq_lens.tolist()
+
+
+@pytest.mark.parametrize("later", ["high", "low"])
+def test_classes_of_hot_tokens_go_with_them(later: str) -> None:
+    """When they are given piece by piece, in heads of different lengths, and when tokens are forgotten again."""
+    fmt = KVFormat(Code(4, "token", low_bits=2), Code(4, "channel", low_bits=1.58), 16, 16, 16, later=later)  # type: ignore[arg-type]
+    k, v = torch.randn(2, 1, 200, 2, 32).unbind(0)
+    high = torch.rand(1, 2, 200) < 0.5
+    rest = torch.full((1, 2, 60), later == "high")
+
+    def part(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        return k[:, begin:end], v[:, begin:end]
+
+    pieces = kv_pack(*part(0, 40), fmt, salient=high[..., :40]).append(*part(40, 45), salient=high[..., 40:45])
+    pieces.append(*part(45, 90), salient=high[..., 45:90]).append(*part(90, 150))
+    whole = kv_pack(*part(0, 150), fmt, salient=torch.cat([high[..., :90], rest], -1))
+    assert same_records(pieces, whole)
+    assert_same(pieces.classes, whole.classes)
+
+    cropped = kv_pack(*part(0, 40), fmt, salient=high[..., :40]).crop(30).append(*part(90, 150))
+    fresh = kv_pack(*part(0, 30), fmt, salient=high[..., :30]).append(*part(90, 150))
+    assert_same(cropped.classes, fresh.classes)
+
+    kept = torch.stack([torch.arange(40), torch.arange(40) - 4]).clamp(min=-1)[None]  # 4 fewer in the second head
+    ragged = (
+        kv_pack(*part(0, 40), fmt, salient=high[..., :40]).keep(kept).append(*part(40, 70), salient=high[..., 40:70])
+    )
+    got = unpack_bits(ragged.classes, 16)
+    assert_same(got[0, 0, :3].flatten(), high[0, 0, :48])
+    assert_same(got[0, 1, 0], high[0, 1, :16])  # sealed before any was dropped
+    hot = torch.cat([high[0, 1, 16:36], high[0, 1, 40:70]])
+    assert_same(got[0, 1, 1:3].flatten(), hot[:32])
+    with pytest.raises(ValueError, match="salient must be None for a format with one class"):
+        kv_pack(*part(0, 40), "kivi-2").append(*part(40, 41), salient=high[..., :1])

@@ -152,6 +152,20 @@ def test_protected_values_are_nearer() -> None:
 
 
 @torch.no_grad()
+def test_a_prompt_in_chunks() -> None:
+    model = vlm.MODELS["LLaVA-1.5"].make()
+    model.set_attn_implementation("fastok")
+    prompt, marks = torch.randint(2, 90, (1, 100)), torch.rand(1, 100) < 0.4
+    cache = fastok.PackedCache(PROTECTED, model, salient=marks)
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+    model.generate(prompt, past_key_values=cache, prefill_chunk_size=30, **options)
+    wanted = torch.nn.functional.pad(marks, (0, 100))[0]  # generated ones are not protected
+    for of_head in protected(cache, 0):
+        assert_same(of_head, wanted[: len(of_head)])
+    assert len(of_head) == 128
+
+
+@torch.no_grad()
 def test_beams_share_what_is_marked() -> None:
     model = vlm.MODELS["LLaVA-1.5"].make()
     model.set_attn_implementation("fastok")
@@ -178,7 +192,7 @@ def test_what_cannot_be_protected() -> None:
     with pytest.raises(TypeError, match="salient must have dtype bool"):
         cache.salient = torch.ones(1, 5)
     wrong = fastok.PackedCache(PROTECTED, model, salient=torch.ones(1, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"salient must be \[B,T\] of the prompt, \[1, 30\]; got \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"salient must be \[B,T\] of the prompt, at least \[1, 30\]; got \[1, 5\]"):
         model(torch.randint(2, 90, (1, 30)), past_key_values=wrong)
 
 

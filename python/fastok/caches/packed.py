@@ -177,15 +177,20 @@ class PackedKV:
         self._grow_directory(pages)
         return self
 
-    def append(self, k: Tensor, v: Tensor, *, rope: tuple[Tensor, Tensor] | None = None) -> "PackedKV":
+    def append(
+        self, k: Tensor, v: Tensor, *, rope: tuple[Tensor, Tensor] | None = None, salient: Tensor | None = None
+    ) -> "PackedKV":
         """Add the tokens ``k, v [B,S,G,D]`` at the end of every head; in place, returns self.
 
         With ``rope = (cos, sin)``, ``[S,R]`` or ``[B,S,R]`` fp32, fp16 or bf16 of the tokens' positions, the first R
         channels of the keys are turned with the R behind them first, in fp32 (rotary embedding as in LLaMA).
 
-        Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed (in the format's class
-        ``later``, where there are two). Allocates only when capacity runs out, which then grows by a 64th: reading the
-        cache once costs more than copying it so seldom, and no more than that lies idle.
+        ``salient`` bool ``[B,G,S]``: which of them are of the high class, for formats of two classes (None: all or
+        none, by the format's ``later``).
+
+        Whenever a head's hot window holds ``hot + page`` tokens its oldest ``page`` are sealed. Allocates only when
+        capacity runs out, which then grows by a 64th: reading the cache once costs more than copying it so seldom, and
+        no more than that lies idle.
 
         Raises:
             TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit; in a cache that
@@ -196,9 +201,11 @@ class PackedKV:
         if rope is not None:
             check_angles(rope, k)
             k = rotated(k, *rope)
+        if salient is not None:
+            ops.check_salient(salient, self.layout.two_classes, k)
         if self.check:
             check_finite(k=k, v=v)
-        return self._append(k, v, None)
+        return self._append(k, v, salient)
 
     def _append(self, k: Tensor, v: Tensor, salient: Tensor | None) -> "PackedKV":
         total, page, window = k.shape[1], self.format.page, self.hot_k.shape[2]
@@ -256,9 +263,10 @@ class PackedKV:
         self._hot = [[n + count for n in row] for row in self._hot]
 
     def _note_salient(self, salient: Tensor) -> None:
-        """Remember the classes of hot tokens that were given. Only ``kv_pack`` gives any."""
-        last = self._hot[0][0]
-        self._classes_of_hot()[:, :, last - salient.shape[2] : last] = salient
+        """Remember the classes of the newest hot tokens."""
+        first = self.hot_len[..., None].long() - salient.shape[2]
+        place = first + torch.arange(salient.shape[2], device=salient.device)
+        self._classes_of_hot().scatter_(2, place, salient)
 
     def _classes_of_hot(self) -> Tensor:
         if self._hot_high is None:
@@ -433,6 +441,9 @@ class PackedKV:
         if bool((most >= sealed).all()):
             self.hot_len.copy_(torch.minimum(self.hot_len, most - sealed))
             self._hot = self.hot_len.tolist()
+            if self._hot_high is not None:  # what comes in their place is not of their classes
+                entry = torch.arange(self.hot_k.shape[2], device=sealed.device)
+                self._hot_high.masked_fill_(entry >= self.hot_len[..., None], self._later_high)
             return self
         most = torch.minimum(most, self.seq_lens)
         places = torch.arange(int(most.max()), device=sealed.device).expand(*sealed.shape, -1)

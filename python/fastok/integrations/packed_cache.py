@@ -41,7 +41,7 @@ class PackedCache(HeldCache):
             Looks at all of them, which on CUDA waits for the device.
         salient: bool ``[B,T]``, for formats of two classes: which tokens of the prompt are of the high class, in every
             layer and head. May be set later, as an attribute, until the prompt comes; samples may be repeated then, as
-            beams are. See also `fastok.protect_semantics`.
+            beams are. A prompt may come in chunks. See also `fastok.protect_semantics`.
 
     Raises:
         TypeError, ValueError: arguments of another kind.
@@ -137,14 +137,17 @@ class Marks:
 
     salient: Tensor | None = None
 
-    def of(self, keys: Tensor) -> Tensor | None:
-        """The same for every head, ``[B,G,T]``, of a prompt with keys ``[B,G,T,D]``."""
-        if self.salient is None:
-            return None
+    def of(self, keys: Tensor, first: int = 0) -> Tensor | None:
+        """The same for every head, ``[B,G,S]``, of tokens from ``first`` on with keys ``[B,G,S,D]``; None behind T."""
         batch, groups, total, _ = keys.shape
-        if self.salient.shape[1] != total or not len(self.salient) or batch % len(self.salient):
-            raise ValueError(f"salient must be [B,T] of the prompt, [{batch}, {total}]; got {list(self.salient.shape)}")
-        rows = self.salient.to(keys.device).repeat_interleave(batch // len(self.salient), 0)
+        if self.salient is None or first >= self.salient.shape[1]:
+            return None
+        if self.salient.shape[1] < first + total or not len(self.salient) or batch % len(self.salient):
+            raise ValueError(
+                f"salient must be [B,T] of the prompt, at least [{batch}, {first + total}]; got "
+                f"{list(self.salient.shape)}"
+            )
+        rows = self.salient[:, first : first + total].to(keys.device).repeat_interleave(batch // len(self.salient), 0)
         return rows[:, None].expand(batch, groups, total)
 
 
@@ -220,7 +223,8 @@ class PackedLayer(HeldLayer):
         if torch.compiler.is_compiling():
             self._new = keys, values  # which `attend` stores
         else:
-            self.kv.append(*self._rows(keys, values))
+            salient = self.marks.of(keys, self.length - keys.shape[2])
+            self.kv.append(*self._rows(keys, values), salient=salient)
 
     def crop_stores(self, length: int) -> None:
         """Forget all but the ``length`` oldest tokens, padding counted."""

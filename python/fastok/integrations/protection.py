@@ -34,7 +34,8 @@ def protect_semantics(
         TypeError, ValueError: another model or cache. When the prompt comes: ValueError if it is not given as
         ``input_ids``, or not all of them reach the language model (a reducer dropped some).
 
-    As published, all layers and heads protect the same tokens, and those that are generated are never protected.
+    Of a prompt that comes in chunks, the first is looked at. As published, all layers and heads protect the same
+    tokens, and those that are generated are never protected.
     """
     if not isinstance(cache, PackedCache):
         raise TypeError(f"cache must be a fastok.PackedCache, got {type(cache).__name__}")
