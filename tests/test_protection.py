@@ -166,6 +166,21 @@ def test_a_prompt_in_chunks() -> None:
 
 
 @torch.no_grad()
+def test_compiled_steps_are_not_protected() -> None:
+    model = vlm.MODELS["LLaVA-1.5"].make()
+    model.set_attn_implementation("fastok")
+    prompt, marks = torch.randint(2, 90, (1, 50)), torch.ones(1, 50, dtype=torch.bool)
+    cache = fastok.PackedCache(PROTECTED, model, salient=marks)
+    model(prompt, past_key_values=cache)
+    step = torch.compile(
+        lambda tokens: model(tokens, past_key_values=cache).logits, fullgraph=True, backend="aot_eager"
+    )
+    for _ in range(40):
+        step(prompt[:, :1])
+    assert_same(protected(cache, 0)[0], torch.arange(80) < 50)
+
+
+@torch.no_grad()
 def test_beams_share_what_is_marked() -> None:
     model = vlm.MODELS["LLaVA-1.5"].make()
     model.set_attn_implementation("fastok")

@@ -180,6 +180,7 @@ class PackedLayer(HeldLayer):
         self.format, self.check, self.marks = fmt, check, marks or Marks()
         self._which = register(self)
         self._new: tuple[Tensor, Tensor] | None = None
+        self._came = 0  # tokens that were to be stored; `length` counts those of a compiled step too late, or too early
         self._unpadded: Unpadded | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,7 +205,7 @@ class PackedLayer(HeldLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Get ready for tensors like these."""
         super().lazy_initialization(key_states, value_states)
-        self._unpadded = None
+        self._unpadded, self._came = None, 0
         batch, groups = key_states.shape[:2]
         stored = _stored_width(max(self.widths))
         self.kv = PackedKV(self.format, batch, groups, stored, dtype=self.dtype, device=self.device, check=self.check)
@@ -223,11 +224,13 @@ class PackedLayer(HeldLayer):
         if torch.compiler.is_compiling():
             self._new = keys, values  # which `attend` stores
         else:
-            salient = self.marks.of(keys, self.length - keys.shape[2])
+            salient = self.marks.of(keys, self._came)
             self.kv.append(*self._rows(keys, values), salient=salient)
+            self._came += keys.shape[2]
 
     def crop_stores(self, length: int) -> None:
         """Forget all but the ``length`` oldest tokens, padding counted."""
+        self._came = length
         if self._unpadded is None:
             self.kv.crop(length)
         else:
@@ -272,7 +275,7 @@ class PackedLayer(HeldLayer):
         """Pack the prompt, told what it attended to: ``q[B,T,H,D]``, ``k[B,T,G,D]``, ``lse[B,H,T]``."""
         assert self._prompt is not None
         prompt, self._prompt = self._prompt, None
-        salient = self.marks.of(prompt[0])
+        salient, self._came = self.marks.of(prompt[0]), prompt[0].shape[2]
         keys, values = self._rows(*prompt)
         if salient is None and self.format.two_classes:
             salient = _salient(q, k, lse, masking, self.format.salient)
@@ -285,13 +288,6 @@ class PackedLayer(HeldLayer):
                 salient = salient.gather(2, unpadded.places[:, None].expand_as(salient))
             seq_lens = unpadded.seen
         self.kv = kv_pack(keys, values, self.format, salient=salient, seq_lens=seq_lens, check=self.check)
-
-    def settle(self) -> None:
-        """Store a prompt whose attention was not seen."""
-        if self._prompt is None or self.marks.salient is None:
-            return super().settle()
-        prompt, self._prompt = self._prompt, None
-        self.kv = kv_pack(*self._rows(*prompt), self.format, salient=self.marks.of(prompt[0]), check=self.check)
 
     def _rows(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """``[B,G,S,D]`` as the packed cache takes them, ``[B,S,G,width]``."""
