@@ -17,6 +17,7 @@ from .functions import (
     label_scores,
     rotary_channels,
     select_tokens,
+    semantic_tokens,
 )
 from .k_center import k_center, k_center_picks
 from .match import bipartite_match, match_map, nearest, nearest_rows
@@ -51,6 +52,7 @@ __all__ = [
     "sample_cdf",
     "sample_map",
     "select_tokens",
+    "semantic_tokens",
     "top_rows",
     "top_tokens",
     "unmerge",
