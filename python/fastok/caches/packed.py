@@ -100,7 +100,7 @@ class PackedKV:
         if self.layout.two_classes:
             of_page = (self.format.page + 7) // 8
             self._classes = torch.zeros(batch, groups, 0, of_page, dtype=torch.uint8, device=device)
-        self._later_high = self.format.later == "high" or not self.layout.two_classes
+        self._later_high = self.format.later == "high"
         self._chosen = [[False] * groups for _ in range(batch)]
         self.key_channels: Tensor | None = None
         self.value_channels: Tensor | None = None

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..caches.formats import KVFormat
 from ..caches.packed import PackedKV, kv_pack
 from ..ops.attention import attention_scores
-from ..ops.checks import check_dtype, check_shape
+from ..ops.checks import check_shape
 from ..ops.decode import attention_decode
+from ..ops.quantize import check_marks
 from ..ops.scores import ScoreSpec
 from ..ops.select import top_tokens
 from .compiled_step import cache_step, register
@@ -85,9 +86,7 @@ class PackedCache(HeldCache):
     @salient.setter
     def salient(self, salient: Tensor | None) -> None:
         if salient is not None:
-            if not self.format.two_classes:
-                raise ValueError("salient must be None for a format with one class of tokens (no code with low_bits)")
-            check_dtype("salient", salient, (torch.bool,))
+            check_marks(salient, self.format.two_classes)
             check_shape("salient", salient, (None, None), "[B,T]")
         self._marks.salient = salient
 
@@ -180,7 +179,7 @@ class PackedLayer(HeldLayer):
         self.format, self.check, self.marks = fmt, check, marks or Marks()
         self._which = register(self)
         self._new: tuple[Tensor, Tensor] | None = None
-        self._came = 0  # tokens that were to be stored; `length` counts those of a compiled step too late, or too early
+        self._came = 0  # tokens, padding counted; while a compiled step runs, `length` is still without its own
         self._unpadded: Unpadded | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:

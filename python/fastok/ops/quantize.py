@@ -25,11 +25,16 @@ def check_keys_values(k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k must have a head dim that is a multiple of 8 from 32 to 256, got {k.shape[3]}")
 
 
-def check_salient(salient: Tensor, two_classes: bool, k: Tensor) -> None:
-    """``salient`` goes with a format of two classes and is bool ``[B,G,T]``."""
+def check_marks(salient: Tensor, two_classes: bool) -> None:
+    """``salient`` goes with a format of two classes and is bool."""
     if not two_classes:
         raise ValueError("salient must be None for a format with one class of tokens (no code with low_bits)")
     check_dtype("salient", salient, (torch.bool,))
+
+
+def check_salient(salient: Tensor, two_classes: bool, k: Tensor) -> None:
+    """``salient`` goes with a format of two classes and is bool ``[B,G,T]``."""
+    check_marks(salient, two_classes)
     check_shape("salient", salient, (k.shape[0], k.shape[2], k.shape[1]), "[B,G,T] of k")
     check_same_device("salient", salient, "k", k.device)
 

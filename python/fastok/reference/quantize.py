@@ -273,13 +273,13 @@ def _write_side(
     data: Tensor, at: Addresses, which: int, side: Side, x: Tensor, gamma: float, low: Tensor | None
 ) -> None:
     layout, arrays, rows = at.layout, [], []
-    own = side.own_arrays and low is not None
+    apart = ~low if side.own_arrays and low is not None else None  # the high class, of which parameters are alone
     for part, xs in zip(side.parts, x.split([part.channels for part in side.parts], -1), strict=True):
-        codes, *parameters = encode(xs, part, side, layout, gamma, low, ~low if own and low is not None else None)
+        codes, *parameters = encode(xs, part, side, layout, gamma, low, apart)
         rows.append(codes)
         arrays += parameters
     of_low = rows[0]
-    if own and side.low is not None:
+    if side.low is not None and apart is not None:
         of_low, *parameters = encode(x, side.low, side, layout, gamma, low, low)
         arrays += parameters
     packed = torch.cat([pack_codes(codes, part.bits) for part, codes in zip(side.parts, rows, strict=True)], -1)
