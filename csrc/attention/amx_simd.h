@@ -1,5 +1,7 @@
 // Attention's bf16 engine, on AMX tiles: packing, and the two products of a block of rows with a block of keys.
 #pragma once
+#include <utility>
+
 #include "attention/bf16_simd.h"
 #include "cpu/amx_simd.h"
 
@@ -8,11 +10,17 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
+template <int kBlocks>
+class Background;
+
 struct Bf16 {
   static constexpr int kTile = 16, kDepth = 32, kStep = 32, kBlock = kTile * kDepth;
   static constexpr int kTileRows = kTile;  // two tiles of rows at a time, as long as there are two
   static constexpr int kRows = 64, kRowsTogether = 32, kKeys = 128;
   static_assert(kRows % kTileRows == 0 && kKeys % kStep == 0);
+  static constexpr bool kBackground = true;
+  template <int kBlocks>
+  using InBackground = Background<kBlocks>;
   static constexpr bool kScaledRows = false;
   using Weight = bf16;
   static constexpr int kWeightPitch = 2 * kKeys;
@@ -157,6 +165,134 @@ struct Bf16 {
   }
 };
 
+// Tiles compute in the background of vector instructions, if these are mingled with them: what has to wait in one go
+// stops those behind it. So the products of 32 rows with the next keys, and the sums of the values of earlier ones, are
+// made in small steps, to be called in ascending order between other work.
+template <int kBlocks>  // of 32 channels, in keys and in values
+class Background {
+ public:
+  static constexpr int kKeys = Bf16::kStep;    // whose products a round of steps makes
+  static constexpr int kDepth = 4 * kKeys;     // keys whose values are summed up in 4 rounds or more
+  static constexpr int kWeights = 32 * kKeys;  // of one step: [row][key]
+  static constexpr int kSteps = 2 * (3 * kBlocks + 2) + 5 * kBlocks;
+
+  Background(const void* rows, float* out) : rows_(static_cast<const bf16*>(rows)), out_(out) {}
+
+  // Before a round: the keys whose products go to scores[32][kKeys], if any.
+  void next_keys(const bf16* keys, float* scores) { keys_ = keys, scores_ = scores; }
+  // Sums up the values of `n` keys, in whole steps of Bf16, by weights[n / 32][row][32], and adds what is in `out`.
+  void next_values(const bf16* weights, const bf16* values, int64_t n, bool adds) {
+    weights_ = weight_ = weights, values_ = value_ = values, n_ = left_ = n / kKeys, to_ = out_;
+    adds_ = adds;
+  }
+  bool sums() const { return left_ > 0; }
+  void finish_values() {
+    while (sums()) value_steps(std::make_integer_sequence<int, kValueSteps>());
+  }
+  template <bool kMultiplies, bool kSums, int kAt>
+  inline __attribute__((always_inline)) void step() {
+    constexpr int kOwn = kAt < kFirst ? kAt : kAt - kFirst, kColumn = kAt >= kFirst;
+    constexpr int kValues = kColumn == 0 ? (kBlocks + 1) / 2 : kBlocks / 2;
+    if constexpr (kOwn < kKeySteps) {
+      if constexpr (kMultiplies) key_step<kColumn, kOwn>();
+    } else if constexpr (kOwn < kKeySteps + kValueSteps * kValues) {
+      if constexpr (kSums) value_step<(kOwn - kKeySteps) % kValueSteps>();
+    } else {
+      if constexpr (kMultiplies) store_products<kColumn, kOwn - kKeySteps - kValueSteps * kValues>();
+    }
+  }
+
+ private:
+  static constexpr int kTile = Bf16::kTile, kBlock = Bf16::kBlock, kWidth = kBlocks * Bf16::kDepth;
+  static constexpr int kKeySteps = 3 * kBlocks, kValueSteps = 5;
+  static constexpr int kFirst = kKeySteps + kValueSteps * ((kBlocks + 1) / 2) + 2;  // steps of the first 16 keys
+  static constexpr size_t kRowBytes = kWidth * sizeof(bf16), kOutBytes = kWidth * sizeof(float),
+                          kScoreBytes = kKeys * sizeof(float);
+  static_assert(Bf16::kRowsTogether == 2 * kTile);
+
+  // Of 16 keys, tile registers 4 and 5: one for either half of the rows.
+  template <int kColumn, int kAt>
+  inline __attribute__((always_inline)) void key_step() {
+    constexpr int kOf = kAt / 3;
+    const bf16* const row = rows_ + kOf * Bf16::kDepth;
+    if constexpr (kAt % 3 == 0) {
+      _tile_stream_loadd(7, keys_ + (kColumn * kBlocks + kOf) * kBlock, 64);
+      _tile_loadd(6, row, kRowBytes);
+    } else if constexpr (kAt % 3 == 1) {
+      if constexpr (kOf == 0) _tile_zero(4);
+      _tile_dpbf16ps(4, 6, 7);
+      _tile_loadd(6, row + kTile * kWidth, kRowBytes);
+    } else {
+      if constexpr (kOf == 0) _tile_zero(5);
+      _tile_dpbf16ps(5, 6, 7);
+    }
+  }
+  template <int kColumn, int kHalf>
+  inline __attribute__((always_inline)) void store_products() {
+    float* const to = scores_ + kHalf * kTile * kKeys + kColumn * kTile;
+    if constexpr (kHalf == 0)
+      _tile_stored(4, to, kScoreBytes);
+    else
+      _tile_stored(5, to, kScoreBytes);
+  }
+  // Of 32 keys, and 32 channels in tile registers 0 to 3: [half of the rows][half of the channels].
+  template <int kAt>
+  inline __attribute__((always_inline)) void value_step() {
+    if constexpr (kAt == 0) {
+      if (left_ == n_ && !adds_) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      } else if (left_ == n_) {
+        _tile_loadd(0, to_, kOutBytes);
+        _tile_loadd(1, to_ + kTile, kOutBytes);
+        _tile_loadd(2, to_ + kTile * kWidth, kOutBytes);
+        _tile_loadd(3, to_ + kTile * kWidth + kTile, kOutBytes);
+      }
+      _tile_loadd(6, weight_, 64);
+      _tile_stream_loadd(7, value_, 64);
+    } else if constexpr (kAt == 1) {
+      _tile_dpbf16ps(0, 6, 7);
+      _tile_loadd(6, weight_ + kWeights / 2, 64);
+    } else if constexpr (kAt == 2) {
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_stream_loadd(7, value_ + kBlock, 64);
+    } else if constexpr (kAt == 3) {
+      _tile_dpbf16ps(3, 6, 7);
+      _tile_loadd(6, weight_, 64);
+    } else {
+      _tile_dpbf16ps(1, 6, 7);
+      weight_ += kWeights;
+      value_ += kKeys * kWidth;
+      if (--left_ > 0) return;
+      _tile_stored(0, to_, kOutBytes);
+      _tile_stored(1, to_ + kTile, kOutBytes);
+      _tile_stored(2, to_ + kTile * kWidth, kOutBytes);
+      _tile_stored(3, to_ + kTile * kWidth + kTile, kOutBytes);
+      to_ += 2 * kTile;
+      weight_ = weights_;
+      values_ += 2 * kBlock;
+      value_ = values_;
+      if (to_ < out_ + kWidth) left_ = n_;
+    }
+  }
+  template <int... kAt>
+  void value_steps(std::integer_sequence<int, kAt...>) {
+    (value_step<kAt>(), ...);
+  }
+
+  const bf16* rows_;
+  float* out_;
+  const bf16* keys_ = nullptr;
+  float* scores_ = nullptr;
+  // Of the values of n_ steps: the first one's, and the next one's of those left of this column.
+  const bf16 *weights_ = nullptr, *values_ = nullptr, *weight_ = nullptr, *value_ = nullptr;
+  float* to_ = nullptr;
+  int64_t n_ = 0, left_ = 0;
+  bool adds_ = false;
+};
+
 }  // namespace
 }  // namespace fastok::FASTOK_ISA
 
@@ -165,7 +301,9 @@ struct Bf16 {
 namespace fastok::FASTOK_ISA {
 namespace {
 
-struct Tiles {};
+struct Tiles {
+  static void stay_awake() {}
+};
 
 }  // namespace
 }  // namespace fastok::FASTOK_ISA

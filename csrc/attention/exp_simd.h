@@ -56,8 +56,20 @@ inline __attribute__((always_inline)) vf exp2_of(vf x) {
 #endif
 
 #if defined(__AVX512BF16__)
-// The same, faster, as long as a Flushing lives.
-inline __attribute__((always_inline)) vf flushed_exp2_of(vf x) { return _mm512_scalef_ps(exp2_of_rest(x), x); }
+// The same, faster, as long as a Flushing lives; NaN for infinity. 2**(x - n) of the nearest multiple n of 1/16 is a
+// short polynomial's, 2**(n's fraction) a table's: while tiles are in use (cpu/amx_simd.h), sums and permutations find
+// a free port, multiplications do not.
+inline __attribute__((always_inline)) vf flushed_exp2_of(vf x) {
+  alignas(64) static constexpr float kPowers[16] = {
+      1.000000000f, 1.044273734f, 1.090507746f, 1.138788581f, 1.189207077f, 1.241857767f, 1.296839595f, 1.354255557f,
+      1.414213538f, 1.476826191f, 1.542210817f, 1.610490322f, 1.681792855f, 1.756252170f, 1.834008098f, 1.915206552f};
+  constexpr float kShift = 0x1.8p19f, kSmallest = -150.0f;
+  const vf shifted = x + splat(kShift), n = shifted - splat(kShift);
+  const __mmask16 some = _mm512_cmp_ps_mask(x, splat(kSmallest), _CMP_NLT_UQ);  // also NaN
+  const vf rest = _mm512_maskz_sub_ps(some, x, n);                              // of -infinity there remains 0
+  const vf power = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), load(kPowers));
+  return _mm512_scalef_ps(fma(power * rest, fma(splat(2.402265868e-1f), rest, splat(6.931879471e-1f)), power), n);
+}
 
 // Flushes subnormal results to 0, as long as it lives.
 class Flushing {

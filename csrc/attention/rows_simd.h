@@ -60,17 +60,17 @@ class Fetching {
   Fetching(const Upcoming& upcoming, int64_t steps) : next_(upcoming.part), end_(upcoming.part + Upcoming::kParts) {
     int64_t lines = 0;
     for (const RowsAhead& part : upcoming.part) lines += (part.end - part.begin) * lines_of(part.rows);
-    at_a_time_ = steps > 0 ? (lines + steps - 1) / steps : 0;
+    rate_ = steps > 0 ? lines * kOne / steps + 1 : 0;
   }
-  inline __attribute__((always_inline)) void step() {
-    for (int64_t i = 0; i < at_a_time_; ++i) {
+  inline __attribute__((always_inline)) void step(int64_t steps = 1) {
+    for (due_ += steps * rate_; due_ >= kOne; due_ -= kOne) {
       if (line_ == lines_ && !next_row()) return;
       __builtin_prefetch(row_ + kLine * line_++, 0, 2);
     }
   }
 
  private:
-  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLine = 64, kOne = 1 << 16;
   static int64_t lines_of(const HeadRows& rows) { return (rows.width * rows.element_bytes + kLine - 1) / kLine; }
   bool next_row() {
     if (rows_left_ > 0) {
@@ -92,7 +92,8 @@ class Fetching {
 
   const RowsAhead *next_, *end_;
   const char* row_ = nullptr;
-  int64_t stride_ = 0, rows_left_ = 0, line_ = 0, lines_ = 0, at_a_time_;
+  int64_t stride_ = 0, rows_left_ = 0, line_ = 0, lines_ = 0;
+  int64_t rate_, due_ = 0;  // of lines, in parts of one
 };
 
 int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }

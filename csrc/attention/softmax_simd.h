@@ -56,6 +56,12 @@ inline __attribute__((always_inline)) vf peak_of(const float* x, int64_t n) {
   return maximum(peak[0], peak[1]);
 }
 
+inline bool has_nan(const float* x, int64_t n) {
+  vmask found = unordered(load(x));
+  for (int64_t j = kLanes; j < n; j += kLanes) found = either(found, unordered(load(x + j)));
+  return any(found);
+}
+
 // The largest number of each row.
 inline void peaks_of(const float* x, int64_t pitch, int64_t rows, int64_t n, float* out) {
   int64_t i = 0;
@@ -139,7 +145,9 @@ struct Seen {
 
   Seen(const AttentionHead& head, const RowList& rows, int64_t key_begin, int64_t key_end, int64_t step)
       : first(key_end), last(key_begin), all_first(key_begin), all_last(key_end) {
-    for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t next =
+        rows.index || rows.count < 2 ? 1 : rows.count - 1;  // of neighbours only the first and the last
+    for (int64_t i = 0; i < rows.count; i += next) {
       const int64_t from = head.first_key(rows.at(i)), to = head.last_key(rows.at(i));
       first = from < first ? from : first;
       last = to > last ? to : last;
@@ -153,18 +161,20 @@ struct Seen {
 };
 
 // The running softmax of a block's rows: all peaks first, so that no row waits for another one's. Where peaks are lazy
-// (Weights), the next keys are weighed by the peak that each row has, unless some weight becomes large.
+// (Weights), the next keys are weighed by the peak that each row has, as long as that is not far too low.
 template <int kRows>
 struct Running {
   static_assert(kRows % kLanes == 0);
-  static constexpr float kLargeSum = 1024;
-  float peak[kRows], here[kRows], shift[kRows], shrink[kRows];
-  float total[kRows][kLanes], sum[kRows][kLanes];  // sum: of the weights of a block of keys
-  bool settled = false;                            // whether each row has a peak
+  // By lane. A weight up to the first is as good as one below 1; one above the second has lost digits.
+  static constexpr float kLarge = 1024, kTooLarge = 0x1p32f;
+  float peak[kRows], here[kRows], shrink[kRows];
+  float shift[kRows], exponent[kRows];  // what the rows' weights are made with, exponent: of 2
+  float total[kRows][kLanes];
+  bool settled = false;  // whether each row has a peak
 
   Running() {
     for (int i = 0; i < kRows; ++i) peak[i] = here[i] = -kInfinity;
-    std::memset(total, 0, sizeof total);
+    for (int i = 0; i < kRows; ++i) store(total[i], splat(0.0f));
   }
   // From `here`, the peaks of another block of keys, still to be scaled. Returns whether any row's earlier weights must
   // shrink.
@@ -178,23 +188,23 @@ struct Running {
       const vf factor = exp2_of((before - by) * splat(kLog2E));
       shrinks |= any(either(greater(splat(1.0f), factor), unordered(factor)));
       store(shift + i, by);
+      store(exponent + i, by * splat(-kLog2E));
       store(shrink + i, factor);
       store(peak + i, after);
     }
     for (int64_t i = 0; i < rows; ++i) settled &= peak[i] > -kInfinity;
     return shrinks;
   }
-  void shrink_and_add_sums(int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i) store(total[i], fma(load(total[i]), splat(shrink[i]), load(sum[i])));
-  }
-  // Returns false, changing nothing, if one is large or NaN.
-  bool add_sums(int64_t rows) {
-    vmask large = greater(splat(0.0f), splat(0.0f));
-    for (int64_t i = 0; i < rows; ++i)
-      large = either(large, either(greater(load(sum[i]), splat(kLargeSum)), unordered(load(sum[i]))));
-    if (any(large)) return false;
-    for (int64_t i = 0; i < rows; ++i) store(total[i], load(total[i]) + load(sum[i]));
-    return true;
+  // The largest total of a lane; NaN does not count.
+  float largest(int64_t rows) const {
+    vf most[2] = {splat(0.0f), splat(0.0f)};
+    int64_t i = 0;
+    for (; i + 2 <= rows; i += 2) {
+      most[0] = maximum(load(total[i]), most[0]);
+      most[1] = maximum(load(total[i + 1]), most[1]);
+    }
+    if (i < rows) most[0] = maximum(load(total[i]), most[0]);
+    return horizontal_max(maximum(most[0], most[1]));
   }
   // The log-sum-exp of rows, and what their sums are to be multiplied by.
   void finish(float* lse, float* factor) const {

@@ -31,6 +31,7 @@ struct VectorTiles {
 #else
   static constexpr int kTileRows = 4;
 #endif
+  static constexpr bool kBackground = false;
   static constexpr int kStep = 2 * kLanes;  // keys, or channels of the values, of a tile
   static constexpr int kRows = 48, kRowsTogether = kRows, kKeys = 128;
   using Weight = typename Product::Weight;

@@ -27,6 +27,8 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
   ~Tiles() { _tile_release(); }
+  // Work that fills pauses: after some 400 ns without any, tiles take 250 ns to wake up. Changes tile 0.
+  static void stay_awake() { _tile_dpbf16ps(0, 1, 2); }
 };
 
 }  // namespace
