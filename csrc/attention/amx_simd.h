@@ -176,10 +176,12 @@ class Background {
   static constexpr int kWeights = 32 * kKeys;  // of one step: [row][key]
   static constexpr int kSteps = 2 * (3 * kBlocks + 2) + 5 * kBlocks;
 
-  Background(const void* rows, float* out) : rows_(static_cast<const bf16*>(rows)), out_(out) {}
+  explicit Background(float* out) : out_(out) {}
 
-  // Before a round: the keys whose products go to scores[32][kKeys], if any.
-  void next_keys(const bf16* keys, float* scores) { keys_ = keys, scores_ = scores; }
+  // Before a round that multiplies: the rows and keys whose products go to scores[32][kKeys].
+  void next_products(const void* rows, const void* keys, float* scores) {
+    rows_ = static_cast<const bf16*>(rows), keys_ = static_cast<const bf16*>(keys), scores_ = scores;
+  }
   // Sums up the values of `n` keys, in whole steps of Bf16, by weights[n / 32][row][32], and adds what is in `out`.
   void next_values(const bf16* weights, const bf16* values, int64_t n, bool adds) {
     weights_ = weight_ = weights, values_ = value_ = values, n_ = left_ = n / kKeys, to_ = out_;
@@ -282,9 +284,8 @@ class Background {
     (value_step<kAt>(), ...);
   }
 
-  const bf16* rows_;
   float* out_;
-  const bf16* keys_ = nullptr;
+  const bf16 *rows_ = nullptr, *keys_ = nullptr;
   float* scores_ = nullptr;
   // Of the values of n_ steps: the first one's, and the next one's of those left of this column.
   const bf16 *weights_ = nullptr, *values_ = nullptr, *weight_ = nullptr, *value_ = nullptr;

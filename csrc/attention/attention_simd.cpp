@@ -1,5 +1,7 @@
 // Flash attention and the scores of blocks of the attention matrix, over packed keys and values. One block of rows
 // meets one block of keys at a time: products, then the softmax on vectors, then the values.
+#include <utility>
+
 #include "attention/amx_simd.h"
 #include "attention/attention.h"
 #include "attention/bf16_simd.h"
@@ -56,34 +58,101 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
   }
 }
 
+// total += 2**(x * factor * log2(e) + exponent) of [32 rows][32 keys], over rows in ascending order.
+template <bool kMultiplies, class Weight, class Behind, int... kRow>
+void add_exponentials_in_background(Behind& behind, const float* x, float factor, const float* exponent, float* total,
+                                    std::integer_sequence<int, kRow...>) {
+  const typename Weights<Weight>::Mode mode;
+  Behind own = behind;  // in registers
+  const vf f = splat(factor * kLog2E);
+  vf sum[2] = {load(total), load(total + kLanes)};
+  const auto add = [&]<int kAt>(std::integral_constant<int, kAt>) __attribute__((always_inline)) {
+    const vf by = splat(exponent[kAt]);
+    sum[0] = sum[0] + Weights<Weight>::exp2(fma(load(x + kAt * Behind::kKeys), f, by));
+    sum[1] = sum[1] + Weights<Weight>::exp2(fma(load(x + kAt * Behind::kKeys + kLanes), f, by));
+    take_steps<kMultiplies, false, kAt>(own);
+  };
+  (add(std::integral_constant<int, kRow>()), ...);
+  store(total, sum[0]);
+  store(total + kLanes, sum[1]);
+}
+
+// Whose scores are summed up: rows with exponents, of the keys that are seen by some of them.
+template <class E>
+struct Summed {
+  const AttentionHead& head;
+  const void* keys;
+  int64_t key_begin, key_end;
+  const RowList& rows;
+  const Seen seen;
+  const Scratch<E> scratch;
+  float exponent[E::kRows];  // -inf for a row that sees nothing
+  float* total;
+
+  const void* keys_at(int64_t key) const {
+    return static_cast<const typename E::Weight*>(keys) + (key - key_begin) * E::padded(head.q.width);
+  }
+  // Of the keys [begin, end) and those up to the next step; behind the block's last key anything may be summed up.
+  void finish(int64_t begin, int64_t end, int64_t first_row, int64_t n_rows, float* x) const {
+    if (touches<E>(head) || !seen.by_all(begin, end) || (end < begin + E::kStep && end < key_end))
+      for (int64_t i = 0; i < n_rows; ++i)
+        finish_logits<E>(head, rows.at(first_row + i), begin, end, E::kStep, x + i * E::kStep);
+  }
+  void add() const {
+    for (int64_t begin = seen.first; begin < seen.last; begin += E::kStep) {
+      const int64_t end = begin + E::kStep < seen.last ? begin + E::kStep : seen.last;
+      E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, begin - key_begin, E::kStep, head.q.width,
+                  scratch.scores, E::kStep);
+      finish(begin, end, 0, rows.count, scratch.scores);
+      add_exponentials<typename E::Weight>(scratch.scores, E::kStep, rows.count, E::kStep, factor_left<E>(head),
+                                           exponent, total + (begin - key_begin));
+    }
+  }
+  // The same, 32 rows at a time, while tiles multiply the next ones.
+  template <class Behind>
+  void add_in_background() const {
+    using Weight = typename E::Weight;
+    constexpr int kRows = 32;
+    constexpr auto all = std::make_integer_sequence<int, kRows>();
+    const int64_t width = E::padded(head.q.width);
+    float* const scores[2] = {scratch.scores, scratch.scores + kRows * E::kStep};
+    int turn = 0;
+    Behind behind(nullptr);
+    E::multiply(scratch.rows, kRows, keys, seen.first - key_begin, E::kStep, head.q.width, scores[0], E::kStep);
+    for (int64_t begin = seen.first; begin < seen.last; begin += E::kStep) {
+      const int64_t end = begin + E::kStep < seen.last ? begin + E::kStep : seen.last;
+      for (int64_t row = 0; row < rows.count; row += kRows, turn = !turn) {
+        float* const to = total + (begin - key_begin);
+        const int64_t next_row = row + kRows < rows.count ? row + kRows : 0, next = next_row > 0 ? begin : end;
+        finish(begin, end, row, kRows, scores[turn]);
+        behind.next_products(static_cast<const Weight*>(scratch.rows) + next_row * width, keys_at(next), scores[!turn]);
+        next < seen.last ? add_exponentials_in_background<true, Weight>(behind, scores[turn], factor_left<E>(head),
+                                                                        exponent + row, to, all)
+                         : add_exponentials_in_background<false, Weight>(behind, scores[turn], factor_left<E>(head),
+                                                                         exponent + row, to, all);
+      }
+    }
+  }
+};
+
 template <class E>
 void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, int64_t key_end, const RowList& rows,
                 const float* lse, float* total, void* memory) {
   [[maybe_unused]] const Tiles tiles;
-  const Scratch<E> scratch(memory, head.q.width);
-  const Seen seen(head, rows, key_begin, key_end, E::kStep);
-  if (seen.first >= seen.last) return;
-  E::pack_rows(head, rows, scratch.rows);
-  // Rows that see anything.
-  float exponent[E::kRows];
-  int64_t row[E::kRows], n_rows = 0;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    row[n_rows] = i;
-    exponent[n_rows] = -kLog2E * lse[i];
-    n_rows += lse[i] != -kInfinity;
-  }
-  constexpr int64_t kPart = E::kStep;  // keys at a time: their logits are to be found in the first-level cache
-  for (int64_t begin = seen.first; begin < seen.last; begin += kPart) {
-    const int64_t end = begin + kPart < seen.last ? begin + kPart : seen.last, n = round_up(end - begin, E::kStep);
-    E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, begin - key_begin, n, head.q.width,
-                scratch.scores, kPart);
-    // Behind the block's last key anything may be summed up.
-    if (touches<E>(head) || !seen.by_all(begin, end) || (n > end - begin && end < key_end))
-      for (int64_t i = 0; i < n_rows; ++i)
-        finish_logits<E>(head, rows.at(row[i]), begin, end, n, scratch.scores + row[i] * kPart);
-    add_exponentials<typename E::Weight>(scratch.scores, kPart, row, n_rows, n, factor_left<E>(head), exponent,
-                                         total + (begin - key_begin));
-  }
+  Summed<E> summed = {head,
+                      keys,
+                      key_begin,
+                      key_end,
+                      rows,
+                      Seen(head, rows, key_begin, key_end, E::kStep),
+                      Scratch<E>(memory, head.q.width),
+                      {},
+                      total};
+  if (summed.seen.first >= summed.seen.last) return;
+  E::pack_rows(head, rows, summed.scratch.rows);
+  for (int64_t i = 0; i < rows.count; ++i) summed.exponent[i] = lse[i] != -kInfinity ? -kLog2E * lse[i] : -kInfinity;
+  const auto in_background = [&](auto type) { summed.template add_in_background<typename decltype(type)::Type>(); };
+  if (rows.count % 32 > 0 || !with_background<E>(E::padded(head.q.width), in_background)) summed.add();
 }
 
 // out[row][key] of rows q[row], kFewWidth apart, and keys that lie in memory as they are.

@@ -1,6 +1,5 @@
 // Rows that pass over the keys of one head: products, the softmax on vectors, and the values, block after block.
 #pragma once
-#include <optional>
 #include <utility>
 
 #include "attention/softmax_simd.h"
@@ -34,6 +33,41 @@ struct Scratch {
     out = reinterpret_cast<float*>(at);
   }
 };
+
+// Calls f(Of<Background of this padded width>), if there is one.
+template <class T>
+struct Of {
+  using Type = T;
+};
+template <class E, class F>
+bool with_background([[maybe_unused]] int64_t width, [[maybe_unused]] const F& f) {
+  if constexpr (E::kBackground) {
+    switch (width / E::kDepth) {
+      case 1:
+        return f(Of<typename E::template InBackground<1>>()), true;
+      case 2:
+        return f(Of<typename E::template InBackground<2>>()), true;
+      case 3:
+        return f(Of<typename E::template InBackground<3>>()), true;
+      case 4:
+        return f(Of<typename E::template InBackground<4>>()), true;
+      case 8:
+        return f(Of<typename E::template InBackground<8>>()), true;
+    }
+  }
+  return false;
+}
+
+// The background's steps that fall to the kRow-th of 32 rows.
+template <bool kMultiplies, bool kSums, int kFirst, class Behind, int... kAt>
+inline __attribute__((always_inline)) void take_steps(Behind& behind, std::integer_sequence<int, kAt...>) {
+  (behind.template step<kMultiplies, kSums, kFirst + kAt>(), ...);
+}
+template <bool kMultiplies, bool kSums, int kRow, class Behind>
+inline __attribute__((always_inline)) void take_steps(Behind& behind) {
+  constexpr int kFirst = kRow * Behind::kSteps / 32, kBehind = (kRow + 1) * Behind::kSteps / 32;
+  take_steps<kMultiplies, kSums, kFirst>(behind, std::make_integer_sequence<int, kBehind - kFirst>());
+}
 
 // Rows that pass over the keys together: what their softmax has come to.
 template <class E>
@@ -88,10 +122,11 @@ class Pass {
   // Many keys by the peaks that there are, at first those of a few. Returns false if these were far too low: what there
   // is then is of no use.
   bool over_keys_lazily() {
-    if (E::kBackground && rows_.count == E::kRowsTogether && E::padded(head_.q.width) == v_width_) {
-      const std::optional<bool> done = over_keys_by_width();
-      if (done) return *done;
-    }
+    bool done = false;
+    const auto in_background = [&](auto type) { done = over_keys_in_background<typename decltype(type)::Type>(); };
+    if (rows_.count == E::kRowsTogether && E::padded(head_.q.width) == v_width_ &&
+        with_background<E>(v_width_, in_background))
+      return done;
     clear_empty_out();
     const int64_t first = seen_.first, last = seen_.last, size = even_part(last - first, E::kWeightPitch, kFewKeys);
     for (int64_t begin = first, end; begin < last; begin = end) {
@@ -127,28 +162,11 @@ class Pass {
     shrink_out();
     return true;
   }
-  // The same with the tiles' work in the background, if there is an instance for this width of keys and values.
-  std::optional<bool> over_keys_by_width() {
-    if constexpr (E::kBackground) {
-      switch (v_width_ / E::kDepth) {
-        case 1:
-          return over_keys_in_background<typename E::template InBackground<1>>();
-        case 2:
-          return over_keys_in_background<typename E::template InBackground<2>>();
-        case 3:
-          return over_keys_in_background<typename E::template InBackground<3>>();
-        case 4:
-          return over_keys_in_background<typename E::template InBackground<4>>();
-        case 8:
-          return over_keys_in_background<typename E::template InBackground<8>>();
-      }
-    }
-    return std::nullopt;
-  }
+  // The same with the tiles' work in the background.
   template <class Behind>
   bool over_keys_in_background() {
     const int64_t last = seen_.last, size = even_part(last - seen_.first, Behind::kDepth, E::kStep);
-    Behind behind(scratch_.rows, scratch_.out);
+    Behind behind(scratch_.out);
     bool there = false;  // the products of the next rows and keys
     for (int64_t begin = seen_.first, end; begin < last; begin = end) {
       end = begin + size < last ? begin + size : last;
@@ -189,8 +207,8 @@ class Pass {
         for (int64_t i = 0; i < E::kRowsTogether; ++i)
           finish_logits<E>(head_, rows_.at(i), j, few_end, kKeys, x + i * kKeys);
       if (few_end < seen_.last) {
-        behind.next_keys(static_cast<const Weight*>(keys_) + (few_end - key_begin_) * v_width_,
-                         scratch_.scores + !turn_ * E::kRowsTogether * kKeys);
+        behind.next_products(scratch_.rows, static_cast<const Weight*>(keys_) + (few_end - key_begin_) * v_width_,
+                             scratch_.scores + !turn_ * E::kRowsTogether * kKeys);
         behind.sums() ? exponentiate_rows<true, true>(behind, x, kKeys, to)
                       : exponentiate_rows<true, false>(behind, x, kKeys, to);
       } else {
@@ -233,16 +251,10 @@ class Pass {
     }
     Weights<Weight>::keep(weights + kRow * Behind::kKeys, e[0], e[1]);
     store(running_.total[kRow], load(running_.total[kRow]) + (e[0] + e[1]));
-    constexpr int kRows = E::kRowsTogether, kSteps = Behind::kSteps, kFirst = kRow * kSteps / kRows;
-    steps<kMultiplies, kSums, kFirst>(behind, std::make_integer_sequence<int, (kRow + 1) * kSteps / kRows - kFirst>());
+    take_steps<kMultiplies, kSums, kRow>(behind);
     constexpr int kSeldom = 8;
     if constexpr (kRow % kSeldom == 0) fetching_.step(kSeldom * Behind::kKeys / kFewKeys);
   }
-  template <bool kMultiplies, bool kSums, int kFirst, class Behind, int... kAt>
-  static inline __attribute__((always_inline)) void steps(Behind& behind, std::integer_sequence<int, kAt...>) {
-    (behind.template step<kMultiplies, kSums, kFirst + kAt>(), ...);
-  }
-
   // How many of `n` keys to take at a time, in whole steps, when at most `most` are.
   static int64_t even_part(int64_t n, int64_t most, int64_t step) {
     const int64_t parts = n > 0 ? (n + most - 1) / most : 1;
