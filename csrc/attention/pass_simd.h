@@ -89,6 +89,7 @@ class Pass {
         scratch_(scratch) {}
 
   void over_keys() {
+    [[maybe_unused]] const typename Weights<Weight>::Mode mode;
     if constexpr (Weights<Weight>::kLazyPeaks) {
       if (over_keys_lazily()) return;
       running_ = {};
@@ -196,7 +197,6 @@ class Pass {
   // these are, and those of [begin, end) are the next. `raw`: the first logits are products only.
   template <class Behind>
   void weigh_in_background(Behind& behind, int64_t begin, int64_t end, bool raw) {
-    const typename Weights<Weight>::Mode mode;
     constexpr int kKeys = Behind::kKeys;
     Weight* const weights = scratch_.weights + part_ * E::kRowsTogether * Behind::kDepth;
     for (int64_t j = begin; j < end; j += kKeys, turn_ = !turn_, raw = true) {
@@ -288,13 +288,10 @@ class Pass {
     multiply(begin, end, pitch);
     peaks_of(x, pitch, rows_.count, n, running_.here);
     const bool shrinks = running_.advance(rows_.count, factor_);
-    {
-      [[maybe_unused]] const typename Weights<Weight>::Mode mode;
-      for (int64_t i = 0; i < rows_.count; ++i, fetching_.step()) {
-        Weight* const to = weights + i * E::kWeightPitch;
-        const vf sum = exponentials(x + i * pitch, n, factor_, running_.shift[i], to);
-        store(running_.total[i], fma(load(running_.total[i]), splat(running_.shrink[i]), sum));
-      }
+    for (int64_t i = 0; i < rows_.count; ++i, fetching_.step()) {
+      Weight* const to = weights + i * E::kWeightPitch;
+      const vf sum = exponentials(x + i * pitch, n, factor_, running_.shift[i], to);
+      store(running_.total[i], fma(load(running_.total[i]), splat(running_.shrink[i]), sum));
     }
     if (shrinks) shrink_out();
     add_values(weights, begin, end);
@@ -320,7 +317,6 @@ class Pass {
   // exp of kFewKeys scores of each row, added to the rows' totals.
   void exponentiate(Weight* weights) {
     constexpr int kVectors = kFewKeys / kLanes;
-    const typename Weights<Weight>::Mode mode;
     const vf factor = splat(factor_ * kLog2E);
     for (int64_t i = 0; i < rows_.count; ++i, fetching_.step()) {
       const float* const x = scratch_.scores + i * kFewKeys;
@@ -336,7 +332,6 @@ class Pass {
   }
   // exp of the scores of the last `n` keys, fewer than kFewKeys, and 0 behind them, up to the next step.
   void exponentiate_last(int64_t n, Weight* weights) {
-    const typename Weights<Weight>::Mode mode;
     const vf factor = splat(factor_ * kLog2E), zero = splat(0.0f);
     const vmask of_last = greater(splat(float((n - 1) % kLanes + 1)), load(kLaneNumbers));
     const auto weight = [&](const float* x, int64_t j, vf shift) {

@@ -30,7 +30,9 @@ void widen_row(const HeadRows& rows, Dtype dtype, int64_t row, float factor, flo
 template <class T>
 void write_row(const float* x, float factor, int64_t width, T* out) {
   int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) store(out + c, load(x + c) * splat(factor));
+  const auto part = [&](int64_t at) { return load(x + at) * splat(factor); };
+  for (; c + 2 * kLanes <= width; c += 2 * kLanes) store(out + c, part(c), part(c + kLanes));
+  for (; c + kLanes <= width; c += kLanes) store(out + c, part(c));
   for (; c < width; ++c) narrow(x[c] * factor, out[c]);
 }
 

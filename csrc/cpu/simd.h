@@ -36,8 +36,7 @@ inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
 inline void store(f16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-// Round to nearest even by hand: AVX512-BF16's own instruction flushes subnormals to zero.
-inline void store(bf16* p, vf x) {
+inline void store_by_hand(bf16* p, vf x) {
   const vi bits = _mm512_castps_si512(x);
   const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const vi rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -47,11 +46,24 @@ inline void store(bf16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
 }
 #if defined(__AVX512BF16__)
-// Two vectors by the machine's own rounding, which makes subnormal numbers 0.
+// Rounded to nearest even by the machine, which makes subnormal numbers 0: these by hand.
+inline bool any_subnormal(vf x) { return __builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) != 0, 0); }
+inline void store(bf16* p, vf x) {
+  if (any_subnormal(x)) return store_by_hand(p, x);
+  const __m256bh rounded = _mm512_cvtneps_pbh(x);
+  std::memcpy(p, &rounded, sizeof rounded);
+}
 inline void store_flushed(bf16* p, vf x, vf y) {
   const __m512bh rounded = _mm512_cvtne2ps_pbh(y, x);
   std::memcpy(p, &rounded, sizeof rounded);
 }
+inline void store(bf16* p, vf x, vf y) {
+  if (!any_subnormal(x) && !any_subnormal(y)) return store_flushed(p, x, y);
+  store_by_hand(p, x);
+  store_by_hand(p + kLanes, y);
+}
+#else
+inline void store(bf16* p, vf x) { store_by_hand(p, x); }
 #endif
 inline vf splat(float x) { return _mm512_set1_ps(x); }
 inline vi splat(int32_t x) { return _mm512_set1_epi32(x); }
@@ -366,6 +378,13 @@ inline float horizontal_max(vf x) {
   return best;
 }
 #endif
+
+// Two vectors of neighbouring elements.
+template <class T>
+inline void store(T* p, vf x, vf y) {
+  store(p, x);
+  store(p + kLanes, y);
+}
 
 // Copies whole cache lines past the caches, where `to` is aligned to them; finish_streaming() makes them visible to
 // other threads.
