@@ -225,7 +225,8 @@ class Pass {
   // exp of the scores of `n` keys of each row, added to the rows' totals. There are fewer than kKeys only where no keys
   // follow; the weights behind them are 0.
   template <bool kMultiplies, bool kSums, class Behind>
-  void exponentiate_rows(Behind& behind, const float* x, int64_t n, Weight* weights) {
+  inline __attribute__((always_inline)) void exponentiate_rows(Behind& behind, const float* x, int64_t n,
+                                                               Weight* weights) {
     Behind own = behind;  // in registers
     const auto all = std::make_integer_sequence<int, E::kRowsTogether>();
     exponentiate_rows<kMultiplies, kSums>(own, x, n, splat(factor_ * kLog2E), weights, all);
