@@ -171,9 +171,10 @@ struct Bf16 {
 template <int kBlocks>  // of 32 channels, in keys and in values
 class Background {
  public:
-  static constexpr int kKeys = Bf16::kStep;    // whose products a round of steps makes
-  static constexpr int kDepth = 4 * kKeys;     // keys whose values are summed up in 4 rounds or more
-  static constexpr int kWeights = 32 * kKeys;  // of one step: [row][key]
+  static constexpr int kRows = Bf16::kRowsTogether;
+  static constexpr int kKeys = Bf16::kStep;       // whose products a round of steps makes
+  static constexpr int kDepth = 4 * kKeys;        // keys whose values are summed up in 4 rounds or more
+  static constexpr int kWeights = kRows * kKeys;  // of one step: [row][key]
   static constexpr int kSteps = 2 * (3 * kBlocks + 2) + 5 * kBlocks;
 
   explicit Background(float* out) : out_(out) {}
@@ -210,7 +211,7 @@ class Background {
   static constexpr int kFirst = kKeySteps + kValueSteps * ((kBlocks + 1) / 2) + 2;  // steps of the first 16 keys
   static constexpr size_t kRowBytes = kWidth * sizeof(bf16), kOutBytes = kWidth * sizeof(float),
                           kScoreBytes = kKeys * sizeof(float);
-  static_assert(Bf16::kRowsTogether == 2 * kTile);
+  static_assert(kRows == 2 * kTile);
 
   // Of 16 keys, tile registers 4 and 5: one for either half of the rows.
   template <int kColumn, int kAt>

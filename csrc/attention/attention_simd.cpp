@@ -1,5 +1,4 @@
-// Flash attention and the scores of blocks of the attention matrix, over packed keys and values. One block of rows
-// meets one block of keys at a time: products, then the softmax on vectors, then the values.
+// Flash attention and the scores of blocks of the attention matrix, over packed keys and values.
 #include <utility>
 
 #include "attention/amx_simd.h"
@@ -58,7 +57,7 @@ void scores(const AttentionHead& head, const void* keys, int64_t key_begin, int6
   }
 }
 
-// total += 2**(x * factor * log2(e) + exponent) of [32 rows][32 keys], over rows in ascending order.
+// As add_exponentials, of [Behind::kRows][Behind::kKeys].
 template <bool kMultiplies, class Weight, class Behind, int... kRow>
 void add_exponentials_in_background(Behind& behind, const float* x, float factor, const float* exponent, float* total,
                                     std::integer_sequence<int, kRow...>) {
@@ -99,20 +98,21 @@ struct Summed {
         finish_logits<E>(head, rows.at(first_row + i), begin, end, E::kStep, x + i * E::kStep);
   }
   void add() const {
+    static_assert(E::kStep == 2 * kLanes);
     for (int64_t begin = seen.first; begin < seen.last; begin += E::kStep) {
       const int64_t end = begin + E::kStep < seen.last ? begin + E::kStep : seen.last;
       E::multiply(scratch.rows, round_up(rows.count, E::kTileRows), keys, begin - key_begin, E::kStep, head.q.width,
                   scratch.scores, E::kStep);
       finish(begin, end, 0, rows.count, scratch.scores);
-      add_exponentials<typename E::Weight>(scratch.scores, E::kStep, rows.count, E::kStep, factor_left<E>(head),
-                                           exponent, total + (begin - key_begin));
+      add_exponentials<typename E::Weight>(scratch.scores, rows.count, factor_left<E>(head), exponent,
+                                           total + (begin - key_begin));
     }
   }
-  // The same, 32 rows at a time, while tiles multiply the next ones.
+  // The same, a few rows at a time, while tiles multiply the next ones.
   template <class Behind>
   void add_in_background() const {
     using Weight = typename E::Weight;
-    constexpr int kRows = 32;
+    constexpr int kRows = Behind::kRows;
     constexpr auto all = std::make_integer_sequence<int, kRows>();
     const int64_t width = E::padded(head.q.width);
     float* const scores[2] = {scratch.scores, scratch.scores + kRows * E::kStep};
@@ -152,7 +152,7 @@ void sum_scores(const AttentionHead& head, const void* keys, int64_t key_begin, 
   E::pack_rows(head, rows, summed.scratch.rows);
   for (int64_t i = 0; i < rows.count; ++i) summed.exponent[i] = lse[i] != -kInfinity ? -kLog2E * lse[i] : -kInfinity;
   const auto in_background = [&](auto type) { summed.template add_in_background<typename decltype(type)::Type>(); };
-  if (rows.count % 32 > 0 || !with_background<E>(E::padded(head.q.width), in_background)) summed.add();
+  if (rows.count % E::kRowsTogether > 0 || !with_background<E>(E::padded(head.q.width), in_background)) summed.add();
 }
 
 // out[row][key] of rows q[row], kFewWidth apart, and keys that lie in memory as they are.

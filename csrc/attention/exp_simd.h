@@ -56,9 +56,9 @@ inline __attribute__((always_inline)) vf exp2_of(vf x) {
 #endif
 
 #if defined(__AVX512BF16__)
-// The same, faster, as long as a Flushing lives; NaN for infinity. 2**(x - n) of the nearest multiple n of 1/16 is a
-// short polynomial's, 2**(n's fraction) a table's: while tiles are in use (cpu/amx_simd.h), sums and permutations find
-// a free port, multiplications do not.
+// The same to 6e-7, faster, as long as a Flushing lives; NaN for infinity. 2**(x - n) of the nearest multiple n of 1/16
+// is a short polynomial's, 2**(n's fraction) a table's: while tiles are in use, sums and permutations find a free port,
+// multiplications do not (docs/attention-on-tiles.md).
 inline __attribute__((always_inline)) vf flushed_exp2_of(vf x) {
   alignas(64) static constexpr float kPowers[16] = {
       1.000000000f, 1.044273734f, 1.090507746f, 1.138788581f, 1.189207077f, 1.241857767f, 1.296839595f, 1.354255557f,

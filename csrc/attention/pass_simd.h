@@ -12,7 +12,7 @@ struct Scratch {
   static constexpr int kFewKeys = 64;
   void* rows;
   float* scores;                // [kRows][kKeys], or [kRowsTogether][kFewKeys] and
-  typename E::Weight* weights;  // [kRowsTogether][kWeightPitch]
+  typename E::Weight* weights;  // [kRowsTogether][kWeightPitch]; with a Background both are halves, taken in turn
   float* out;                   // [kRowsTogether][padded value width]
   static size_t part(size_t bytes) { return (bytes + 63) / 64 * 64; }
   static constexpr size_t kFewBytes = size_t(E::kRowsTogether * kFewKeys) * sizeof(float);
@@ -58,14 +58,15 @@ bool with_background([[maybe_unused]] int64_t width, [[maybe_unused]] const F& f
   return false;
 }
 
-// The background's steps that fall to the kRow-th of 32 rows.
+// The background's steps that fall to the kRow-th row of a round.
 template <bool kMultiplies, bool kSums, int kFirst, class Behind, int... kAt>
 inline __attribute__((always_inline)) void take_steps(Behind& behind, std::integer_sequence<int, kAt...>) {
   (behind.template step<kMultiplies, kSums, kFirst + kAt>(), ...);
 }
 template <bool kMultiplies, bool kSums, int kRow, class Behind>
 inline __attribute__((always_inline)) void take_steps(Behind& behind) {
-  constexpr int kFirst = kRow * Behind::kSteps / 32, kBehind = (kRow + 1) * Behind::kSteps / 32;
+  constexpr int kRows = Behind::kRows, kFirst = kRow * Behind::kSteps / kRows;
+  constexpr int kBehind = (kRow + 1) * Behind::kSteps / kRows;
   take_steps<kMultiplies, kSums, kFirst>(behind, std::make_integer_sequence<int, kBehind - kFirst>());
 }
 
@@ -166,6 +167,7 @@ class Pass {
   // The same with the tiles' work in the background.
   template <class Behind>
   bool over_keys_in_background() {
+    static_assert(2 * Behind::kKeys <= kFewKeys && 2 * Behind::kDepth <= E::kWeightPitch);
     const int64_t last = seen_.last, size = even_part(last - seen_.first, Behind::kDepth, E::kStep);
     Behind behind(scratch_.out);
     bool there = false;  // the products of the next rows and keys

@@ -117,23 +117,20 @@ inline __attribute__((always_inline)) vf exponentials(const float* x, int64_t n,
   return sum[0] + sum[1];
 }
 
-// total += 2**(x * factor * log2(e) + exponent) of an even number of vectors, over rows in ascending order.
+// total += 2**(x * factor * log2(e) + exponent) of rows of two vectors, in ascending order.
 template <class Weight>
-inline __attribute__((always_inline)) void add_exponentials(const float* x, int64_t pitch, int64_t n_rows, int64_t n,
-                                                            float factor, const float* exponent, float* total) {
+inline __attribute__((always_inline)) void add_exponentials(const float* x, int64_t n_rows, float factor,
+                                                            const float* exponent, float* total) {
   [[maybe_unused]] const typename Weights<Weight>::Mode mode;
   const vf f = splat(factor * kLog2E);
-  for (int64_t j = 0; j < n; j += 2 * kLanes) {
-    vf sum[2] = {load(total + j), load(total + j + kLanes)};
-    for (int64_t i = 0; i < n_rows; ++i) {
-      const float* const at = x + i * pitch + j;
-      const vf s = splat(exponent[i]);
-      sum[0] = sum[0] + Weights<Weight>::exp2(fma(load(at), f, s));
-      sum[1] = sum[1] + Weights<Weight>::exp2(fma(load(at + kLanes), f, s));
-    }
-    store(total + j, sum[0]);
-    store(total + j + kLanes, sum[1]);
+  vf sum[2] = {load(total), load(total + kLanes)};
+  for (int64_t i = 0; i < n_rows; ++i, x += 2 * kLanes) {
+    const vf s = splat(exponent[i]);
+    sum[0] = sum[0] + Weights<Weight>::exp2(fma(load(x), f, s));
+    sum[1] = sum[1] + Weights<Weight>::exp2(fma(load(x + kLanes), f, s));
   }
+  store(total, sum[0]);
+  store(total + kLanes, sum[1]);
 }
 
 // The keys of [key_begin, key_end) that some of the rows sees, and those that all see.

@@ -36,6 +36,7 @@ inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
 inline void store(f16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// Rounded to nearest even.
 inline void store_by_hand(bf16* p, vf x) {
   const vi bits = _mm512_castps_si512(x);
   const vi odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -46,7 +47,7 @@ inline void store_by_hand(bf16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
 }
 #if defined(__AVX512BF16__)
-// Rounded to nearest even by the machine, which makes subnormal numbers 0: these by hand.
+// The same by the machine, which makes subnormal numbers 0: these by hand.
 inline bool any_subnormal(vf x) { return __builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) != 0, 0); }
 inline void store(bf16* p, vf x) {
   if (any_subnormal(x)) return store_by_hand(p, x);
