@@ -1,40 +1,18 @@
 // The two products of a block of rows with a block of keys on vectors, for the engines of attention that use no tiles.
 #pragma once
 #include "attention/rows_simd.h"
+#include "cpu/tile_simd.h"
 #include "cpu/transpose_simd.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
 
-// Operands are words, of one fp32 number or of two bf16 numbers that are neighbours along the sum; a product adds to
-// `sum` what a row's word makes with a vector of words.
-struct Fma {
-  using Weight = float;  // of a value
-  static vf add_product(float row, vf words, vf sum) { return fma(splat(row), words, sum); }
-};
-#if defined(__AVX512BF16__)
-struct Dot {
-  using Weight = bf16;
-  static vf add_product(float row, vf words, vf sum) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(splat(row)), reinterpret_cast<__m512bh>(words));
-  }
-};
-#endif
-
 template <class Product>
 struct VectorTiles {
-  // A register tile of kTileRows x (2 vectors): accumulators, two columns and one broadcast fill the register file.
-#if defined(__AVX512F__)
-  static constexpr int kTileRows = 12;
-#elif defined(__AVX2__)
-  static constexpr int kTileRows = 6;
-#else
-  static constexpr int kTileRows = 4;
-#endif
+  static constexpr int kTileRows = FASTOK_ISA::kRows, kStep = FASTOK_ISA::kCols;  // of keys, or channels of the values
   static constexpr bool kBackground = false;
-  static constexpr int kStep = 2 * kLanes;  // keys, or channels of the values, of a tile
   static constexpr int kRows = 48, kRowsTogether = kRows, kKeys = 128;
-  using Weight = typename Product::Weight;
+  using Weight = typename Product::Element;  // of a value
   static constexpr int kPair = sizeof(float) / sizeof(Weight), kWeightPitch = kPair * kKeys;
   static_assert(kRows % kTileRows == 0 && kKeys % kStep == 0);
 
@@ -52,26 +30,9 @@ struct VectorTiles {
     const int64_t words = width / kPair;
     for (int64_t i = 0; i < n_rows; i += kTileRows)
       for (int64_t j = 0; j < n_keys; j += kStep)
-        multiply_tile(static_cast<const float*>(rows) + i * words, static_cast<const float*>(keys) + (key + j) * words,
-                      words, out + i * pitch + j, pitch);
-  }
-  static void multiply_tile(const float* a, const float* b, int64_t words, float* out, int64_t pitch) {
-    vf acc[kTileRows][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) acc[i][0] = acc[i][1] = splat(0.0f);
-    for (int64_t d = 0; d < words; ++d) {
-      const vf b0 = load(b + d * kStep), b1 = load(b + d * kStep + kLanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTileRows; ++i) {
-        acc[i][0] = Product::add_product(a[d * kTileRows + i], b0, acc[i][0]);
-        acc[i][1] = Product::add_product(a[d * kTileRows + i], b1, acc[i][1]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      store(out + i * pitch, acc[i][0]);
-      store(out + i * pitch + kLanes, acc[i][1]);
-    }
+        multiply_panels<Product>(static_cast<const float*>(rows) + i * words,
+                                 static_cast<const float*>(keys) + (key + j) * words, words, out + i * pitch + j,
+                                 pitch);
   }
 
   // out[row][channel] += weight[row][key] * values[key from `key` on][channel], whose words are [keys][padded width].
@@ -94,8 +55,8 @@ struct VectorTiles {
       const vf v0 = load(v + j * width), v1 = load(v + j * width + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kTileRows; ++i) {
-        acc[i][0] = Product::add_product(weight[i * kKeys + j], v0, acc[i][0]);
-        acc[i][1] = Product::add_product(weight[i * kKeys + j], v1, acc[i][1]);
+        acc[i][0] = Product::add_product(splat(weight[i * kKeys + j]), v0, acc[i][0]);
+        acc[i][1] = Product::add_product(splat(weight[i * kKeys + j]), v1, acc[i][1]);
       }
     }
 #pragma GCC unroll 16

@@ -63,6 +63,15 @@ std::atomic<int> chosen{-1};
 
 }  // namespace
 
+bool reads_one_stream() {
+#if defined(__x86_64__)
+  static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+  return amd;
+#else
+  return false;
+#endif
+}
+
 bool has_isa(Isa isa) { return isa <= best_isa(); }
 
 Isa active_isa() {

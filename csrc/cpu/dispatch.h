@@ -16,6 +16,9 @@ FASTOK_EXPORT Isa active_isa();
 // Returns false, changing nothing, where this machine lacks `isa`.
 FASTOK_EXPORT bool set_isa(Isa isa);
 FASTOK_EXPORT bool has_isa(Isa isa);
+// Whether memory is read fastest in one stream that passes by the outer caches, as on AMD's cores; on others in several
+// streams far apart.
+FASTOK_EXPORT bool reads_one_stream();
 
 #if defined(__x86_64__)
 #define FASTOK_DECLARE_KERNELS(Table, name) \

@@ -1,5 +1,5 @@
-// Matrix products of packed panels, one register tile at a time: fp32 vectors, and bf16 tiles where the machine has
-// AMX. See cpu/dispatch.h for the rule about linkage.
+// Matrix products of packed panels, one register tile at a time: fp32, and bf16 by AMX tiles or dot products of vectors
+// where the machine has them. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "cpu/amx_simd.h"
 #include "cpu/transpose_simd.h"
@@ -17,46 +17,71 @@ constexpr int kRows = 4;
 #endif
 constexpr int kCols = 2 * kLanes;
 
-// Adds `depth` products, or squared differences, to the sums of a kRows x kCols tile; `a` is [depth][kRows] and `b`
-// [depth][kCols].
-template <bool kSquares>
-inline __attribute__((always_inline)) void accumulate(const float* a, const float* b, int64_t depth,
+// Operands are words, of one fp32 number or of two bf16 numbers that are neighbours along the sum. Each of these adds
+// to `sum` what a row's word makes with a vector of words.
+struct Fma {
+  using Element = float;
+  static vf add_product(vf row, vf words, vf sum) { return fma(row, words, sum); }
+};
+struct SquaredDifference {
+  using Element = float;
+  static vf add_product(vf row, vf words, vf sum) { return fma(row - words, row - words, sum); }
+};
+#if defined(__AVX512BF16__)
+struct Dot {
+  using Element = bf16;
+  static vf add_product(vf row, vf words, vf sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(words));
+  }
+};
+#endif
+
+// Adds `words` products to the sums of a kRows x kCols tile; `a` is [words][kRows] and `b` [words][kCols].
+template <class Product>
+inline __attribute__((always_inline)) void accumulate(const float* a, const float* b, int64_t words,
                                                       vf (&acc)[kRows][2]) {
-  for (int64_t d = 0; d < depth; ++d) {
+  for (int64_t d = 0; d < words; ++d) {
     const vf b0 = load(b + d * kCols), b1 = load(b + d * kCols + kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const vf ai = splat(a[d * kRows + i]);
-      if constexpr (kSquares) {
-        const vf d0 = ai - b0, d1 = ai - b1;
-        acc[i][0] = fma(d0, d0, acc[i][0]);
-        acc[i][1] = fma(d1, d1, acc[i][1]);
-      } else {
-        acc[i][0] = fma(ai, b0, acc[i][0]);
-        acc[i][1] = fma(ai, b1, acc[i][1]);
-      }
+      acc[i][0] = Product::add_product(ai, b0, acc[i][0]);
+      acc[i][1] = Product::add_product(ai, b1, acc[i][1]);
     }
   }
 }
 
 // All sums of a tile; `consume(i, s0, s1)` gets each row's two vectors.
-template <bool kSquares, class Consume>
-inline __attribute__((always_inline)) void multiply_panels(const float* a, const float* b, int64_t width,
+template <class Product, class Consume>
+inline __attribute__((always_inline)) void multiply_panels(const float* a, const float* b, int64_t words,
                                                            const Consume& consume) {
   vf acc[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) acc[i][0] = acc[i][1] = splat(0.0f);
-  accumulate<kSquares>(a, b, width, acc);
+  accumulate<Product>(a, b, words, acc);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) consume(i, acc[i][0], acc[i][1]);
 }
+template <class Product>
+inline void multiply_panels(const float* a, const float* b, int64_t words, float* out, int64_t pitch) {
+  multiply_panels<Product>(a, b, words, [&](int i, vf s0, vf s1) {
+    store(out + i * pitch, s0);
+    store(out + i * pitch + kLanes, s1);
+  });
+}
+
+#if defined(__AVX512BF16__)
+
+// ---- panels of bf16 numbers, whose products are exact and whose sums are fp32 ---------------------------------------
+
+constexpr int kDepth = 32;  // channels of a block, the last of which is filled up with zeros
+
+inline int64_t blocks(int64_t width) { return (width + kDepth - 1) / kDepth; }
 
 #if defined(FASTOK_AMX)
 
 // A panel is two tiles of 16 rows or columns, each [depth/32] blocks of 1 KiB.
-constexpr int kTile = 16, kDepth = 32, kBlock = kTile * kDepth, kTilePanel = 2 * kTile;
-
-inline int64_t blocks(int64_t width) { return (width + kDepth - 1) / kDepth; }
+constexpr int kTile = 16, kBlock = kTile * kDepth, kTilePanel = 2 * kTile;
 
 // Rows lie in a block as [16][32]; columns as [16 pairs of depth][16][2], the layout that the tile product wants.
 template <bool kColumns>
@@ -145,6 +170,44 @@ inline void multiply_split(const bf16* a, const bf16* a_rest, const bf16* b, con
   store_tiles(out, pitch);
 }
 
+struct Bf16Panels {
+  static constexpr int kRows = kTilePanel, kCols = kTilePanel;
+
+  static size_t bytes(int64_t width, int panel) { return size_t(blocks(width) * kDepth * panel) * sizeof(bf16); }
+  // A block of row or column i.
+  template <bool kColumns>
+  static void place(const bf16 (&depth)[kDepth], int i, int64_t block, int64_t n_blocks, bf16* panel) {
+    place_depth<kColumns>(depth, i % kTile, panel + (i / kTile * n_blocks + block) * kBlock);
+  }
+  // Called by a thread before and after it multiplies.
+  static void begin() { configure_tiles(); }
+  static void end() { _tile_release(); }
+  static void multiply(const void* a, const void* b, int64_t n_blocks, float* out, int64_t pitch) {
+    multiply_panels(static_cast<const bf16*>(a), static_cast<const bf16*>(b), n_blocks, out, pitch);
+  }
+};
+
+#else
+
+// A panel is [pairs of channels][rows or columns].
+struct Bf16Panels {
+  static constexpr int kRows = FASTOK_ISA::kRows, kCols = FASTOK_ISA::kCols;
+
+  static size_t bytes(int64_t width, int panel) { return size_t(blocks(width) * kDepth * panel) * sizeof(bf16); }
+  template <bool kColumns>
+  static void place(const bf16 (&depth)[kDepth], int i, int64_t block, int64_t, bf16* panel) {
+    constexpr int kPanel = kColumns ? kCols : kRows;
+    for (int pair = 0; pair < kDepth / 2; ++pair)
+      std::memcpy(panel + ((block * kDepth / 2 + pair) * kPanel + i) * 2, depth + 2 * pair, 2 * sizeof(bf16));
+  }
+  static void begin() {}
+  static void end() {}
+  static void multiply(const void* a, const void* b, int64_t n_blocks, float* out, int64_t pitch) {
+    multiply_panels<Dot>(static_cast<const float*>(a), static_cast<const float*>(b), n_blocks * kDepth / 2, out, pitch);
+  }
+};
+
+#endif
 #endif
 
 }  // namespace

@@ -27,8 +27,8 @@ struct DecodeState {
   float *peak, *total;
 };
 
-// Rows that follow each other lie far apart, in so many stretches of memory: several at a time are read faster.
-inline constexpr int64_t kStretches = 4;
+// Rows that follow each other lie far apart, in so many stretches of memory, where several are read faster than one.
+inline constexpr int64_t kMostStretches = 4;
 
 // Keys and values that lie in memory as they are: rows of the first KV head, in the order of reading, which is
 // kDecodeBlock keys, their values, the next keys. kRowsAhead further ones may be fetched.
@@ -37,8 +37,9 @@ struct DenseKeys {
   const void* const* row;
   const int32_t* place;  // of each key
   int64_t count, width, v_width;
+  int64_t stretches;  // 1 or kMostStretches
 };
-inline constexpr int64_t kRowsAhead = kDecodeBlock + kStretches;
+inline constexpr int64_t kRowsAhead = kDecodeBlock + kMostStretches;
 // Query rows of a KV head, whose keys and values lie so many elements behind the first head's.
 struct DenseHead {
   DecodeRows rows;

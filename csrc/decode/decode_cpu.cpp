@@ -226,19 +226,19 @@ int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 // come to their next pages together, and wait for all of them.
 constexpr int64_t kSkew = 21;
 
-// Places that take part, as rows in memory in the order of reading: from kStretches places far apart, then from those
-// behind them.
+// Places that take part, as rows in memory in the order of reading: in one stretch, or from places far apart, then from
+// those behind them.
 struct RowPointers {
   std::unique_ptr<const void*[]> row;
   std::unique_ptr<int32_t[]> place;
-  int64_t count;
+  int64_t count, stretches = reads_one_stream() ? 1 : kMostStretches;
 
   // place_of(i), i < n, and at(place, key, value), which finds its rows.
   template <class PlaceOf, class At>
   RowPointers(int64_t n, const PlaceOf& place_of, const At& at) : count(std::max<int64_t>(n, 0)) {
     place = std::make_unique_for_overwrite<int32_t[]>(size_t(count));
     row = std::make_unique_for_overwrite<const void*[]>(size_t(2 * count + kRowsAhead));
-    const int64_t stretch = (count + kStretches - 1) / kStretches + kSkew;
+    const int64_t stretch = (count + stretches - 1) / stretches + kSkew;
     int32_t* next = place.get();
     for (int64_t i = 0; i < stretch; ++i)
       for (int64_t j = i; j < count; j += stretch) *next++ = place_of(j);
@@ -250,7 +250,7 @@ struct RowPointers {
     if (count > 0) std::fill_n(row.get() + 2 * count, kRowsAhead, row[size_t(2 * count - 1)]);
   }
   DenseKeys keys(const DecodeCall& call) const {
-    return {call.dtype, row.get(), place.get(), count, call.width, call.v_width};
+    return {call.dtype, row.get(), place.get(), count, call.width, call.v_width, stretches};
   }
 };
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kKeysAtOnce = 8, kValuesAtOnce = 16;
 // How many rows further is fetched: of one or two heads, or of more.
 constexpr int64_t kFarRowsOfFew = 64, kFarRows = 16;
-static_assert(kFarRowsOfFew + kStretches <= kRowsAhead && kFarRows + kStretches <= kRowsAhead);
+static_assert(kFarRowsOfFew + kMostStretches <= kRowsAhead && kFarRows + kMostStretches <= kRowsAhead);
 
 template <class T>
 void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void* memory) {
@@ -23,7 +23,7 @@ void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void*
   // From row `i` on, of all heads.
   const auto ahead = [&](int64_t i, int64_t DenseHead::* at, int64_t width) {
     const int64_t element = int64_t(sizeof(T)), stride = n_heads > 1 ? heads[1].*at - heads[0].*at : 0;
-    return Ahead(keys.row + i + far, n_heads, stride * element, width * element);
+    return Ahead(keys.row + i + far, keys.stretches, n_heads, stride * element, width * element);
   };
   // A head alone: the fewer times, the better for many rows.
   const int64_t values_at_once = n_heads > 1 ? kValuesAtOnce : kDecodeBlock;

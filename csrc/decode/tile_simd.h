@@ -7,13 +7,14 @@
 namespace fastok::FASTOK_ISA {
 namespace {
 
-// Rows that are read later, fetched into the second-level cache while others are worked on: of each row what `heads`
-// want, `bytes` each. As many lines at a time as are read, for more would stall, and in the order of reading: of
-// kStretches rows what the first head wants, then what the next one does.
+// Rows that are read later, fetched into the second-level cache while others are worked on, or, of one stretch, into
+// the first-level cache alone: of each row what `heads` want, `bytes` each. As many lines at a time as are read, for
+// more would stall, and in the order of reading: of as many rows as there are stretches what the first head wants, then
+// what the next one does.
 class Ahead {
  public:
-  Ahead(const void* const* row, int64_t heads, int64_t head_stride, int64_t bytes)
-      : row_(row), heads_(heads), head_stride_(head_stride), bytes_(bytes) {
+  Ahead(const void* const* row, int64_t stretches, int64_t heads, int64_t head_stride, int64_t bytes)
+      : row_(row), stretches_(stretches), heads_(heads), head_stride_(head_stride), bytes_(bytes) {
     begin();
   }
   // A call would cost the caller all its vector registers.
@@ -22,7 +23,10 @@ class Ahead {
     const bool all = end_ - line_ >= kLines * 64;
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLines; ++i) {
-      __builtin_prefetch(line_, 0, 2);
+      if (stretches_ == 1)
+        __builtin_prefetch(line_, 0, 0);
+      else
+        __builtin_prefetch(line_, 0, 2);
       line_ += 64;
       if (!all && line_ >= end_) next();
     }
@@ -35,16 +39,16 @@ class Ahead {
     end_ = line_ + bytes_;
   }
   inline __attribute__((always_inline)) void next() {
-    if (++of_stretches_ == kStretches) {
+    if (++of_stretches_ == stretches_) {
       of_stretches_ = 0;
-      if (++head_ == heads_) head_ = 0, row_ += kStretches;
+      if (++head_ == heads_) head_ = 0, row_ += stretches_;
     }
     begin();
   }
 
   const char *line_, *end_;
   const void* const* row_;
-  int64_t heads_, head_stride_, bytes_, of_stretches_ = 0, head_ = 0;
+  int64_t stretches_, heads_, head_stride_, bytes_, of_stretches_ = 0, head_ = 0;
 };
 struct NothingAhead {
   template <int64_t>

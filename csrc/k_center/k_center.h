@@ -74,7 +74,7 @@ struct ScreenEngine {
 
 struct CenterKernels {
   ScreenEngine fp32;
-  const ScreenEngine* bf16;  // nullptr without tile instructions
+  const ScreenEngine* bf16;  // nullptr without instructions for it
 
   void (*measure)(const TokenRows&, int64_t begin, int64_t end, TokenScale*);
   // A token as fp64 for the functions below: its integers, or with scale 0 as it is.

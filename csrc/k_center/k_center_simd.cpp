@@ -68,29 +68,22 @@ float pack_cols(const TokenRows& rows, const TokenScale* scales, int64_t first, 
 }
 
 void multiply(const void* row_panel, const void* col_panel, int64_t width, float* out, int64_t pitch) {
-  multiply_panels<false>(static_cast<const float*>(row_panel), static_cast<const float*>(col_panel), width,
-                         [&](int i, vf s0, vf s1) {
-                           store(out + i * pitch, s0);
-                           store(out + i * pitch + kLanes, s1);
-                         });
+  multiply_panels<Fma>(static_cast<const float*>(row_panel), static_cast<const float*>(col_panel), width, out, pitch);
 }
 
 void nothing() {}
 
-// ---- approximate products: bf16 tiles -------------------------------------------------------------------------------
-#if defined(FASTOK_AMX)
-
-size_t tile_panel_bytes(int64_t width) { return size_t(blocks(width)) * 2 * kBlock * sizeof(bf16); }
+// ---- approximate products: bf16 -------------------------------------------------------------------------------------
+#if defined(__AVX512BF16__)
 
 // x * scale rounded to bf16. Returns the norm of the difference to the token's integers, relative to their norm.
 template <bool kColumns>
-float pack_tile_token(const TokenRows& rows, const TokenScale* scales, int64_t token, int place, bf16* panel) {
+float pack_bf16_token(const TokenRows& rows, const TokenScale* scales, int64_t token, int place, bf16* panel) {
   const int64_t n_blocks = blocks(rows.width);
-  bf16* const tiles = panel + place / kTile * n_blocks * kBlock;
   if (token < 0 || !scales[token].finite) {
     const bf16 zeros[kDepth] = {};
     for (int64_t block = 0; block < n_blocks; ++block)
-      place_depth<kColumns>(zeros, place % kTile, tiles + block * kBlock);
+      Bf16Panels::place<kColumns>(zeros, place, block, n_blocks, panel);
     return 0;
   }
   vf lost = splat(0.0f);
@@ -103,41 +96,42 @@ float pack_tile_token(const TokenRows& rows, const TokenScale* scales, int64_t t
         const vf difference = to_integers(q) - load(depth + i * kLanes);
         lost = fma(difference, difference, lost);
       }
-      place_depth<kColumns>(depth, place % kTile, tiles + d / kDepth * kBlock);
+      Bf16Panels::place<kColumns>(depth, place, d / kDepth, n_blocks, panel);
     });
   });
   return __builtin_sqrtf(horizontal_sum(lost)) * 1.0001f / float(scales[token].norm);
 }
 
-float pack_tile_rows(const TokenRows& rows, const TokenScale* scales, const int32_t* listed, int64_t count,
+float pack_bf16_rows(const TokenRows& rows, const TokenScale* scales, const int32_t* listed, int64_t count,
                      int64_t first, void* out) {
   float worst = 0;
-  for (int i = 0; i < kTilePanel; ++i) {
+  for (int i = 0; i < Bf16Panels::kRows; ++i) {
     const int64_t token = first + i >= count ? -1 : listed ? listed[first + i] : first + i;
-    const float error = pack_tile_token<false>(rows, scales, token, i, static_cast<bf16*>(out));
+    const float error = pack_bf16_token<false>(rows, scales, token, i, static_cast<bf16*>(out));
     worst = error > worst ? error : worst;
   }
   return worst;
 }
-float pack_tile_cols(const TokenRows& rows, const TokenScale* scales, int64_t first, void* out) {
+float pack_bf16_cols(const TokenRows& rows, const TokenScale* scales, int64_t first, void* out) {
   float worst = 0;
-  for (int i = 0; i < kTilePanel; ++i) {
+  for (int i = 0; i < Bf16Panels::kCols; ++i) {
     const int64_t token = first + i < rows.count ? first + i : -1;
-    const float error = pack_tile_token<true>(rows, scales, token, i, static_cast<bf16*>(out));
+    const float error = pack_bf16_token<true>(rows, scales, token, i, static_cast<bf16*>(out));
     worst = error > worst ? error : worst;
   }
   return worst;
 }
 
-void end_tiles() { _tile_release(); }
+size_t bf16_row_bytes(int64_t width) { return Bf16Panels::bytes(width, Bf16Panels::kRows); }
+size_t bf16_col_bytes(int64_t width) { return Bf16Panels::bytes(width, Bf16Panels::kCols); }
 
-void multiply_tiles(const void* row_panel, const void* col_panel, int64_t width, float* out, int64_t pitch) {
-  multiply_panels(static_cast<const bf16*>(row_panel), static_cast<const bf16*>(col_panel), blocks(width), out, pitch);
+void multiply_bf16(const void* row_panel, const void* col_panel, int64_t width, float* out, int64_t pitch) {
+  Bf16Panels::multiply(row_panel, col_panel, blocks(width), out, pitch);
 }
 
-constexpr ScreenEngine kTileEngine = {kTilePanel,       kTilePanel,     tile_panel_bytes,
-                                      tile_panel_bytes, pack_tile_rows, pack_tile_cols,
-                                      configure_tiles,  end_tiles,      multiply_tiles};
+constexpr ScreenEngine kBf16Engine = {Bf16Panels::kRows, Bf16Panels::kCols, bf16_row_bytes,
+                                      bf16_col_bytes,    pack_bf16_rows,    pack_bf16_cols,
+                                      Bf16Panels::begin, Bf16Panels::end,   multiply_bf16};
 #endif
 
 // ---- from products to bounds ----------------------------------------------------------------------------------------
@@ -207,8 +201,8 @@ int64_t first_largest(const float* x, int64_t n) {
 extern const CenterKernels k_center_kernels;
 const CenterKernels k_center_kernels = {
     {kRows, kCols, row_panel_bytes, col_panel_bytes, pack_rows, pack_cols, nothing, nothing, multiply},
-#if defined(FASTOK_AMX)
-    &kTileEngine,
+#if defined(__AVX512BF16__)
+    &kBf16Engine,
 #else
     nullptr,
 #endif

@@ -49,8 +49,8 @@ struct PanelEngine {
 
 struct MatchKernels {
   PanelEngine fp32;
-  // On tiles, best() with cosine only; nullptr without such instructions. For bf16 input; for other input, with the
-  // results of fp32 vectors to the bit, or kUndecided.
+  // best() with cosine only; nullptr without such instructions. By products of bf16, for bf16 input; on tiles, for
+  // other input, with the results of fp32 vectors to the bit, or kUndecided.
   const PanelEngine *bf16, *split;
 };
 

@@ -66,14 +66,12 @@ void pack_cols(const Rows& rows, int64_t panel, Similarity similarity, void* out
 // Scores of a kRows x kCols tile; `consume(i, s0, s1)` gets each row's two vectors.
 template <Similarity kSimilarity, class Consume>
 inline __attribute__((always_inline)) void tile(const float* a, const float* b, int64_t width, const Consume& consume) {
-  constexpr bool kSquares = kSimilarity == Similarity::euclidean;
-  multiply_panels<kSquares>(a, b, width, [&](int i, vf s0, vf s1) {
-    if constexpr (kSquares) {
-      consume(i, splat(0.0f) - s0, splat(0.0f) - s1);
-    } else {
-      consume(i, s0, s1);
-    }
-  });
+  if constexpr (kSimilarity == Similarity::euclidean) {
+    multiply_panels<SquaredDifference>(a, b, width,
+                                       [&](int i, vf s0, vf s1) { consume(i, splat(0.0f) - s0, splat(0.0f) - s1); });
+  } else {
+    multiply_panels<Fma>(a, b, width, consume);
+  }
 }
 
 template <Similarity kSimilarity>
@@ -200,7 +198,7 @@ void dots(const void* row_panels, int64_t n_row_panels, const void* col_panels, 
           acc[i][0] = d == 0 ? splat(0.0f) : load(block + i * pitch);
           acc[i][1] = d == 0 ? splat(0.0f) : load(block + i * pitch + kLanes);
         }
-        accumulate<false>(a + (r * width + d) * kRows, b + (c * width + d) * kCols, depth, acc);
+        accumulate<Fma>(a + (r * width + d) * kRows, b + (c * width + d) * kCols, depth, acc);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           store(block + i * pitch, acc[i][0]);
@@ -217,11 +215,14 @@ void dots(const void* row_panels, int64_t n_row_panels, const void* col_panels, 
 extern const MatchKernels match_kernels;
 const MatchKernels match_kernels = {
     {kRows, kCols, row_panel_bytes, col_panel_bytes, pack_rows, pack_cols, best, best_k, dots},
-#if defined(FASTOK_AMX)
-    &kTileEngine,
-    &kSplitEngine,
+#if defined(__AVX512BF16__)
+    &kBf16Engine,
 #else
     nullptr,
+#endif
+#if defined(FASTOK_AMX)
+    &kSplitEngine,
+#else
     nullptr,
 #endif
 };

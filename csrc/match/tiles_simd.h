@@ -1,85 +1,91 @@
-// Matching on AMX tiles: bf16 rows, and fp32 rows split in two. See cpu/dispatch.h for the rule about linkage.
+// Matching by products of bf16 numbers: of bf16 rows, and on AMX tiles of fp32 rows split in two. See cpu/dispatch.h
+// for the rule about linkage.
 #pragma once
 #include "cpu/tile_simd.h"
 #include "cpu/transpose_simd.h"
 #include "match/rows_simd.h"
 
-#if defined(FASTOK_AMX)
+#if defined(__AVX512BF16__)
 
 namespace fastok::FASTOK_ISA {
 namespace {
 
 // ---- bf16 rows ---------------------------------------------------------------------------------------------------
 
-// Two tiles, then 32 inverse norms. Products of bf16 are exact in fp32 and the norms are applied to the finished dot
+// The panel, then the inverse norms. Products of bf16 are exact in fp32 and the norms are applied to the finished dot
 // products, so nothing is lost against fp32.
-size_t tile_panel_bytes(int64_t width) {
-  return size_t(blocks(width)) * 2 * kBlock * sizeof(bf16) + kTilePanel * sizeof(float);
-}
-float* norms_of(void* panel, int64_t width) {
-  return reinterpret_cast<float*>(static_cast<bf16*>(panel) + blocks(width) * 2 * kBlock);
-}
-
 template <bool kColumns>
-void pack_tiles(const Rows& rows, int64_t panel, Similarity, void* out, float* scratch) {
-  const int64_t n_blocks = blocks(rows.width);
-  float* norms = norms_of(out, rows.width);
-  for (int i = 0; i < kTilePanel; ++i) {
-    const int64_t row = panel * kTilePanel + i;
-    bf16* base = static_cast<bf16*>(out) + (i / kTile) * n_blocks * kBlock;
-    const bool valid = row < rows.count && is_candidate(rows, row);
-    norms[i] = kColumns ? kNaN : 0.0f;
-    if (valid) {
-      widen_row(rows, row, scratch);
-      norms[i] = 1.0f / clamped_norm(scratch, rows.width);
-    }
-    for (int64_t block = 0; block < n_blocks; ++block) {
-      // Back to bf16, which is exact: at most a power of two has been multiplied in.
-      alignas(64) bf16 depth[kDepth] = {};
-      const int64_t begin = block * kDepth, rest = valid ? rows.width - begin : 0;
-      if (rest >= kDepth) {
-        for (int d = 0; d < kDepth; d += kLanes) store(depth + d, load(scratch + begin + d));
-      } else {
-        for (int d = 0; d < rest; ++d) narrow(scratch[begin + d], depth[d]);
+struct Bf16Panel {
+  static constexpr int kCount = kColumns ? Bf16Panels::kCols : Bf16Panels::kRows;
+
+  static size_t bytes(int64_t width) { return Bf16Panels::bytes(width, kCount) + kCount * sizeof(float); }
+  static const float* norms(const char* panel, int64_t width) {
+    return reinterpret_cast<const float*>(panel + Bf16Panels::bytes(width, kCount));
+  }
+  static void pack(const Rows& rows, int64_t panel, Similarity, void* out, float* scratch) {
+    const int64_t n_blocks = blocks(rows.width);
+    float* const norm = const_cast<float*>(norms(static_cast<char*>(out), rows.width));
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t row = panel * kCount + i;
+      const bool valid = row < rows.count && is_candidate(rows, row);
+      norm[i] = kColumns ? kNaN : 0.0f;
+      if (valid) {
+        widen_row(rows, row, scratch);
+        norm[i] = 1.0f / clamped_norm(scratch, rows.width);
       }
-      place_depth<kColumns>(depth, i % kTile, base + block * kBlock);
+      for (int64_t block = 0; block < n_blocks; ++block) {
+        // Back to bf16, which is exact: at most a power of two has been multiplied in.
+        alignas(64) bf16 depth[kDepth] = {};
+        const int64_t begin = block * kDepth, rest = valid ? rows.width - begin : 0;
+        if (rest >= kDepth) {
+          for (int d = 0; d < kDepth; d += kLanes) store(depth + d, load(scratch + begin + d));
+        } else {
+          for (int d = 0; d < rest; ++d) narrow(scratch[begin + d], depth[d]);
+        }
+        Bf16Panels::place<kColumns>(depth, i, block, n_blocks, static_cast<bf16*>(out));
+      }
     }
   }
-}
+};
+using Bf16Rows = Bf16Panel<false>;
+using Bf16Columns = Bf16Panel<true>;
 
-void best_tiles(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels,
-                int64_t width, Similarity, float* score, int32_t* mate) {
-  configure_tiles();
+void best_of_bf16(const void* row_panels, int64_t n_row_panels, const void* col_panels, int64_t n_col_panels,
+                  int64_t width, Similarity, float* score, int32_t* mate) {
+  using RunningRows = Running<Bf16Rows::kCount>;
+  constexpr int64_t kTogether = (16 << 10) / sizeof(RunningRows);  // which stay in the first-level cache
+  Bf16Panels::begin();
   const int64_t n_blocks = blocks(width);
-  const int64_t panel_bytes = int64_t(tile_panel_bytes(width));
-  const int64_t chunk = kChunkBytes / (panel_bytes + 1) + 1;
+  const int64_t row_bytes = int64_t(Bf16Rows::bytes(width)), col_bytes = int64_t(Bf16Columns::bytes(width));
+  const int64_t chunk = kChunkBytes / (col_bytes + 1) + 1;
   const vi lanes = lane_numbers();
   const char* a = static_cast<const char*>(row_panels);
   const char* b = static_cast<const char*>(col_panels);
-  Running<kTilePanel> running[kGroup / 2];
-  alignas(64) float dots[kTilePanel][kTilePanel];
-  for (int64_t first = 0; first < n_row_panels; first += kGroup / 2) {
-    const int64_t group = n_row_panels - first < kGroup / 2 ? n_row_panels - first : kGroup / 2;
+  RunningRows running[kTogether];
+  alignas(64) float dots[Bf16Rows::kCount][Bf16Columns::kCount];
+  static_assert(Bf16Columns::kCount == 2 * kLanes);
+  for (int64_t first = 0; first < n_row_panels; first += kTogether) {
+    const int64_t group = n_row_panels - first < kTogether ? n_row_panels - first : kTogether;
     for (int64_t g = 0; g < group; ++g) running[g].reset();
     for (int64_t c0 = 0; c0 < n_col_panels; c0 += chunk) {
       const int64_t c1 = c0 + chunk < n_col_panels ? c0 + chunk : n_col_panels;
       for (int64_t g = 0; g < group; ++g) {
-        const bf16* a0 = reinterpret_cast<const bf16*>(a + (first + g) * panel_bytes);
+        const char* const rows = a + (first + g) * row_bytes;
         for (int64_t c = c0; c < c1; ++c) {
-          const bf16* b0 = reinterpret_cast<const bf16*>(b + c * panel_bytes);
-          const float* norms = reinterpret_cast<const float*>(b0 + 2 * n_blocks * kBlock);
-          multiply_panels(a0, b0, n_blocks, dots[0], kTilePanel);
+          const char* const columns = b + c * col_bytes;
+          Bf16Panels::multiply(rows, columns, n_blocks, dots[0], Bf16Columns::kCount);
+          const float* const norms = Bf16Columns::norms(columns, width);
           const vf norm0 = load(norms), norm1 = load(norms + kLanes);
-          const vi column = add(lanes, splat(int32_t(c * kTilePanel)));
-          for (int i = 0; i < kTilePanel; ++i)
+          const vi column = add(lanes, splat(int32_t(c * Bf16Columns::kCount)));
+          for (int i = 0; i < Bf16Rows::kCount; ++i)
             running[g].update(i, load(dots[i]) * norm0, load(dots[i] + kLanes) * norm1, column);
         }
       }
     }
     for (int64_t g = 0; g < group; ++g) {
-      const float* norms = reinterpret_cast<const float*>(a + (first + g + 1) * panel_bytes) - kTilePanel;
-      for (int i = 0; i < kTilePanel; ++i) {
-        const int64_t row = (first + g) * kTilePanel + i;
+      const float* const norms = Bf16Rows::norms(a + (first + g) * row_bytes, width);
+      for (int i = 0; i < Bf16Rows::kCount; ++i) {
+        const int64_t row = (first + g) * Bf16Rows::kCount + i;
         running[g].finish(i, score[row], mate[row]);
         if (mate[row] < 0) continue;
         score[row] *= norms[i];
@@ -87,12 +93,14 @@ void best_tiles(const void* row_panels, int64_t n_row_panels, const void* col_pa
       }
     }
   }
-  _tile_release();
+  Bf16Panels::end();
 }
 
-constexpr PanelEngine kTileEngine = {kTilePanel,       kTilePanel,        tile_panel_bytes,
-                                     tile_panel_bytes, pack_tiles<false>, pack_tiles<true>,
-                                     best_tiles,       nullptr,           nullptr};
+constexpr PanelEngine kBf16Engine = {Bf16Rows::kCount, Bf16Columns::kCount, Bf16Rows::bytes, Bf16Columns::bytes,
+                                     Bf16Rows::pack,   Bf16Columns::pack,   best_of_bf16,    nullptr,
+                                     nullptr};
+
+#if defined(FASTOK_AMX)
 
 // ---- fp32 rows ---------------------------------------------------------------------------------------------------
 
@@ -307,6 +315,8 @@ void best_split(const void* row_panels, int64_t n_row_panels, const void* col_pa
 constexpr PanelEngine kSplitEngine = {kTilePanel,        kTilePanel,        SplitPanel::bytes,
                                       SplitPanel::bytes, pack_split<false>, pack_split<true>,
                                       best_split,        nullptr,           nullptr};
+
+#endif
 
 }  // namespace
 }  // namespace fastok::FASTOK_ISA
