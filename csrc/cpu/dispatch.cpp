@@ -22,8 +22,10 @@ Leaf leaf7(unsigned part) {
   return leaf;
 }
 
-// Every machine with AVX512-BF16 also has VNNI's integer products.
-bool has_bf16_products() { return (leaf7(1).eax & (1u << 5)) && __builtin_cpu_supports("avx512vnni"); }
+// With VNNI's integer products and VBMI's permutations of bytes, which every core has but Intel's Cooper Lake.
+bool has_bf16_products() {
+  return (leaf7(1).eax & (1u << 5)) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+}
 
 // Intel's cores since Golden Cove, which are those with AVX512-FP16, take two cycles for a vector of bf16 products but
 // half a cycle for one of fp32 products: converting is faster where they have no AMX.

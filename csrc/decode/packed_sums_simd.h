@@ -1,6 +1,6 @@
 // Sums of codes times weights, of codes as they lie in a page: four tokens' bytes of a column are a word, of which each
-// plane of bits has the codes of one channel. Integers are halved as in packed_dots_simd.h, so sums are those of
-// integer_sums. Not of trits: taking them apart so costs more than it saves. See cpu/dispatch.h for the rule about
+// plane of bits has the codes of one channel; of trits, bytes are taken apart into a word for each channel. Integers
+// are halved as in packed_dots_simd.h, so sums are those of integer_sums. See cpu/dispatch.h for the rule about
 // linkage.
 #pragma once
 #include "decode/tile_simd.h"
@@ -12,16 +12,51 @@ namespace {
 #if defined(__AVX512VNNI__)
 constexpr int64_t kColumns = 16, kQuad = 4;  // words of a vector, tokens of a word
 
-// Words of a page's rows, [quad of tokens][vector of 16 columns].
+// Words of a page's rows, [quad of tokens][vector of 16 columns], or of trits [quad of tokens][channel].
 struct Quads {
   const KvPart& part;
+  bool trits;
+  int64_t row_bytes;
   int64_t blocks;  // vectors that the bytes of a row make
 
-  explicit Quads(const KvPart& part_in) : part(part_in), blocks((part.bytes() + kColumns - 1) / kColumns) {}
-  // Of the channels: plane after plane.
-  int64_t vectors() const { return 8 / part.bits * blocks; }
-  int64_t bytes() const { return blocks * 64; }
+  explicit Quads(const KvPart& part_in)
+      : part(part_in), trits(part.bits == 0), row_bytes(part.bytes()), blocks((row_bytes + kColumns - 1) / kColumns) {}
+  // Of the channels: in order, or plane after plane.
+  int64_t vectors() const { return trits ? (part.channels + kColumns - 1) / kColumns : 8 / part.bits * blocks; }
+  int64_t bytes() const { return (trits ? vectors() : blocks) * 64; }
+  // Of so many quads, with what is written behind the last.
+  int64_t bytes_of(int64_t quads) const {
+    return quads * bytes() + (trits ? ((kTrits - 1) * row_bytes + blocks * kColumns) * kQuad - bytes() : 0);
+  }
+
+  static constexpr int64_t kTrits = 5;  // of a byte
 };
+
+struct TritTables {
+  alignas(64) uint8_t upper[256] = {}, ninefold[64] = {}, trit[3][64] = {};
+
+  constexpr TritTables() {
+    for (int i = 0; i < 256; ++i) upper[i] = uint8_t(i / 9);
+    for (int i = 0; i < 64; ++i) {
+      ninefold[i] = uint8_t(9 * i);
+      for (int place = 0, x = i; place < 3; ++place, x /= 3) trit[place][i] = uint8_t(x % 3);
+    }
+  }
+};
+constexpr TritTables kTritTables;
+
+// The trits of 64 bytes, by each byte's upper three and lower two.
+inline __attribute__((always_inline)) void take_apart(vi x, vi (&trit)[Quads::kTrits]) {
+  const TritTables& of = kTritTables;
+  const auto table = [](const uint8_t* p) { return _mm512_load_si512(p); };
+  const vi below = _mm512_permutex2var_epi8(table(of.upper), x, table(of.upper + 64));
+  const vi above = _mm512_permutex2var_epi8(table(of.upper + 128), x, table(of.upper + 192));
+  const vi upper = _mm512_mask_mov_epi8(below, _mm512_movepi8_mask(x), above);
+  const vi lower = _mm512_sub_epi8(x, _mm512_permutexvar_epi8(upper, table(of.ninefold)));
+#pragma GCC unroll 5
+  for (int i = 0; i < Quads::kTrits; ++i)
+    trit[i] = _mm512_permutexvar_epi8(i < 2 ? lower : upper, table(of.trit[i < 2 ? i : i - 2]));
+}
 
 // What is to be fetched meanwhile: a line at a time, for more at once would stall.
 struct FetchedAhead {
@@ -40,15 +75,16 @@ struct FetchedAhead {
 // Whether the codes of `tokens` whole rows can be summed so, in scratch of so many bytes.
 inline bool suits_packed_sums(const KvSide& side, int64_t tokens, int64_t most_bytes) {
   const KvPart& part = side.part[0];
-  if (part.bits == 0 || side.n_parts > 1 || side.two_classes || tokens % kQuad != 0) return false;
+  const Quads quads(part);
+  if (side.n_parts > 1 || side.two_classes || tokens % kQuad != 0) return false;
   // Channels of a group are whole vectors.
-  if (side.per_token && (part.bytes() % kColumns != 0 || side.group % kColumns != 0)) return false;
-  return tokens / kQuad * Quads(part).bytes() <= most_bytes;
+  if (side.per_token && ((!quads.trits && quads.row_bytes % kColumns != 0) || side.group % kColumns != 0)) return false;
+  return quads.bytes_of(tokens / kQuad) <= most_bytes;
 }
 
 // Reads up to kColumns - 1 bytes behind the last row. Fetches half of what is ahead.
 inline void quads_of(const Quads& quads, const uint8_t* row, int64_t tokens, FetchedAhead& ahead, uint8_t* words) {
-  const int64_t row_bytes = quads.part.bytes();
+  const int64_t row_bytes = quads.row_bytes;
   const vi across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const vi within = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const auto piece = [&](int64_t t, int64_t c) {
@@ -58,12 +94,22 @@ inline void quads_of(const Quads& quads, const uint8_t* row, int64_t tokens, Fet
   const int64_t each = (ahead.end - ahead.line) / 2 / (tokens / kQuad);
   for (int64_t t = 0; t < tokens; t += kQuad, words += quads.bytes()) {
     ahead.fetch(first + (t / kQuad + 1) * each);
-    for (int64_t c = 0; c < quads.blocks; ++c) {
+    // What is written behind a plane of trits belongs to the first vector of the next one, which comes later.
+    for (int64_t c = quads.blocks - 1; c >= 0; --c) {
       vi x = _mm512_castsi128_si512(piece(t, c));
       x = _mm512_inserti32x4(x, piece(t + 1, c), 1);
       x = _mm512_inserti32x4(x, piece(t + 2, c), 2);
       x = _mm512_inserti32x4(x, piece(t + 3, c), 3);
-      _mm512_store_si512(words + c * 64, _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, x), within));
+      x = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, x), within);
+      if (!quads.trits) {
+        _mm512_store_si512(words + c * 64, x);
+        continue;
+      }
+      vi trit[Quads::kTrits];
+      take_apart(x, trit);
+#pragma GCC unroll 5
+      for (int plane = 0; plane < Quads::kTrits; ++plane)
+        _mm512_storeu_si512(words + (plane * row_bytes + c * kColumns) * kQuad, trit[plane]);
     }
   }
 }
@@ -75,15 +121,16 @@ inline __attribute__((always_inline)) void packed_sum_tile(const Quads& quads, c
   const KvPart& part = quads.part;
   vi high[kRows][kVectors], low[kRows][kVectors], shift[kVectors];
   const uint8_t* at[kVectors];
+  const int64_t in_plane = quads.trits ? quads.vectors() : quads.blocks;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const int64_t vector = first + v;
-    at[v] = words + vector % quads.blocks * 64;
-    shift[v] = splat(int32_t(vector / quads.blocks * part.bits));
+    at[v] = words + vector % in_plane * 64;
+    shift[v] = splat(int32_t(vector / in_plane * part.bits));
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) high[r][v] = low[r][v] = _mm512_setzero_si512();
   }
-  const vi mask = _mm512_set1_epi8(char((1 << part.bits) - 1));
+  const vi mask = _mm512_set1_epi8(quads.trits ? 3 : char((1 << part.bits) - 1));
   for (int64_t q = 0; q < n_quads; ++q, weights += kQuad) {
     ahead.fetch_line();
     vi of_tokens[2 * kRows];
@@ -106,8 +153,9 @@ inline __attribute__((always_inline)) void packed_sum_tile(const Quads& quads, c
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t plane = (first + v) / quads.blocks, column = (first + v) % quads.blocks * kColumns;
-    const int64_t channel = plane * part.bytes() + column, end = (plane + 1) * part.bytes();
+    const int64_t plane = (first + v) / in_plane, column = (first + v) % in_plane * kColumns;
+    const int64_t width = quads.trits ? part.channels : quads.row_bytes;
+    const int64_t channel = plane * width + column, end = (plane + 1) * width;
     const int64_t count = (end < part.channels ? end : part.channels) - channel;
     const vmask there = vmask(count >= kColumns ? 0xffff : (1 << (count > 0 ? count : 0)) - 1);
 #pragma GCC unroll 4
