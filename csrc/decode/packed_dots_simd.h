@@ -35,8 +35,40 @@ inline void split_bytes(const int16_t* x, int64_t pitch, int64_t rows, int64_t w
   }
 }
 
-// Words of 16 tokens' rows, of which there are `tokens`: [word][token].
+// Words of 16 tokens' rows, of which there are `tokens`: [word][token]; of rows of up to eight words, two tokens to a
+// vector.
+inline void short_words_of(const uint8_t* row, int64_t row_bytes, int64_t tokens, float* words) {
+  const __mmask8 some = __mmask8((1 << row_bytes / 4) - 1);
+  const auto row_of = [&](int64_t t) {
+    return _mm256_maskz_loadu_ps(t < tokens ? some : __mmask8(0), row + t * row_bytes);
+  };
+  // Of tokens t to t + 3 and t + 8 to t + 11 the words i and 4 + i, four of a word side by side.
+  const auto fours = [&](int64_t t, vf(&out)[4]) {
+    vf x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = _mm512_insertf32x8(_mm512_castps256_ps512(row_of(t + i)), row_of(t + 8 + i), 1);
+    const auto wide = [](vf a) { return _mm512_castps_pd(a); };
+    const __m512d low[2] = {wide(_mm512_unpacklo_ps(x[0], x[1])), wide(_mm512_unpacklo_ps(x[2], x[3]))};
+    const __m512d high[2] = {wide(_mm512_unpackhi_ps(x[0], x[1])), wide(_mm512_unpackhi_ps(x[2], x[3]))};
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+  };
+  vf near[4], far[4];
+  fours(0, near);
+  fours(4, far);
+  const vi first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  const vi second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    store(words + i * 16, _mm512_permutex2var_ps(near[i], first, far[i]));
+    store(words + (4 + i) * 16, _mm512_permutex2var_ps(near[i], second, far[i]));
+  }
+}
+
 inline void words_of(const uint8_t* row, int64_t row_bytes, int64_t tokens, float* words) {
+  if (row_bytes <= 32) return short_words_of(row, row_bytes, tokens, words);
   for (int64_t byte = 0; byte < row_bytes; byte += 64, words += 256) {
     const int64_t left = (row_bytes - byte) / 4;
     const vmask some = vmask(left >= 16 ? 0xffff : (1 << left) - 1);
