@@ -1,6 +1,5 @@
 """Decode attention as PyTorch can do it: three formulations of the same grouped-query attention of one token."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
