@@ -2,6 +2,7 @@
 
 import math
 import resource
+from collections.abc import Iterator
 
 import fastok
 import pytest
@@ -252,6 +253,17 @@ def test_long_lists_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
 # ---- promises --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, True], ids=["several-streams", "one-stream"])
+def streams(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Memory is read as it suits either kind of machine."""
+    native = pytest.importorskip("fastok._native")
+    before = native.reads_one_stream()
+    native.set_one_stream(request.param)
+    yield
+    native.set_one_stream(before)
+
+
+@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @over_backends("decode", without=("reference", "cuda", "cuda-on-host", "triton-interpreter"))
 def test_heads_read_side_by_side_give_what_each_gives_alone(backend: Backend, dtype: torch.dtype) -> None:

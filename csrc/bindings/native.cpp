@@ -72,6 +72,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_isas", &available_isas, "Instruction sets this machine has kernels for, slowest first.");
   m.def("active_isa", &active_isa, "The instruction set in use.");
   m.def("set_isa", &set_isa, pybind11::arg("isa"), "Use another instruction set from available_isas().");
+  m.def("reads_one_stream", &fastok::reads_one_stream, "Whether dense caches are read in one stream, not in several.");
+  m.def("set_one_stream", &fastok::set_one_stream, pybind11::arg("one"), "Read them so, or not.");
   using pybind11::arg;
   m.def("attention_kernel", &attention_kernel, arg("capability"), arg("n_q"), arg("n_k"), arg("width"), arg("v_width"),
         arg("element_size"), arg("scale"), arg("softcap"),

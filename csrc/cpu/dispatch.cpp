@@ -63,16 +63,24 @@ Isa best_isa() {
 
 std::atomic<int> chosen{-1};
 
-}  // namespace
-
-bool reads_one_stream() {
+bool is_amd() {
 #if defined(__x86_64__)
-  static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
-  return amd;
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
 #else
   return false;
 #endif
 }
+
+std::atomic<bool>& one_stream() {
+  static std::atomic<bool> one{is_amd()};
+  return one;
+}
+
+}  // namespace
+
+bool reads_one_stream() { return one_stream().load(std::memory_order_relaxed); }
+void set_one_stream(bool one) { one_stream().store(one, std::memory_order_relaxed); }
 
 bool has_isa(Isa isa) { return isa <= best_isa(); }
 

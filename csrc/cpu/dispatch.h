@@ -19,6 +19,7 @@ FASTOK_EXPORT bool has_isa(Isa isa);
 // Whether memory is read fastest in one stream that passes by the outer caches, as on AMD's cores; on others in several
 // streams far apart.
 FASTOK_EXPORT bool reads_one_stream();
+FASTOK_EXPORT void set_one_stream(bool one);  // for tests of both, on any machine
 
 #if defined(__x86_64__)
 #define FASTOK_DECLARE_KERNELS(Table, name) \
