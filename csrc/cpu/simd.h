@@ -79,6 +79,8 @@ inline bool any(vmask m) { return m != 0; }
 inline vf select(vmask m, vf a, vf b) { return _mm512_mask_mov_ps(b, m, a); }
 inline vi select(vmask m, vi a, vi b) { return _mm512_mask_mov_epi32(b, m, a); }
 inline vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi maximum(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline vi as_bits(vf x) { return _mm512_castps_si512(x); }
 inline void store(int32_t* p, vi x) { _mm512_storeu_si512(p, x); }
 inline vi load(const int32_t* p) { return _mm512_loadu_si512(p); }
 // Every other lane of a, then of b.
@@ -160,6 +162,8 @@ inline bool any(vmask m) { return _mm256_movemask_ps(m) != 0; }
 inline vf select(vmask m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
 inline vi select(vmask m, vi a, vi b) { return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m)); }
 inline vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi maximum(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline vi as_bits(vf x) { return _mm256_castps_si256(x); }
 inline void store(int32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 inline vi load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 // Every other lane of a, then of b.
@@ -228,6 +232,8 @@ inline vi select(vmask m, vi a, vi b) { return m ? a : b; }
 inline vf absolute(vf x) { return select(x < 0, -x, x); }
 inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
 inline vi add(vi a, vi b) { return a + b; }
+inline vi maximum(vi a, vi b) { return select(a > b, a, b); }
+inline vi as_bits(vf x) { return reinterpret_cast<vi&>(x); }
 inline void store(int32_t* p, vi x) { std::memcpy(p, &x, sizeof x); }
 inline vi load(const int32_t* p) {
   vi x;
@@ -250,6 +256,9 @@ inline bool greater(double a, double b) { return a > b; }
 inline bool unordered(double a) { return a != a; }
 inline bool either(bool a, bool b) { return a || b; }
 inline double select(bool m, double a, double b) { return m ? a : b; }
+
+// Ordered as magnitudes are; infinity is above all others, and NaN above that.
+inline vi magnitude_bits(vf x) { return as_bits(absolute(x)); }
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -340,6 +349,27 @@ inline void store_pair(double* p, double first, double second) {
 // In the same order as below.
 inline float horizontal_sum(vf x) { return _mm512_reduce_add_ps(x); }
 inline float horizontal_max(vf x) { return _mm512_reduce_max_ps(x); }
+inline int32_t horizontal_max(vi x) { return _mm512_reduce_max_epi32(x); }
+// All lanes of each of four vectors combined, in the order of the vectors, in every quarter of the result.
+template <class Combine>
+inline __attribute__((always_inline)) vf horizontal(const vf (&x)[4], Combine combine) {
+  const vf a = combine(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const vf b = combine(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d p = _mm512_castps_pd(a), q = _mm512_castps_pd(b);
+  const vf c = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  const vf d = combine(c, _mm512_shuffle_f32x4(c, c, 0x4e));
+  return combine(d, _mm512_shuffle_f32x4(d, d, 0xb1));
+}
+inline void horizontal_sums(const vf (&x)[4], float* out) {
+  _mm_storeu_ps(out, _mm512_castps512_ps128(horizontal(x, [](vf a, vf b) { return a + b; })));
+}
+inline void horizontal_maxima(const vi (&x)[4], int32_t* out) {
+  vf bits[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) bits[i] = _mm512_castsi512_ps(x[i]);
+  const vf best = horizontal(bits, [](vf a, vf b) { return _mm512_castsi512_ps(maximum(as_bits(a), as_bits(b))); });
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(as_bits(best)));
+}
 // All lanes of each vector combined, in the order of the vectors.
 template <class Combine>
 inline __attribute__((always_inline)) vf horizontal(vf (&x)[16], Combine combine) {
@@ -371,12 +401,21 @@ inline float horizontal_sum(vf x) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   return lane[0];
 }
-inline float horizontal_max(vf x) {
-  float lane[kLanes];
+template <class Scalar, class Vector>
+inline Scalar best_lane(Vector x) {
+  Scalar lane[kLanes];
   store(lane, x);
-  float best = lane[0];
+  Scalar best = lane[0];
   for (int i = 1; i < kLanes; ++i) best = lane[i] > best ? lane[i] : best;
   return best;
+}
+inline float horizontal_max(vf x) { return best_lane<float>(x); }
+inline int32_t horizontal_max(vi x) { return best_lane<int32_t>(x); }
+inline void horizontal_sums(const vf (&x)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = horizontal_sum(x[i]);
+}
+inline void horizontal_maxima(const vi (&x)[4], int32_t* out) {
+  for (int i = 0; i < 4; ++i) out[i] = horizontal_max(x[i]);
 }
 #endif
 

@@ -66,26 +66,29 @@ inline int32_t sum_of(vi x) {
 }
 #endif
 
-// x[0 .. n) as integers, zeros behind them up to kIntegerPitch. Returns what an integer stands for; NaN if something is
-// not finite.
-inline float to_integers(const float* x, int64_t n, int16_t* out) {
-  vf most = splat(0.0f), odd = splat(0.0f);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vf y = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i);
-    most = maximum(absolute(y), most);
-    odd = fma(y, splat(0.0f), odd);
+// The most that two bytes with a sign make, 256 * high + low.
+constexpr float kMostInteger = 127 * 256 + 127;
+
+// What numbers up to a magnitude are to be multiplied by, and what an integer stands for: NaN if one is not finite.
+struct IntegerScale {
+  float inverse, step;
+
+  explicit IntegerScale(float largest) {
+    // Of subnormal numbers the reciprocal would overflow: they are 0 beside the zeros that they are added to.
+    const bool tiny = largest < 0x1p-100f;
+    inverse = tiny ? 0.0f : kMostInteger / largest;
+    step = tiny ? 0.0f : largest * (1.0f / kMostInteger) + (largest - largest);
   }
-  const float largest = horizontal_max(most), nothing = horizontal_sum(odd);
-  if (nothing != 0) return nothing;
-  constexpr float kMost = 127 * 256 + 127;  // the most that two bytes with a sign make
-  // Of subnormal numbers the reciprocal would overflow: they are 0 beside the zeros that they are added to.
-  const bool tiny = largest < 0x1p-100f;
-  const vf inverse = splat(tiny ? 0.0f : kMost / largest);
+  explicit operator bool() const { return step == step; }
+};
+
+// x[0 .. n) as integers, zeros behind them up to kIntegerPitch.
+inline void to_integers(const float* x, int64_t n, const IntegerScale& scale, int16_t* out) {
+  const vf inverse = splat(scale.inverse);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store_rounded(out + i, load(x + i) * inverse);
   if (i < n) store_rounded(out + i, load_part(x + i, n - i) * inverse), i += kLanes;
   for (; i % kIntegerPitch; i += kLanes) store_rounded(out + i, splat(0.0f));
-  return tiny ? 0.0f : largest * (1.0f / kMost);
 }
 
 template <int kTokens, int kRows>
@@ -198,8 +201,14 @@ inline void integer_sums(const uint8_t* const* values, int64_t n, int64_t first,
 }
 #else
 constexpr bool kIntegers = false;
+struct IntegerScale {
+  float step = 0;
+
+  explicit IntegerScale(float) {}
+  explicit operator bool() const { return false; }
+};
 // Never called.
-inline float to_integers(const float*, int64_t, int16_t*) { return 0; }
+inline void to_integers(const float*, int64_t, const IntegerScale&, int16_t*) {}
 inline void integer_dots(const uint8_t* const*, int64_t, int64_t, const int16_t*, int64_t, int64_t, int64_t, float*,
                          int64_t) {}
 inline void integer_sums(const uint8_t* const*, int64_t, int64_t, const int16_t*, int64_t, const float*, int64_t,

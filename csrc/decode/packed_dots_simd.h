@@ -3,14 +3,40 @@
 // together before they are rounded, so they are those of integer_dots. See cpu/dispatch.h for the rule about linkage.
 #pragma once
 #include "cpu/transpose_simd.h"
-#include "decode/tile_simd.h"
+#include "decode/integer_simd.h"
 #include "quantize/kv_format.h"
 
 namespace fastok::FASTOK_ISA {
 namespace {
 
+// What is to be fetched meanwhile: a line at a time, for more at once would stall.
+struct FetchedAhead {
+  const uint8_t *line, *end;
+
+  void fetch(const uint8_t* until) {
+    for (; line < until; line += 64) __builtin_prefetch(line);
+  }
+  inline __attribute__((always_inline)) void fetch_line() {
+    if (line >= end) return;
+    __builtin_prefetch(line);
+    line += 64;
+  }
+};
+
 #if defined(__AVX512VNNI__)
 constexpr bool kPackedDots = true;
+
+// Of two vectors, every other word and every other byte.
+struct Halves {
+  alignas(64) uint16_t words[32] = {};
+  alignas(64) uint8_t bytes[64] = {};
+
+  constexpr Halves() {
+    for (int i = 0; i < 32; ++i) words[i] = uint16_t(2 * i);
+    for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(2 * i);
+  }
+};
+constexpr Halves kHalves;
 
 // Whether each word of a row has codes of one part only, all of them of channels that there are.
 inline bool has_whole_words(const KvSide& side) {
@@ -21,17 +47,21 @@ inline bool has_whole_words(const KvSide& side) {
   return true;
 }
 
-// Rows of integers as [row][high, low][kMostChannels] bytes; none is above 127 * 256 + 127.
-inline void split_bytes(const int16_t* x, int64_t pitch, int64_t rows, int64_t width, int8_t* out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    int8_t *const high = out + 2 * r * kMostChannels, *const low = high + kMostChannels;
-    for (int64_t d = 0; d < width; d += 32) {
-      const vi y = _mm512_loadu_si512(x + r * pitch + d);
-      const vi h = _mm512_srai_epi16(_mm512_add_epi16(y, _mm512_set1_epi16(128)), 8);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + d), _mm512_cvtepi16_epi8(h));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + d),
-                          _mm512_cvtepi16_epi8(_mm512_sub_epi16(y, _mm512_slli_epi16(h, 8))));
-    }
+// The integers that to_integers makes, as [high, low][kMostChannels] bytes, in whole vectors with zeros behind the
+// last.
+inline void to_halves(const float* x, int64_t n, const IntegerScale& scale, int8_t* out) {
+  const vi words = _mm512_load_si512(kHalves.words), low = _mm512_load_si512(kHalves.bytes);
+  const vi high = _mm512_add_epi8(low, _mm512_set1_epi8(1)), half = _mm512_set1_epi16(128);
+  const vf inverse = splat(scale.inverse);
+  const auto integers = [&](int64_t i) {
+    const vf y = i + kLanes <= n ? load(x + i) : i < n ? load_part(x + i, n - i) : splat(0.0f);
+    return _mm512_cvtps_epi32(y * inverse);
+  };
+  for (int64_t i = 0; i < n; i += 4 * kLanes, out += 64) {
+    const vi a = _mm512_permutex2var_epi16(integers(i), words, integers(i + kLanes));
+    const vi b = _mm512_permutex2var_epi16(integers(i + 2 * kLanes), words, integers(i + 3 * kLanes));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi8(_mm512_add_epi16(a, half), high, _mm512_add_epi16(b, half)));
+    _mm512_storeu_si512(out + kMostChannels, _mm512_permutex2var_epi8(a, low, b));
   }
 }
 
@@ -136,14 +166,15 @@ inline void packed_dots_of(const KvSide& side, const float* words, const int8_t*
   }
 }
 
-// out[row * pitch + i] = bias[row] + step[row] * <q[row], codes of token i>, of whole vectors; q as split_bytes has it.
-// `ahead`: what is to be fetched on the way, a token's worth at a time.
+// out[row * pitch + i] = bias[row] + step[row] * <q[row], codes of token i>, of whole vectors; q as to_halves has it.
+// For 16 tokens so many bytes of what is ahead are fetched.
 inline void packed_dots(const KvSide& side, const uint8_t* codes, int64_t n, const int8_t* q, const float* step,
-                        const float* bias, int64_t rows, float* out, int64_t pitch, const uint8_t*& ahead) {
+                        const float* bias, int64_t rows, float* out, int64_t pitch, FetchedAhead& ahead,
+                        int64_t bytes_each) {
   alignas(64) float words[kMostChannels / 4 * 16];
   const int64_t row_bytes = side.row_bytes(true);
   for (int64_t i = 0; i < n; i += 16) {
-    for (const uint8_t* const end = ahead + 16 * row_bytes; ahead < end; ahead += 64) __builtin_prefetch(ahead);
+    ahead.fetch(ahead.line + bytes_each);
     words_of(codes + i * row_bytes, row_bytes, n - i, words);
     by_rows(rows, [&](auto some, int64_t r) {
       packed_dots_of<some.count>(side, words, q + 2 * r * kMostChannels, step + r, bias + r, out + r * pitch + i,
@@ -155,9 +186,9 @@ inline void packed_dots(const KvSide& side, const uint8_t* codes, int64_t n, con
 constexpr bool kPackedDots = false;
 // Never called.
 inline bool has_whole_words(const KvSide&) { return false; }
-inline void split_bytes(const int16_t*, int64_t, int64_t, int64_t, int8_t*) {}
+inline void to_halves(const float*, int64_t, const IntegerScale&, int8_t*) {}
 inline void packed_dots(const KvSide&, const uint8_t*, int64_t, const int8_t*, const float*, const float*, int64_t,
-                        float*, int64_t, const uint8_t*&) {}
+                        float*, int64_t, FetchedAhead&, int64_t) {}
 #endif
 
 }  // namespace

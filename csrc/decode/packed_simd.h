@@ -154,47 +154,69 @@ void expand(const KvSide& side, const KvPage& page, const KvHalf& half, const Ch
   }
 }
 
-// x = code * scale + zero along channels: scale[d] times the queries, and what zero[d] adds to a row's every logit.
-float fold(const float* q, const float* scale, const float* zero, int64_t width, float* folded) {
-  vf bias = splat(0.0f);
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) {
-    const vf x = load(q + d);
-    store(folded + d, x * load(scale + d));
-    bias = fma(x, load(zero + d), bias);
-  }
-  float sum = horizontal_sum(bias);
-  for (; d < width; ++d) {
-    folded[d] = q[d] * scale[d];
-    sum += q[d] * zero[d];
-  }
-  return sum;
-}
-
-float sum_of(const float* x, int64_t n) {
-  vf sum = splat(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = sum + load(x + i);
-  return horizontal_sum(i < n ? sum + load_part(x + i, n - i) : sum);
-}
-
-// Rows x[row * pitch ..] of n numbers as integers, what they stand for to s.step. False if that would not do.
-bool integer_rows(const PackedKeys& keys, const float* x, int64_t pitch, int64_t rows, int64_t n, Scratch& s) {
-  if constexpr (kIntegers) {
-    for (int64_t r = 0; r < rows && keys.integers; ++r) {
-      s.step[r] = to_integers(x + r * pitch, n, s.integers + r * Scratch::kPitch);
-      if (s.step[r] != s.step[r]) return false;
+// x = code * scale + zero along what rows of q run along, in whole vectors: scale[d] times q, its largest magnitude or
+// something not finite if there is any, and what zero[d] adds to every product.
+void fold(const float* q, int64_t q_pitch, int64_t rows, const float* scale, const float* zero, int64_t n,
+          float* folded, int64_t pitch, float* added, float* largest) {
+  by_rows(rows, [&](auto some, int64_t first) {
+    vf sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    vi most[4] = {splat(0), splat(0), splat(0), splat(0)};
+    for (int64_t d = 0; d < n; d += kLanes) {
+      const vf of_scale = load(scale + d), of_zero = load(zero + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < some.count; ++r) {
+        const vf x = load(q + (first + r) * q_pitch + d), y = x * of_scale;
+        store(folded + (first + r) * pitch + d, y);
+        sum[r] = fma(x, of_zero, sum[r]);
+        most[r] = maximum(most[r], magnitude_bits(y));
+      }
     }
-    return keys.integers;
-  }
-  return false;
+    float sums[4];
+    int32_t maxima[4];
+    horizontal_sums(sum, sums);
+    horizontal_maxima(most, maxima);
+    std::memcpy(added + first, sums, some.count * sizeof(float));
+    std::memcpy(largest + first, maxima, some.count * sizeof(float));
+  });
 }
 
-// out[row * kPitch + i] = bias[row] + <q[row], codes of the i-th token from channel `first` on>; no bias: 0.
+// The sum, and the largest magnitude likewise.
+float sum_of(const float* x, int64_t n, float& largest) {
+  vf sum = splat(0.0f);
+  vi most = splat(0);
+  const auto add = [&](vf y) {
+    sum = sum + y;
+    most = maximum(most, magnitude_bits(y));
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(load(x + i));
+  if (i < n) add(load_part(x + i, n - i));
+  largest = float_of(uint32_t(horizontal_max(most)));
+  return horizontal_sum(sum);
+}
+
+// Rows x[row * pitch ..] of n numbers up to s.largest as integers, or as halves of them for codes as they lie in a
+// page; what they stand for to s.step. False if that would not do.
+template <bool kHalf>
+bool integer_rows(const PackedKeys& keys, const float* x, int64_t pitch, int64_t rows, int64_t n, Scratch& s) {
+  for (int64_t r = 0; r < rows && kIntegers && keys.integers; ++r) {
+    const IntegerScale scale(s.largest[r]);
+    if (!scale) return false;
+    s.step[r] = scale.step;
+    if constexpr (kHalf)
+      to_halves(x + r * pitch, n, scale, s.halves + 2 * r * kMostChannels);
+    else
+      to_integers(x + r * pitch, n, scale, s.integers + r * Scratch::kPitch);
+  }
+  return kIntegers && keys.integers;
+}
+
+// out[row * kPitch + i] = bias[row] + <q[row], codes of the i-th token from channel `first` on>; no bias: 0. Numbers of
+// q are up to s.largest.
 void code_dots(const PackedKeys& keys, const uint8_t* const* codes, int64_t n, int64_t first, const float* q,
                int64_t rows, int64_t width, const float* bias, float* out, Scratch& s) {
   const int64_t pitch = decode_pitch(keys.fmt->key.width);
-  const bool integers = integer_rows(keys, q, pitch, rows, width, s);
+  const bool integers = integer_rows<false>(keys, q, pitch, rows, width, s);
   if constexpr (kIntegers) {
     if (integers) integer_dots(codes, n, first, s.integers, Scratch::kPitch, rows, width, out, Scratch::kPitch);
   }
@@ -217,30 +239,29 @@ class CodeSums {
     in_place_ = keys.integers && whole && suits_packed_sums(side_, chosen.n, kMostPage * decode_pitch(side_.width));
     if (in_place_) {
       ahead_.line = fetch_ahead(side_, keys.page, half);
-      ahead_.end = ahead_.line + chosen.n * side_.row_bytes(true);
+      ahead_.end = ahead_.line + keys.page.size / 2;
       quads_of(quads_, half.codes, chosen.n, ahead_, s.codes);
     } else {
       expand(side_, keys.page, half, chosen, keys.data_end, s);
     }
   }
 
-  // out[row * pitch + d] += the sum over tokens [begin, end) of p[row * kPitch + i] * code of channel first + d.
+  // out[row * pitch + d] += the sum over tokens [begin, end) of p[row * kPitch + i] * code of channel first + d; p up
+  // to s.largest.
   void add(int64_t begin, int64_t end, int64_t first, const float* p, int64_t rows, int64_t width, float* out) {
     const int64_t n = end - begin, pitch = decode_pitch(side_.width);
-    const bool integers = integer_rows(keys_, p, Scratch::kPitch, rows, n, s_);
-    if (in_place_ && !integers) {
-      in_place_ = false;
-      expand(side_, keys_.page, keys_.page.value, chosen_, keys_.data_end, s_);
-    }
-    if constexpr (kIntegers) {
-      if (in_place_) {
-        split_bytes(s_.integers, Scratch::kPitch, rows, n, s_.halves);
+    if (in_place_) {
+      if (integer_rows<true>(keys_, p, Scratch::kPitch, rows, n, s_)) {
         const uint8_t* const words = s_.codes + begin / 4 * quads_.bytes();
         const bool all = width == side_.width;
         return packed_sums(quads_, words, n, all ? 0 : first / kLanes, all ? quads_.vectors() : width / kLanes,
                            s_.halves, s_.step, rows, out - first, pitch, ahead_);
       }
-      if (integers)
+      in_place_ = false;
+      expand(side_, keys_.page, keys_.page.value, chosen_, keys_.data_end, s_);
+    }
+    if constexpr (kIntegers) {
+      if (integer_rows<false>(keys_, p, Scratch::kPitch, rows, n, s_))
         return integer_sums(s_.code_rows + begin, n, first, s_.integers, Scratch::kPitch, s_.step, rows, width, out,
                             pitch);
     }
@@ -330,6 +351,12 @@ Column read_column(const Chosen& chosen, int64_t group, Scratch& s) {
   return {s.scale, s.zero};
 }
 
+// Of every channel, in whole vectors.
+void read_channels(const KvFormat& fmt, const KvSide& side, const KvHalf& half, int64_t slot, bool high, Scratch& s) {
+  channel_parameters(fmt, side, half, slot, high, s.scale, s.zero);
+  for (int64_t d = side.width; d < decode_pitch(side.width); ++d) s.scale[d] = s.zero[d] = 0;
+}
+
 // Whether logits can be had from the codes of the page as they are.
 bool suits_packed_dots(const PackedKeys& keys, const Chosen& chosen) {
   const KvSide& side = keys.fmt->key;
@@ -340,17 +367,18 @@ bool suits_packed_dots(const PackedKeys& keys, const Chosen& chosen) {
 bool packed_key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& chosen, Scratch& s) {
   const KvSide& side = keys.fmt->key;
   const int64_t width = side.width, pitch = decode_pitch(width);
-  const uint8_t* ahead = keys.page.key.codes + keys.page.size / 2;
+  // The values, with their parameters.
+  const uint8_t* const half = keys.page.key.codes + keys.page.size / 2;
+  FetchedAhead ahead{half, half + keys.page.size / 2};
+  const int64_t bytes_each = (keys.page.size / 2 / ((chosen.n + 15) / 16) + 63) / 64 * 64;
   bool suits = true;
   chosen.each_segment(side, [&](const Segment& of) {
-    channel_parameters(*keys.fmt, side, keys.page.key, of.slot, true, s.scale, s.zero);
-    for (int64_t r = 0; r < rows.count; ++r)
-      s.bias[r] = fold(rows.q + r * pitch, s.scale, s.zero, width, s.folded + r * pitch);
-    suits = suits && integer_rows(keys, s.folded, pitch, rows.count, width, s);
+    read_channels(*keys.fmt, side, keys.page.key, of.slot, true, s);
+    fold(rows.q, pitch, rows.count, s.scale, s.zero, pitch, s.folded, pitch, s.bias, s.largest);
+    suits = suits && integer_rows<true>(keys, s.folded, pitch, rows.count, width, s);
     if (!suits) return;
-    split_bytes(s.integers, Scratch::kPitch, rows.count, width, s.halves);
     packed_dots(side, keys.page.key.codes + of.begin * side.row_bytes(true), of.end - of.begin, s.halves, s.step,
-                s.bias, rows.count, s.logits + of.begin, Scratch::kPitch, ahead);
+                s.bias, rows.count, s.logits + of.begin, Scratch::kPitch, ahead, bytes_each);
   });
   return suits;
 }
@@ -361,9 +389,8 @@ void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
   const int64_t width = side.width, pitch = decode_pitch(width);
   if (!side.per_token) {
     return chosen.each_segment(side, [&](const Segment& of) {
-      channel_parameters(fmt, side, keys.page.key, of.slot, of.high, s.scale, s.zero);
-      for (int64_t r = 0; r < rows.count; ++r)
-        s.bias[r] = fold(rows.q + r * pitch, s.scale, s.zero, width, s.folded + r * pitch);
+      read_channels(fmt, side, keys.page.key, of.slot, of.high, s);
+      fold(rows.q, pitch, rows.count, s.scale, s.zero, pitch, s.folded, pitch, s.bias, s.largest);
       code_dots(keys, s.code_rows + of.begin, of.end - of.begin, 0, s.folded, rows.count, width, s.bias,
                 s.logits + of.begin, s);
     });
@@ -378,13 +405,19 @@ void key_logits(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
       const int64_t first = of.first + g * side.group, left = of.first + of.channels - first;
       const int64_t count = left < side.group ? left : side.group;
       const Column column = read_column(chosen, g, s);
+      const int64_t shifted = shifted_from(side, of, first);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        float unused;
+        const float* const q = rows.q + r * pitch;
+        s.bias[r] = sum_of(q + first, count, s.largest[r]);
+        if (shifted != first) s.bias[r] = sum_of(q + shifted, first + count - shifted, unused);
+      }
       code_dots(keys, s.code_rows, chosen.n, first, rows.q + first, rows.count, count, nullptr, s.weights, s);
       for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t shifted = shifted_from(side, of, first);
-        const float whole = sum_of(rows.q + r * pitch + shifted, first + count - shifted);
         float *const x = s.logits + r * Scratch::kPitch, *const dot = s.weights + r * Scratch::kPitch;
         for (int64_t i = 0; i < chosen.n; i += kLanes)
-          store(x + i, load(x + i) + fma(load(dot + i), load(column.scale + i), splat(whole) * load(column.zero + i)));
+          store(x + i,
+                load(x + i) + fma(load(dot + i), load(column.scale + i), splat(s.bias[r]) * load(column.zero + i)));
       }
     }
   }
@@ -398,18 +431,20 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
   CodeSums code_sums(keys, chosen, s);
   if (!side.per_token) {
     return chosen.each_segment(side, [&](const Segment& of) {
-      channel_parameters(fmt, side, keys.page.value, of.slot, of.high, s.scale, s.zero);
-      for (int64_t d = width; d < pitch; ++d) s.scale[d] = s.zero[d] = 0;
+      read_channels(fmt, side, keys.page.value, of.slot, of.high, s);
       std::memset(s.sums, 0, size_t(rows.count * pitch) * sizeof(float));
+      for (int64_t r = 0; r < rows.count; ++r)
+        s.bias[r] = sum_of(s.logits + r * Scratch::kPitch + of.begin, of.end - of.begin, s.largest[r]);
       code_sums.add(of.begin, of.end, 0, s.logits + of.begin, rows.count, width, s.sums);
       for (int64_t r = 0; r < rows.count; ++r) {
-        const vf total = splat(sum_of(s.logits + r * Scratch::kPitch + of.begin, of.end - of.begin));
+        const vf total = splat(s.bias[r]);
         float *const sum = state.sum + r * pitch, *const more = s.sums + r * pitch;
         for (int64_t d = 0; d < width; d += kLanes)
           store(sum + d, load(sum + d) + fma(load(more + d), load(s.scale + d), total * load(s.zero + d)));
       }
     });
   }
+  const int64_t whole = (chosen.n + kLanes - 1) / kLanes * kLanes;
   for (int part = 0; part < side.n_parts; ++part) {
     const KvPart& of = side.part[part];
     const int64_t groups = side.groups_of(of);
@@ -418,16 +453,10 @@ void value_sums(const DecodeRows& rows, const PackedKeys& keys, const Chosen& ch
       const int64_t first = of.first + g * side.group, left = of.first + of.channels - first;
       const int64_t count = left < side.group ? left : side.group;
       const Column column = read_column(chosen, g, s);
-      for (int64_t r = 0; r < rows.count; ++r) {
-        const float* const p = s.logits + r * Scratch::kPitch;
-        vf whole = splat(0.0f);
-        for (int64_t i = 0; i < chosen.n; i += kLanes) {
-          store(s.weights + r * Scratch::kPitch + i, load(p + i) * load(column.scale + i));
-          whole = fma(load(p + i), load(column.zero + i), whole);
-        }
-        const float total = horizontal_sum(whole);
-        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) state.sum[r * pitch + d] += total;
-      }
+      fold(s.logits, Scratch::kPitch, rows.count, column.scale, column.zero, whole, s.weights, Scratch::kPitch, s.bias,
+           s.largest);
+      for (int64_t r = 0; r < rows.count; ++r)
+        for (int64_t d = shifted_from(side, of, first); d < first + count; ++d) state.sum[r * pitch + d] += s.bias[r];
       code_sums.add(0, chosen.n, first, s.weights, rows.count, count, state.sum + first);
     }
   }

@@ -3,7 +3,7 @@
 // are halved as in packed_dots_simd.h, so sums are those of integer_sums. See cpu/dispatch.h for the rule about
 // linkage.
 #pragma once
-#include "decode/tile_simd.h"
+#include "decode/packed_dots_simd.h"
 #include "quantize/kv_format.h"
 
 namespace fastok::FASTOK_ISA {
@@ -57,20 +57,6 @@ inline __attribute__((always_inline)) void take_apart(vi x, vi (&trit)[Quads::kT
   for (int i = 0; i < Quads::kTrits; ++i)
     trit[i] = _mm512_permutexvar_epi8(i < 2 ? lower : upper, table(of.trit[i < 2 ? i : i - 2]));
 }
-
-// What is to be fetched meanwhile: a line at a time, for more at once would stall.
-struct FetchedAhead {
-  const uint8_t *line, *end;
-
-  void fetch(const uint8_t* until) {
-    for (; line < until; line += 64) __builtin_prefetch(line);
-  }
-  inline __attribute__((always_inline)) void fetch_line() {
-    if (line >= end) return;
-    __builtin_prefetch(line);
-    line += 64;
-  }
-};
 
 // Whether the codes of `tokens` whole rows can be summed so, in scratch of so many bytes.
 inline bool suits_packed_sums(const KvSide& side, int64_t tokens, int64_t most_bytes) {
@@ -148,6 +134,7 @@ inline __attribute__((always_inline)) void packed_sum_tile(const Quads& quads, c
       for (int r = 0; r < kRows; ++r) {
         high[r][v] = _mm512_dpbusd_epi32(high[r][v], codes, of_tokens[2 * r]);
         low[r][v] = _mm512_dpbusd_epi32(low[r][v], codes, of_tokens[2 * r + 1]);
+        asm("" : "+v"(high[r][v]), "+v"(low[r][v]));
       }
     }
   }
@@ -168,7 +155,7 @@ inline __attribute__((always_inline)) void packed_sum_tile(const Quads& quads, c
 }
 
 // out[row * pitch + channel] += step[row] * sum over tokens of weight * code, of the channels that the vectors from
-// `first` on have; weights as split_bytes has them.
+// `first` on have; weights as to_halves has them.
 inline void packed_sums(const Quads& quads, const uint8_t* words, int64_t tokens, int64_t first, int64_t vectors,
                         const int8_t* weights, const float* step, int64_t rows, float* out, int64_t pitch,
                         FetchedAhead& ahead) {
@@ -192,9 +179,6 @@ struct Quads {
   explicit Quads(const KvPart&) {}
   int64_t vectors() const { return n; }
   int64_t bytes() const { return n; }
-};
-struct FetchedAhead {
-  const uint8_t *line, *end;
 };
 inline bool suits_packed_sums(const KvSide&, int64_t, int64_t) { return false; }
 inline void quads_of(const Quads&, const uint8_t*, int64_t, FetchedAhead&, uint8_t*) {}

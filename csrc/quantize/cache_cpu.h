@@ -1,5 +1,6 @@
 // The tensors of a packed cache as the CPU ops take them: checks, and one page or one head at a time.
 #pragma once
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -106,6 +107,8 @@ class PackedCall {
     tokens_ = const_data<int16_t>(counts_);
     hot_tokens_ = const_data<int32_t>(hot_len_);
     if (fmt.two_classes) bits_ = const_data<uint8_t>(classes_);
+    full_counts_.assign(size_t(fmt.token_groups), int16_t(fmt.page / fmt.token_groups));
+    if (!fmt.two_classes && data_.numel() > 0) full_ = KvPage::of(fmt, bytes_, full_counts_.data(), nullptr);
     for (int64_t d = 0; d < 3; ++d) {
       offset_strides_[d] = offset_.stride(d);
       counts_strides_[d] = counts_.stride(d);
@@ -120,7 +123,11 @@ class PackedCall {
   // The place of a page's first entry.
   int64_t first(int64_t b, int64_t g, int64_t page) const { return first_[size_t(head_at(b, g) + page)]; }
   KvPage page(int64_t b, int64_t g, int64_t i) const {
-    return KvPage::of(fmt, bytes_ + offset_of(b, g, i), counts_of(b, g, i), classes_of(b, g, i));
+    const int16_t* const counts = counts_of(b, g, i);
+    const uint8_t* const record = bytes_ + offset_of(b, g, i);
+    if (!fmt.two_classes && std::equal(full_counts_.begin(), full_counts_.end(), counts))
+      return full_.moved(record - bytes_);
+    return KvPage::of(fmt, record, counts, classes_of(b, g, i));
   }
   KvChannels channels(int which, int64_t b, int64_t g) const {
     return channels_[which] ? channels_[which]->of(b, g) : KvChannels{};
@@ -188,6 +195,9 @@ class PackedCall {
   int64_t offset_strides_[3], counts_strides_[3];
   std::unique_ptr<SideChannels> channels_[2];
   std::vector<int64_t> first_;
+  // What a page of one class is that has all of its tokens, as most are, at the beginning of the data.
+  std::vector<int16_t> full_counts_;
+  KvPage full_{};
 };
 
 }  // namespace fastok

@@ -108,6 +108,7 @@ struct KvHalf {
     const int64_t rows = side.array_rows(high, low, token_groups);
     return {codes, params, rows, params + side.array_bytes(rows)};
   }
+  FASTOK_INLINE KvHalf moved(int64_t by) const { return {codes + by, params + by, param_rows, low_params + by}; }
 };
 
 // One page of one head: how many entries it has, and where they are.
@@ -137,6 +138,13 @@ struct KvPage {
     const uint8_t* const half = record + fmt.key.size(page.n_high, low, page.filled);
     page.value = KvHalf::of(fmt.value, half, page.n_high, low, page.filled);
     page.size = page.n > 0 ? half + fmt.value.size(page.n_high, low, page.filled) - record : 0;
+    return page;
+  }
+  // A page like this one, so many bytes behind it.
+  FASTOK_INLINE KvPage moved(int64_t by) const {
+    KvPage page = *this;
+    page.key = key.moved(by);
+    page.value = value.moved(by);
     return page;
   }
   FASTOK_INLINE bool is_high(int64_t entry) const { return !classes || (classes[entry / 8] >> (entry % 8) & 1); }
