@@ -82,6 +82,25 @@ void widen_scaled(const void* from, int64_t width, float factor, bool pairs, flo
   for (; d < width; ++d) out[d] = widen(x[d]) * factor;
 }
 
+// out[j] = sum over i of x[i] * basis[i][j].
+void spectrum_of(const float* x, int64_t n, const float* basis, float* out) {
+  const auto tile = [&](auto vectors, int64_t j) {
+    vf sum[vectors.count];
+    for (vf& of : sum) of = splat(0.0f);
+    for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors.count; ++v) sum[v] = fma(load(basis + i * n + j + v * kLanes), splat(x[i]), sum[v]);
+    for (int v = 0; v < vectors.count; ++v) store(out + j + v * kLanes, sum[v]);
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) tile(Rows<4>(), j);
+  for (; j + kLanes <= n; j += kLanes) tile(Rows<1>(), j);
+  for (; j < n; ++j) {
+    out[j] = 0;
+    for (int64_t i = 0; i < n; ++i) out[j] += x[i] * basis[i * n + j];
+  }
+}
+
 void prepare(const void* q, Dtype dtype, int64_t width, float factor, const KvSide* side, const KvChannels& channels,
              float* out) {
   float plain[kMostChannels];
@@ -102,9 +121,7 @@ void prepare(const void* q, Dtype dtype, int64_t width, float factor, const KvSi
   }
   const int64_t easy = side->part[0].fourier ? side->part[0].channels : 0;
   // Parseval: <q, k> is the weighted inner product of the spectra.
-  for (int64_t j = 0; j < easy; ++j) out[j] = 0;
-  for (int64_t i = 0; i < easy; ++i)
-    for (int64_t j = 0; j < easy; ++j) out[j] += coded[i] * channels.basis[i * easy + j];
+  spectrum_of(coded, easy, channels.basis, out);
   for (int64_t j = 0; j < easy; ++j) out[j] *= fourier_weight(easy, j);
   for (int64_t d = easy; d < width; ++d) out[d] = coded[d];
 }

@@ -45,6 +45,19 @@ struct TritTables {
 };
 constexpr TritTables kTritTables;
 
+// Of each byte of a quad's word, its column; and where it is in four pieces of a column's vector, one after the other.
+struct QuadTables {
+  alignas(64) uint8_t column[64] = {}, piece[64] = {};
+
+  constexpr QuadTables() {
+    for (int i = 0; i < 64; ++i) {
+      column[i] = uint8_t(i / kQuad);
+      piece[i] = uint8_t(i % kQuad * kColumns + i / kQuad);
+    }
+  }
+};
+constexpr QuadTables kQuadTables;
+
 // The trits of 64 bytes, by each byte's upper three and lower two.
 inline __attribute__((always_inline)) void take_apart(vi x, vi (&trit)[Quads::kTrits]) {
   const TritTables& of = kTritTables;
@@ -68,26 +81,18 @@ inline bool suits_packed_sums(const KvSide& side, int64_t tokens, int64_t most_b
   return quads.bytes_of(tokens / kQuad) <= most_bytes;
 }
 
-// Reads up to kColumns - 1 bytes behind the last row. Fetches half of what is ahead.
-inline void quads_of(const Quads& quads, const uint8_t* row, int64_t tokens, FetchedAhead& ahead, uint8_t* words) {
-  const int64_t row_bytes = quads.row_bytes;
-  const vi across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const vi within = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  const auto piece = [&](int64_t t, int64_t c) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + t * row_bytes + c * kColumns));
-  };
+// Words of all quads of `tokens` rows from words_at(quad, vector of columns). Fetches half of what is ahead.
+template <bool kTrits, class WordsAt>
+inline __attribute__((always_inline)) void store_quads(const Quads& quads, int64_t tokens, FetchedAhead& ahead,
+                                                       uint8_t* words, const WordsAt& words_at) {
   const uint8_t* const first = ahead.line;
   const int64_t each = (ahead.end - ahead.line) / 2 / (tokens / kQuad);
-  for (int64_t t = 0; t < tokens; t += kQuad, words += quads.bytes()) {
-    ahead.fetch(first + (t / kQuad + 1) * each);
+  for (int64_t quad = 0; quad < tokens / kQuad; ++quad, words += quads.bytes()) {
+    ahead.fetch(first + (quad + 1) * each);
     // What is written behind a plane of trits belongs to the first vector of the next one, which comes later.
     for (int64_t c = quads.blocks - 1; c >= 0; --c) {
-      vi x = _mm512_castsi128_si512(piece(t, c));
-      x = _mm512_inserti32x4(x, piece(t + 1, c), 1);
-      x = _mm512_inserti32x4(x, piece(t + 2, c), 2);
-      x = _mm512_inserti32x4(x, piece(t + 3, c), 3);
-      x = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, x), within);
-      if (!quads.trits) {
+      const vi x = words_at(quad, c);
+      if constexpr (!kTrits) {
         _mm512_store_si512(words + c * 64, x);
         continue;
       }
@@ -95,9 +100,46 @@ inline void quads_of(const Quads& quads, const uint8_t* row, int64_t tokens, Fet
       take_apart(x, trit);
 #pragma GCC unroll 5
       for (int plane = 0; plane < Quads::kTrits; ++plane)
-        _mm512_storeu_si512(words + (plane * row_bytes + c * kColumns) * kQuad, trit[plane]);
+        _mm512_storeu_si512(words + (plane * quads.row_bytes + c * kColumns) * kQuad, trit[plane]);
     }
   }
+}
+
+// Reads up to kColumns - 1 bytes behind the last row.
+template <bool kTrits>
+inline void quads_in(const Quads& quads, const uint8_t* row, int64_t tokens, FetchedAhead& ahead, uint8_t* words) {
+  const int64_t row_bytes = quads.row_bytes, quad_bytes = kQuad * row_bytes;
+  const vi columns = _mm512_load_si512(kQuadTables.column);
+  // Trits are faster from pieces.
+  if (!kTrits && quad_bytes >= 64 && quad_bytes <= 128) {
+    // All of a quad in two vectors: its first 64 bytes, and its last.
+    const vi tokens_at = splat(int32_t(0x03020100 * row_bytes)), last = _mm512_set1_epi8(char(128 - quad_bytes));
+    vi from[2];
+    for (int c = 0; c < 2; ++c) {
+      const vi byte = _mm512_add_epi8(_mm512_add_epi8(columns, _mm512_set1_epi8(char(c * kColumns))), tokens_at);
+      from[c] = _mm512_mask_add_epi8(byte, _mm512_cmpge_epu8_mask(byte, _mm512_set1_epi8(64)), byte, last);
+    }
+    return store_quads<kTrits>(quads, tokens, ahead, words, [&](int64_t quad, int64_t c) {
+      const uint8_t* const p = row + quad * quad_bytes;
+      return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), from[c], _mm512_loadu_si512(p + quad_bytes - 64));
+    });
+  }
+  const vi from = _mm512_load_si512(kQuadTables.piece);
+  store_quads<kTrits>(quads, tokens, ahead, words, [&](int64_t quad, int64_t c) {
+    const auto piece = [&](int64_t i) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (quad * kQuad + i) * row_bytes + c * kColumns));
+    };
+    vi x = _mm512_castsi128_si512(piece(0));
+    x = _mm512_inserti32x4(x, piece(1), 1);
+    x = _mm512_inserti32x4(x, piece(2), 2);
+    x = _mm512_inserti32x4(x, piece(3), 3);
+    return _mm512_permutexvar_epi8(from, x);
+  });
+}
+
+inline void quads_of(const Quads& quads, const uint8_t* row, int64_t tokens, FetchedAhead& ahead, uint8_t* words) {
+  return quads.trits ? quads_in<true>(quads, row, tokens, ahead, words)
+                     : quads_in<false>(quads, row, tokens, ahead, words);
 }
 
 template <int kRows, int kVectors>

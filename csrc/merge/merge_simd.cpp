@@ -150,19 +150,26 @@ void reduce(const Tokens& x, int64_t b, const int32_t* members, int64_t count, c
   reduce_rest<T, kMode>(x, b, members, count, size, total, y, c, channels);
 }
 
-// Asks for the beginning of a row that will soon be read: short rows in no order are more than the hardware's own
-// prefetcher foresees.
+// Asks for a row that will soon be read: rows in no order are more than the hardware's own prefetcher foresees.
 template <class T>
 void prefetch_row(const Tokens& x, int64_t b, int32_t token, int64_t channels) {
-  constexpr int64_t kLine = 64, kMostBytes = 16 * kLine;
+  constexpr int64_t kLine = 64, kMostBytes = 64 * kLine;
   const int64_t row_bytes = channels * int64_t(sizeof(T)), bytes = row_bytes < kMostBytes ? row_bytes : kMostBytes;
   const char* begin = reinterpret_cast<const char*>(row<T>(x, b, token));
   for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
 }
 
+// How many rows further is fetched.
+int64_t rows_ahead(int64_t row_bytes) {
+  constexpr int64_t kBytesAhead = 8 << 10, kFewest = 2, kMost = 16;
+  const int64_t rows = row_bytes > 0 ? kBytesAhead / row_bytes : kFewest;
+  return rows < kFewest ? kFewest : rows < kMost ? rows : kMost;
+}
+
 template <class T>
 void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* size, Tokens y, float* size_out,
                 int64_t channels, bool past_caches, int64_t begin, int64_t end) {
+  const int64_t far = rows_ahead(channels * int64_t(sizeof(T)));
   int64_t b = begin / map.n_out, slot = begin % map.n_out;
   for (int64_t i = begin; i < end; ++i, ++slot) {
     if (slot == map.n_out) ++b, slot = 0;
@@ -174,8 +181,7 @@ void merge_rows(MergeMode mode, const TokenMapView& map, Tokens x, const float* 
     for (int64_t j = 0; j < count; ++j) total += sizes ? sizes[members[j]] : 1.0f;
     size_out[i] = total;
     T* out = row<T>(y, b, slot);
-    constexpr int kAhead = 3;
-    for (int64_t j = kAhead; j < kAhead + count && j < left; ++j) prefetch_row<T>(x, b, members[j], channels);
+    for (int64_t j = far; j < far + count && j < left; ++j) prefetch_row<T>(x, b, members[j], channels);
     if (count == 0 || (mode == MergeMode::mean && total == 0)) {
       clear_row(out, channels);
     } else if (count == 1 || mode == MergeMode::first) {
