@@ -176,7 +176,7 @@ inline __attribute__((always_inline)) void packed_sum_tile(const Quads& quads, c
       for (int r = 0; r < kRows; ++r) {
         high[r][v] = _mm512_dpbusd_epi32(high[r][v], codes, of_tokens[2 * r]);
         low[r][v] = _mm512_dpbusd_epi32(low[r][v], codes, of_tokens[2 * r + 1]);
-        asm("" : "+v"(high[r][v]), "+v"(low[r][v]));
+        asm("" : "+v"(high[r][v]), "+v"(low[r][v]));  // GCC would copy them back and forth at every turn
       }
     }
   }
