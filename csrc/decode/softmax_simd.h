@@ -21,12 +21,12 @@ T* take(char*& memory, int64_t count) {
 struct Scratch {
   static constexpr int64_t kPitch = kMostPage + kIntegerPitch;  // of arrays by page entry
   static constexpr int64_t kTable = kMostPage * kMostTokenGroups;
-  float *logits, *weights;       // [rows][kPitch]
-  float *folded, *sums;          // [rows][pitch]: queries times scales, sums before scales
-  float *bias, *step, *largest;  // [rows]: what a group adds to all logits, what an integer stands for, of magnitudes
-  int16_t* integers;             // [rows][kPitch]: queries or weights
-  int8_t* halves;                // [rows][2][kMostChannels]: the integers' halves
-  float *scale, *zero;           // [channels or page entries]
+  float *logits, *weights;          // [rows][kPitch]
+  float *folded, *sums;             // [rows][pitch]: queries times scales, sums before scales
+  float *bias, *step, *largest;     // [rows]: what zeros add, what an integer stands for, the largest magnitude
+  int16_t* integers;                // [rows][kPitch]: queries or weights
+  int8_t* halves;                   // [rows][2][kMostChannels]: the integers' halves
+  float *scale, *zero;              // [channels or page entries]
   float *table_scale, *table_zero;  // [group of channels][kMostPage]
   float* table;                     // [page entry][group of channels], on the way to those
   uint8_t* codes;                   // [page][pitch]

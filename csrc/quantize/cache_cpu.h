@@ -107,8 +107,10 @@ class PackedCall {
     tokens_ = const_data<int16_t>(counts_);
     hot_tokens_ = const_data<int32_t>(hot_len_);
     if (fmt.two_classes) bits_ = const_data<uint8_t>(classes_);
-    full_counts_.assign(size_t(fmt.token_groups), int16_t(fmt.page / fmt.token_groups));
-    if (!fmt.two_classes && data_.numel() > 0) full_ = KvPage::of(fmt, bytes_, full_counts_.data(), nullptr);
+    if (!fmt.two_classes && data_.numel() > 0) {
+      const std::vector<int16_t> counts(size_t(fmt.token_groups), int16_t(group_tokens()));
+      full_ = KvPage::of(fmt, bytes_, counts.data(), nullptr);
+    }
     for (int64_t d = 0; d < 3; ++d) {
       offset_strides_[d] = offset_.stride(d);
       counts_strides_[d] = counts_.stride(d);
@@ -125,8 +127,8 @@ class PackedCall {
   KvPage page(int64_t b, int64_t g, int64_t i) const {
     const int16_t* const counts = counts_of(b, g, i);
     const uint8_t* const record = bytes_ + offset_of(b, g, i);
-    if (!fmt.two_classes && std::equal(full_counts_.begin(), full_counts_.end(), counts))
-      return full_.moved(record - bytes_);
+    const auto whole = [&](int16_t count) { return count == group_tokens(); };
+    if (full_.n > 0 && std::all_of(counts, counts + fmt.token_groups, whole)) return full_.moved(record - bytes_);
     return KvPage::of(fmt, record, counts, classes_of(b, g, i));
   }
   KvChannels channels(int which, int64_t b, int64_t g) const {
@@ -145,6 +147,7 @@ class PackedCall {
   int64_t batch, groups, pages, window, width;
 
  private:
+  int64_t group_tokens() const { return fmt.page / fmt.token_groups; }  // at most
   int64_t head_at(int64_t b, int64_t g) const { return (b * groups + g) * (pages + 1); }
   int64_t offset_of(int64_t b, int64_t g, int64_t i) const {
     return offsets_[b * offset_strides_[0] + g * offset_strides_[1] + i * offset_strides_[2]];
@@ -156,7 +159,7 @@ class PackedCall {
     return bits_ ? bits_ + ((b * groups + g) * pages + i) * ((fmt.page + 7) / 8) : nullptr;
   }
   void check_directory() {
-    const int64_t most = fmt.page / fmt.token_groups, bytes = data_.numel();
+    const int64_t most = group_tokens(), bytes = data_.numel();
     first_.resize(size_t(batch * groups * (pages + 1)));
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t g = 0; g < groups; ++g) {
@@ -195,8 +198,7 @@ class PackedCall {
   int64_t offset_strides_[3], counts_strides_[3];
   std::unique_ptr<SideChannels> channels_[2];
   std::vector<int64_t> first_;
-  // What a page of one class is that has all of its tokens, as most are, at the beginning of the data.
-  std::vector<int16_t> full_counts_;
+  // A page of one class with all of its tokens, as most are, at the beginning of the data.
   KvPage full_{};
 };
 
