@@ -226,32 +226,79 @@ int64_t parts_of(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
 // come to their next pages together, and wait for all of them.
 constexpr int64_t kSkew = 21;
 
-// Places that take part, as rows in memory in the order of reading: in one stretch, or from places far apart, then from
-// those behind them.
+// Places that take part: `count` from `first` on, or of a list.
+struct Places {
+  const int32_t* listed;
+  int64_t first, count;
+
+  int32_t operator[](int64_t i) const { return listed ? listed[i] : int32_t(first + i); }
+};
+
+// Rows of keys and values, evenly spaced. Called for `n` of them from place `first` on.
+struct EvenRows {
+  const char *key, *value;
+  int64_t key_stride, value_stride;
+
+  void operator()(int64_t first, int64_t n, const void** keys, const void** values) const {
+    const char *k = key + first * key_stride, *v = value + first * value_stride;
+    for (int64_t i = 0; i < n; ++i, k += key_stride, v += value_stride) keys[i] = k, values[i] = v;
+  }
+};
+
+// Those places as rows in memory in the order of reading: in one stretch, or from places far apart, then from those
+// behind them.
 struct RowPointers {
   std::unique_ptr<const void*[]> row;
   std::unique_ptr<int32_t[]> place;
   int64_t count, stretches = reads_one_stream() ? 1 : kMostStretches;
 
-  // place_of(i), i < n, and at(place, key, value), which finds its rows.
-  template <class PlaceOf, class At>
-  RowPointers(int64_t n, const PlaceOf& place_of, const At& at) : count(std::max<int64_t>(n, 0)) {
+  // `rows_of` as EvenRows is called. `fetch` is called with the first keys' rows before the others are found.
+  template <class Rows, class Fetch>
+  RowPointers(const Places& places, const Rows& rows_of, const Fetch& fetch)
+      : count(std::max<int64_t>(places.count, 0)) {
     place = std::make_unique_for_overwrite<int32_t[]>(size_t(count));
     row = std::make_unique_for_overwrite<const void*[]>(size_t(2 * count + kRowsAhead));
     const int64_t stretch = (count + stretches - 1) / stretches + kSkew;
     int32_t* next = place.get();
-    for (int64_t i = 0; i < stretch; ++i)
-      for (int64_t j = i; j < count; j += stretch) *next++ = place_of(j);
+    if (stretches == 1) {
+      for (int64_t i = 0; i < count; ++i) next[i] = places[i];
+    } else {
+      for (int64_t i = 0; i < stretch; ++i)
+        for (int64_t j = i; j < count; j += stretch) *next++ = places[j];
+    }
+    const bool in_a_row = stretches == 1 && !places.listed;
     for (int64_t begin = 0; begin < count; begin += kDecodeBlock) {
       const int64_t block = std::min(kDecodeBlock, count - begin);
       const void **const keys = row.get() + 2 * begin, **const values = keys + block;
-      for (int64_t i = 0; i < block; ++i) at(place[begin + i], keys[i], values[i]);
+      const int64_t at_once = in_a_row ? block : 1;
+      for (int64_t i = 0; i < block; i += at_once) rows_of(place[begin + i], at_once, keys + i, values + i);
+      if (begin == 0) fetch(keys, block);
     }
     if (count > 0) std::fill_n(row.get() + 2 * count, kRowsAhead, row[size_t(2 * count - 1)]);
   }
   DenseKeys keys(const DecodeCall& call) const {
     return {call.dtype, row.get(), place.get(), count, call.width, call.v_width, stretches};
   }
+};
+
+// The first keys of a split, which are read before any are fetched ahead; of all heads, but no more than suit the
+// first-level cache.
+class FirstKeys {
+ public:
+  FirstKeys(const DecodeCall& call, const std::vector<DenseHead>& heads)
+      : heads_(heads), element_(int64_t(element_size(call.dtype))), bytes_(call.width * element_) {}
+  void operator()(const void* const* row, int64_t n) const {
+    const int64_t most = kFetchedBytes / (bytes_ * int64_t(heads_.size()));
+    for (int64_t i = 0; i < std::min(n, most); ++i)
+      for (const DenseHead& head : heads_)
+        for (int64_t at = 0; at < bytes_; at += 64)
+          __builtin_prefetch(static_cast<const char*>(row[i]) + head.k_at * element_ + at, 0, 0);
+  }
+
+ private:
+  static constexpr int64_t kFetchedBytes = 16 << 10;
+  const std::vector<DenseHead>& heads_;
+  int64_t element_, bytes_;
 };
 
 // Tokens of x[blocks,tokens,G,*], in bytes.
@@ -318,14 +365,15 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
   const auto run = [&](int64_t b, int64_t split, const UnitStates& states, void* scratch) {
     const int64_t first_group = call.group_of(states.unit[0]), begin = split * kSplitKeys;
     const char *const k_base = k_rows.at(b, 0, first_group), *const v_base = v_rows.at(b, 0, first_group);
-    const auto row_of = [&](int64_t i, const void*& key, const void*& value) {
-      key = k_base + i * k_rows.token;
-      value = v_base + i * v_rows.token;
-    };
-    const auto paged_row_of = [&](int64_t i, const void*& key, const void*& value) {
-      const int64_t block = blocks_of[b * table.size(1) + i / page];
-      key = k_rows.at(block, i % page, first_group);
-      value = v_rows.at(block, i % page, first_group);
+    const EvenRows even{k_base, v_base, k_rows.token, v_rows.token};
+    const auto paged = [&](int64_t first, int64_t n, const void** keys, const void** values) {
+      for (int64_t i = 0, count; i < n; i += count) {
+        const int64_t block = blocks_of[b * table.size(1) + (first + i) / page], begin_at = (first + i) % page;
+        count = std::min(n - i, page - begin_at);
+        const EvenRows rows{k_rows.at(block, 0, first_group), v_rows.at(block, 0, first_group), k_rows.token,
+                            v_rows.token};
+        rows(begin_at, count, keys + i, values + i);
+      }
     };
     int64_t n_listed;
     const int64_t length = length_of(b, first_group);
@@ -336,12 +384,11 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensor k, Tensor v, std::optional<Te
       heads.push_back({states.rows[size_t(i)], states.state[size_t(i)], further * k.stride(2), further * v.stride(2)});
     }
     const auto attend = [&](const auto& rows_of) {
-      const RowPointers pointers(
-          std::min((listed ? n_listed : length) - begin, kSplitKeys),
-          [&](int64_t i) { return listed ? listed[begin + i] : int32_t(begin + i); }, rows_of);
+      const int64_t n = std::min((listed ? n_listed : length) - begin, kSplitKeys);
+      const RowPointers pointers({listed ? listed + begin : nullptr, begin, n}, rows_of, FirstKeys(call, heads));
       kernels.dense(heads.data(), states.count, pointers.keys(call), scratch);
     };
-    blocks_of ? attend(paged_row_of) : attend(row_of);
+    blocks_of ? attend(paged) : attend(even);
   };
   // As many keys to a split whether they are listed or not: a list of all gives the same bits as none.
   const auto splits_of = [&](int64_t b, int64_t unit) {
@@ -390,19 +437,15 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
     }
     const int64_t begin = (split - page_splits) * kSplitKeys, sealed = cache.sealed(b, g);
     const HeadRows ks = cache.hot_rows(cache.hot_k, b, g), vs = cache.hot_rows(cache.hot_v, b, g);
-    const auto row_of = [&](const HeadRows& x, int64_t i) -> const void* {
-      return static_cast<const char*>(x.data) + i * x.stride * x.element_bytes;
-    };
-    const auto rows_of = [&](int64_t i, const void*& key, const void*& value) {
-      key = row_of(ks, i - sealed);
-      value = row_of(vs, i - sealed);
-    };
     const int64_t first = sealed + begin, last = sealed + std::min(ks.count, begin + kSplitKeys);
     const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
     const int64_t n = listed ? std::lower_bound(from, listed + n_listed, int32_t(last)) - from : last - first;
-    const RowPointers pointers(n, [&](int64_t i) { return listed ? from[i] : int32_t(first + i); }, rows_of);
-    const DenseHead head{states.rows[0], states.state[0], 0, 0};
-    kernels.dense(&head, 1, pointers.keys(call), scratch);
+    const auto stride_of = [](const HeadRows& x) { return x.stride * int64_t(x.element_bytes); };
+    const auto base_of = [&](const HeadRows& x) { return static_cast<const char*>(x.data) - sealed * stride_of(x); };
+    const std::vector<DenseHead> head{{states.rows[0], states.state[0], 0, 0}};
+    const RowPointers pointers({from, first, n}, EvenRows{base_of(ks), base_of(vs), stride_of(ks), stride_of(vs)},
+                               FirstKeys(call, head));
+    kernels.dense(head.data(), 1, pointers.keys(call), scratch);
   };
   return decode_over(
       call, false,
