@@ -46,10 +46,13 @@ void dense(const DenseHead* heads, int64_t n_heads, const DenseKeys& keys, void*
     const int32_t* const place = keys.place + begin;
     int32_t newest = place[0];
     for (int64_t i = 1; i < n; ++i) newest = place[i] > newest ? place[i] : newest;
+    next = ahead(v, &DenseHead::v_at, keys.v_width);
     side_by_side(n, n, [&](int64_t h, int64_t, int64_t count, float* logits) {
+      // So that memory does not idle meanwhile.
+      for (int64_t left = count * lines_of<T>(keys.v_width) / kFetchedBefore; left >= 8; left -= 8)
+        next.template fetch<8>();
       soften(heads[h].rows, count, place, newest, keys.v_width, logits, kDecodeBlock, heads[h].state);
     });
-    next = ahead(v, &DenseHead::v_at, keys.v_width);
     side_by_side(n, values_at_once, [&](int64_t h, int64_t i, int64_t count, float* logits) {
       weighted_sum(row + v + i, count, heads[h].v_at, logits, kDecodeBlock, heads[h].rows.count, keys.v_width,
                    heads[h].state.sum, decode_pitch(keys.v_width), next);

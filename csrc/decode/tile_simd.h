@@ -190,6 +190,9 @@ void dots(const T* const* keys, int64_t n, int64_t first, const float* q, int64_
     }
 }
 
+// Of as many lines as are read with values, one is fetched ahead before them, the others beside them.
+constexpr int64_t kFetchedBefore = 8;
+
 template <class T, int kRows, int kVectors, class Next>
 inline __attribute__((always_inline)) void sum_tile(const T* const* values, int64_t n, int64_t first, const float* p,
                                                     int64_t p_pitch, float* out, int64_t pitch, Next& next) {
@@ -203,7 +206,7 @@ inline __attribute__((always_inline)) void sum_tile(const T* const* values, int6
     for (int v = 0; v < kPaired; v += 2) to_pair<T>(sum[r][v], sum[r][v + 1]);
   }
   for (int64_t i = 0; i < n; ++i) {
-    next.template fetch<lines_of<T>(kVectors * kLanes)>();
+    if (i % kFetchedBefore != 0) next.template fetch<lines_of<T>(kVectors * kLanes)>();
     vf x[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kPaired; v += 2) load_pair(values[i] + first + v * kLanes, x[v], x[v + 1]);
