@@ -440,11 +440,16 @@ std::tuple<Tensor, Tensor> decode_packed(Tensor q, Tensor data_in, Tensor offset
     const int64_t first = sealed + begin, last = sealed + std::min(ks.count, begin + kSplitKeys);
     const int32_t* const from = listed ? std::lower_bound(listed, listed + n_listed, int32_t(first)) : nullptr;
     const int64_t n = listed ? std::lower_bound(from, listed + n_listed, int32_t(last)) - from : last - first;
+    const auto data_of = [](const HeadRows& x) { return static_cast<const char*>(x.data); };
     const auto stride_of = [](const HeadRows& x) { return x.stride * int64_t(x.element_bytes); };
-    const auto base_of = [&](const HeadRows& x) { return static_cast<const char*>(x.data) - sealed * stride_of(x); };
+    const EvenRows hot{data_of(ks), data_of(vs), stride_of(ks), stride_of(vs)};
     const std::vector<DenseHead> head{{states.rows[0], states.state[0], 0, 0}};
-    const RowPointers pointers({from, first, n}, EvenRows{base_of(ks), base_of(vs), stride_of(ks), stride_of(vs)},
-                               FirstKeys(call, head));
+    const RowPointers pointers(
+        {from, first, n},
+        [&](int64_t place, int64_t count, const void** keys, const void** values) {
+          hot(place - sealed, count, keys, values);
+        },
+        FirstKeys(call, head));
     kernels.dense(head.data(), 1, pointers.keys(call), scratch);
   };
   return decode_over(
