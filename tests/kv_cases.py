@@ -16,6 +16,8 @@ BITS = (8, 4, 2, 1.58, 1.5, 1.25, 1)
 # Every code on both axes, released numerics, other groups and scales, odd pages, two classes: small pages.
 FORMATS = {name: KVFormat.preset(name) for name in KVFormat.presets()} | {
     "all per token": KVFormat(Code(1.5, "token"), Code(1.58, "token"), group=24, page=40, hot=3),
+    # Groups are whole vectors, but the last, where the head dim is none.
+    "ternary per token": KVFormat(Code(2, "channel"), Code(1.58, "token"), group=16, page=48, hot=3),
     "compat": KVFormat(Code(1.5, "channel", compat=True), Code(1.58, "channel", gamma=0.5, compat=True), 32, 32, 40),
     "eight bits, bf16": KVFormat(Code(8, "channel"), Code(8, "token"), 16, 48, 0, "bf16"),
     "one bit, fp32": KVFormat(Code(1, "token", compat=True), Code(1, "channel"), 32, 64, 5, "fp32"),

@@ -254,8 +254,9 @@ class CodeSums {
       if (integer_rows<true>(keys_, p, Scratch::kPitch, rows, n, s_)) {
         const uint8_t* const words = s_.codes + begin / 4 * quads_.bytes();
         const bool all = width == side_.width;
-        return packed_sums(quads_, words, n, all ? 0 : first / kLanes, all ? quads_.vectors() : width / kLanes,
-                           s_.halves, s_.step, rows, out - first, pitch, ahead_);
+        return packed_sums(quads_, words, n, all ? 0 : first / kLanes,
+                           all ? quads_.vectors() : (width + kLanes - 1) / kLanes, s_.halves, s_.step, rows,
+                           out - first, pitch, ahead_);
       }
       in_place_ = false;
       expand(side_, keys_.page, keys_.page.value, chosen_, keys_.data_end, s_);
