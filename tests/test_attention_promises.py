@@ -199,6 +199,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "infinite softcap": ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
     "softcap of text": ({"softcap": "3"}, TypeError, "softcap must be a number, got str '3'"),
     "scale of text": ({"scale": "3"}, TypeError, "scale must be a number, got str '3'"),
+    "infinite scale": ({"scale": -float("inf")}, ValueError, "scale must be finite, got -inf"),
     "window of one": ({"window": 3}, TypeError, r"window must be None or \(left, right\), got 3"),
     "no tensor": ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
     "dtype of key_bias": ({"key_bias": torch.zeros(2, 29, dtype=HALF)}, TypeError, "key_bias must have dtype float32"),

@@ -133,13 +133,23 @@ def test_a_constant_added_to_one_group_of_keys_shifts_its_logits(backend: Backen
 def test_huge_logits_do_not_overflow(backend: Backend, name: str) -> None:
     cache, _, _ = packed(name, 1, FORMATS[name].page + FORMATS[name].hot + 2, 1, 64, torch.float16)
     k, v = exactly(cache)
-    q = torch.randn(1, 1, 4, 64)
+    q = torch.randn(1, 8, 8, 64)  # many rows, as PyTorch may round the lse of one without error
     q = (q * 200 / (q @ k[0, :, 0].mT.float()).abs().amax()).half()  # |q k| up to 200
     with through(backend):
         check(q, cache, k, v, cache.seq_lens, scale=1.0)
         out, lse = attention_decode((q.float() * 300).half(), cache, scale=1.0)
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("width", [40, 72, 88, 200])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@over_packed
+def test_ternary_values_whose_last_group_is_half_a_vector(backend: Backend, dtype: torch.dtype, width: int) -> None:
+    cache, _, _ = packed("ternary per token", 1, 150, 1, width, dtype)
+    q = torch.randn(1, 2, 2, width).to(dtype)
+    with through(backend):
+        check(q, cache, *exactly(cache), cache.seq_lens)
 
 
 def test_decoding_while_the_cache_grows_is_continuous() -> None:
@@ -365,6 +375,8 @@ def test_errors_name_the_argument() -> None:
         attention_decode(q, cache, softcap=-1.0)
     with pytest.raises(TypeError, match="scale must be a number, got str '1'"):
         attention_decode(q, cache, scale="1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        attention_decode(q, cache, scale=math.nan)
     with pytest.raises(TypeError, match="cache must be a PackedKV, a PagedKV or"):
         attention_decode(q, k)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"seq_lens must be within \[0, 201\), got 300"):

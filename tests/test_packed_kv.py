@@ -331,6 +331,54 @@ def test_corrupt_caches_are_refused() -> None:
     assert torch.ops.fastok.kv_unseal(noise, *good[1:], cache.format.flat, 400)[0].shape == (1, 400, 2, 64)
 
 
+@pytest.mark.parametrize(
+    ("attribute", "place", "bad", "message"),
+    [
+        ("_offset", (0, 1, 0), -16, "page 0 of head 1 of sequence 0 is at -16"),
+        ("_offset", (0, 1, 0), 8, "offset must be a multiple of 16 .* is at 8"),
+        ("_offset", (0, 0, 2), 2**62, "within the [0-9]+ bytes of data; page 2 of head 0 .* is at 4611686018427387904"),
+        ("_counts", (0, 0, 0, 0), 200, r"counts must be within \[0, 64\], got 200"),
+        ("_counts", (0, 0, 1, 0), -1, r"counts must be within \[0, 64\], got -1"),
+        ("hot_len", (0, 0), 10**6, r"hot_len must be within \[0, 192\], got 1000000"),
+    ],
+)
+def test_corrupt_caches_are_not_rewritten(attribute: str, place: tuple[int, ...], bad: int, message: str) -> None:
+    cache, _, _ = packed("kivi-2", 1, 450, 2, 64)
+    spoilt = getattr(cache, attribute)
+    good = spoilt.clone()
+    spoilt[place] = bad
+    with pytest.raises(RuntimeError, match=message):
+        cache.keep(torch.arange(0, 400, 2).expand(1, 2, -1))
+    spoilt.copy_(good)
+    cache.keep(torch.arange(0, 400, 2).expand(1, 2, -1))
+
+
+@pytest.mark.parametrize("name", ["kivi-2", "zipcache-4/2"])
+def test_truncated_data_is_not_rewritten(name: str) -> None:
+    cache, k, v = packed(name, 1, 450, 2, 64)
+    cache.data = cache.data[: cache._used - 1]
+    for rewrite in (lambda: cache.keep(torch.arange(200).expand(1, 2, -1)), lambda: cache.crop(100)):
+        with pytest.raises(RuntimeError, match=r"whole record within .* page [0-9] of head 1 of sequence 0"):
+            rewrite()
+    with pytest.raises(RuntimeError, match="data is too short: its records end at byte"):
+        cache.append(k[:, :200], v[:, :200])
+
+
+def test_cropping_and_selecting_check_their_arguments() -> None:
+    cache, _, _ = packed("kivi-2", 2, 450, 2, 64)
+    with pytest.raises(ValueError, match=r"length must be within \[0, .*, got -5"):
+        cache.crop(-5)
+    with pytest.raises(TypeError, match="length must be an integer tensor, got float32"):
+        cache.crop(2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"length must have shape \[B\] of the cache, here \[2\]; got \[3\]"):
+        cache.crop(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"index must be within \[0, 2\), got 5"):
+        cache.select(torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match=r"index must have shape \[B'\], here \[\*\]; got \[1, 1\]"):
+        cache.select(torch.tensor([[0]]))
+    assert cache.seq_lens.tolist() == [[450, 450]] * 2
+
+
 @settings(max_examples=60)
 @given(
     name=st.sampled_from(["kivi-2", "vidkv-1.5/1.58", "zipcache-4/2"]), seed=st.integers(0, 10_000),

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from ..ops import quantize as ops
-from ..ops.checks import check_finite
+from ..ops.checks import check_finite, check_range, check_shape
 from ..ops.rotary import check_angles, rotated
 from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
 from .formats import KVFormat
 from .memory import records
-from .records import blank_channels, by_page, channels_of, decide_channels, move
+from .records import blank_channels, by_page, channels_of, check_directory, decide_channels, move
 
 CHUNK = 64  # pages that `keep` moves at a time
 SPARE = 64  # memory for records grows by this share of what there is, and by FEWEST pages of every head at least
@@ -194,7 +194,7 @@ class PackedKV:
 
         Raises:
             TypeError: another dtype than the cache's. ValueError: shapes or a device that do not fit; in a cache that
-            was made with ``check``, NaN or inf.
+            was made with ``check``, NaN or inf. RuntimeError: ``data`` that ends before its records do.
         """
         ops.check_keys_values(k, v)
         ops.check_appended(k, self.hot_k)
@@ -369,6 +369,8 @@ class PackedKV:
     def _grow_data(self, needed: int) -> None:
         if needed <= self.data.numel():
             return
+        if self._used > self.data.numel():
+            raise RuntimeError(f"data is too short: its records end at byte {self._used} of {self.data.numel()}")
         capacity = needed
         if self._used:
             few = FEWEST * self.hot_len.numel() * self.layout.largest_record()
@@ -419,7 +421,13 @@ class PackedKV:
     # ---- batches and newest tokens -----------------------------------------------------------------------------------
 
     def select(self, index: Tensor) -> "PackedKV":
-        """Make samples ``index[B']`` the batch (repeated ones share their sealed bytes); in place, returns self."""
+        """Make samples ``index[B']`` the batch (repeated ones share their sealed bytes); in place, returns self.
+
+        Raises:
+            TypeError: an index that is not integer. ValueError: one of another shape, or beyond the batch.
+        """
+        check_shape("index", index, (None,), "[B']")
+        check_range("index", index, 0, len(self._pages))
         for name in ("_offset", "_counts", "_classes", "key_channels", "value_channels", "hot_k", "hot_v", "_hot_high",
                      "hot_len"):  # fmt: skip
             part: Tensor | None = getattr(self, name)
@@ -435,9 +443,17 @@ class PackedKV:
         """Forget all but the ``length`` (a number, or integer ``[B]``) oldest tokens of each head; in place.
 
         Returns self. Cheap while those forgotten are hot; sealed ones are taken out as by :meth:`keep`.
+
+        Raises:
+            TypeError: a length that is not integer. ValueError: a negative one, or not one per sequence.
+            RuntimeError: see :meth:`keep`.
         """
         sealed = self.counts.sum((2, 3), dtype=torch.int32)
-        most = torch.as_tensor(length, device=sealed.device, dtype=torch.int32).view(-1, 1).expand_as(sealed)
+        most = torch.as_tensor(length, device=sealed.device)
+        check_range("length", most, 0, 2**31)
+        if most.dim():
+            check_shape("length", most, sealed.shape[:1], "[B] of the cache")
+        most = most.int().view(-1, 1).expand_as(sealed)
         if bool((most >= sealed).all()):
             self.hot_len.copy_(torch.minimum(self.hot_len, most - sealed))
             self._hot = self.hot_len.tolist()
@@ -459,11 +475,15 @@ class PackedKV:
                 may keep different numbers. What is kept stays in order of age.
 
         Raises:
-            ValueError: a wrong shape, a place beyond the cache's longest head, or one given twice.
+            TypeError: an index that is not integer. ValueError: a wrong shape, a place beyond the cache's longest head,
+            or one given twice. RuntimeError: a directory and data that contradict each other.
 
         Codes and parameters are copied, never quantized again; data is compacted, pages without survivors vanish. Waits
-        for the device once.
+        for the device.
         """
+        check_directory(
+            self.layout, self.data, self.offset, self.counts, self.classes, self.hot_len, self.hot_k.shape[2]
+        )
         ops.check_kept(index, self.hot_len, int(self.seq_lens.max()) if self.hot_len.numel() else 0)
         counts, device = self.counts.long(), self.data.device
         length, page = counts.sum(-1), self.format.page

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..reference.kv_layout import Addresses, Side
+from ..reference.kv_layout import Addresses, Layout, Side, unpack_bits
 from ..reference.quantize import gather_bytes, scatter_bytes
 
 
@@ -47,6 +47,31 @@ def decide_channels(
             channels[b, [g for _, g in own]] = decided[:, 0]
         elif not any(chosen[b]):
             channels[b] = decided[0, 0]
+
+
+def check_directory(
+    layout: Layout, data: Tensor, offset: Tensor, counts: Tensor, classes: Tensor | None, hot_len: Tensor, window: int
+) -> None:
+    """RuntimeError unless all records lie within ``data`` and no count is beyond its page or the hot window."""
+    most = layout.page // layout.token_groups
+    for name, x, limit in (("hot_len", hot_len, window), ("counts", counts, most)):
+        odd = (x < 0) | (x > limit)
+        if bool(odd.any()):
+            raise RuntimeError(f"{name} must be within [0, {limit}], got {int(x[odd][0])}")
+    each = counts.long()
+    tokens = each.sum(-1)
+    high = tokens
+    if classes is not None:
+        entry = torch.arange(layout.page, device=tokens.device)
+        high = (unpack_bits(classes, layout.page) & (entry < tokens[..., None])).sum(-1)
+    size = sum(layout.sizes(high, tokens - high, (each > 0).sum(-1)))
+    odd = (tokens > 0) & ((offset < 0) | (offset % 16 != 0) | (offset > data.numel() - size))
+    if bool(odd.any()):
+        b, g, page = odd.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"offset must be a multiple of 16 with the whole record within the {data.numel()} bytes of data; page "
+            f"{page} of head {g} of sequence {b} is at {int(offset[b, g, page])}"
+        )
 
 
 def by_page(x: Tensor, order: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from .checks import (
     check_at_least,
     check_dtype,
     check_int,
-    check_number,
     check_range,
     check_same_device,
+    check_scale,
     check_shape,
     check_softcap,
     check_tensor,
@@ -311,17 +311,14 @@ def _masking(
     for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if length is not None:
             check_at_least(name, length, 0)
-    if scale is not None:
-        check_number("scale", scale)
+    scale = check_scale(scale, q.shape[-1])
     if key_bias is not None:
         check_dtype("key_bias", key_bias, (torch.float32,))
         check_same_device("key_bias", key_bias, "q", q.device)
         shapes = ((n_k,), (heads, n_k)) if packed else ((batch, n_k), (batch, heads, n_k))
         check_shape("key_bias", key_bias, shapes[int(key_bias.dim() == len(shapes[1]))], "[B,T] or [B,H,T]")
-    width = q.shape[-1]
     return Masking(
-        (width**-0.5 if width else 1.0) if scale is None else float(scale), left, 0 if causal else right,
-        check_softcap(softcap), key_bias, cu_seqlens_q, cu_seqlens_k,
+        scale, left, 0 if causal else right, check_softcap(softcap), key_bias, cu_seqlens_q, cu_seqlens_k,
         -1 if max_seqlen_q is None else max_seqlen_q, -1 if max_seqlen_k is None else max_seqlen_k,
     )  # fmt: skip
 

@@ -47,6 +47,16 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
 
 
+def check_scale(scale: float | None, width: int) -> float:
+    """``scale``, or ``width ** -0.5`` for None; TypeError or ValueError unless it is finite."""
+    if scale is None:
+        return width**-0.5 if width else 1.0
+    check_number("scale", scale)
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
 def check_softcap(softcap: float | None) -> float:
     """``softcap`` as the ops take it, 0 for none; TypeError or ValueError unless it is finite and not negative."""
     if softcap is None:

@@ -11,9 +11,9 @@ from .checks import (
     ACTIVATIONS,
     INTEGERS,
     check_dtype,
-    check_number,
     check_range,
     check_same_device,
+    check_scale,
     check_shape,
     check_softcap,
     check_tensor,
@@ -110,9 +110,7 @@ def query_arguments(q: Tensor, scale: float | None, softcap: float | None) -> tu
         raise ValueError(f"q must have at most {MOST_ROWS} rows, got {rows}: use fastok.attention for more")
     if width % 8 or not 8 <= width <= 256:
         raise ValueError(f"q must have a head dim that is a multiple of 8 from 8 to 256, got {width}")
-    scale = width**-0.5 if scale is None else scale
-    check_number("scale", scale)
-    return without_gradient(q), scale, check_softcap(softcap)
+    return without_gradient(q), check_scale(scale, width), check_softcap(softcap)
 
 
 def dense_arguments(q: Tensor, cache: PagedKV | Dense) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
