@@ -9,9 +9,8 @@ from ..ops.rotary import check_angles, rotated
 from ..reference.kv_layout import Addresses, pack_bits, unpack_bits
 from .formats import KVFormat
 from .memory import records
-from .records import blank_channels, by_page, channels_of, check_directory, decide_channels, move
+from .records import blank_channels, by_page, channels_of, check_directory, compacted, decide_channels
 
-CHUNK = 64  # pages that `keep` moves at a time
 SPARE = 64  # memory for records grows by this share of what there is, and by FEWEST pages of every head at least
 FEWEST = 4
 
@@ -512,29 +511,9 @@ class PackedKV:
         self._hot = self.hot_len.tolist()
 
     def _keep_pages(self, stays: Tensor) -> None:
-        layout, old_offset, old_counts, old_classes = self.layout, self.offset, self.counts, self.classes
-        device = stays.device
-        bounds = old_counts.long().cumsum(-1)
-        upto = torch.nn.functional.pad(stays.long().cumsum(-1), (1, 0))
-        kept = upto.gather(-1, bounds)
-        counts = kept.diff(dim=-1, prepend=torch.zeros_like(kept[..., :1]))
-        place = upto[..., 1:] - 1  # of an entry among the survivors of its page
-        classes = None
-        if old_classes is not None:
-            high = unpack_bits(old_classes, self.format.page)
-            order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
-            classes = pack_bits(high.gather(-1, order) & stays.gather(-1, order))
-        new_at = Addresses.of(layout, torch.zeros_like(old_offset), counts, classes)
-        ends = new_at.size.flatten().cumsum(0)
-        offset = (ends - new_at.size.flatten()).view_as(old_offset)
-        data = records(int(ends[-1]) if len(ends) else 0, device).zero_()
-        for begin in range(0, old_offset.shape[2], CHUNK):
-            part = slice(begin, begin + CHUNK)
-            old, new = (
-                Addresses.of(layout, o[:, :, part], c[:, :, part], None if bits is None else bits[:, :, part])
-                for o, c, bits in ((old_offset, old_counts, old_classes), (offset, counts, classes))
-            )
-            move(self.data, old, data, new, stays[:, :, part], place[:, :, part].clamp(min=0))
+        self.data, offset, counts, classes = compacted(
+            self.layout, self.data, self.offset, self.counts, self.classes, stays
+        )
         # Pages that are still there come first, in order.
         order = (counts.sum(-1) == 0).to(torch.int8).argsort(dim=-1, stable=True)
         self._pages = (counts.sum(-1) > 0).sum(-1).tolist()
@@ -543,4 +522,4 @@ class PackedKV:
         self._counts = by_page(counts, order)[:, :, :most].to(torch.int16).contiguous()
         if classes is not None:
             self._classes = by_page(classes, order)[:, :, :most].contiguous()
-        self.data, self._used = data, data.numel()
+        self._used = self.data.numel()

@@ -1,10 +1,13 @@
-"""What `packed` does with bytes: moving parts of records, and the channels that a first page decides."""
+"""What `packed` does with bytes: checks and moves of records, and the channels that a first page decides."""
 
 import torch
 from torch import Tensor
 
-from ..reference.kv_layout import Addresses, Layout, Side, unpack_bits
+from ..reference.kv_layout import Addresses, Layout, Side, pack_bits, unpack_bits
 from ..reference.quantize import gather_bytes, scatter_bytes
+from .memory import records
+
+CHUNK = 64  # pages that `compacted` moves at a time
 
 
 def channels_of(x: Tensor, side: Side, per_head: bool) -> Tensor | None:
@@ -79,7 +82,35 @@ def by_page(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
 
 
-def move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays: Tensor, place: Tensor) -> None:
+def compacted(
+    layout: Layout, data: Tensor, offset: Tensor, counts: Tensor, classes: Tensor | None, stays: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(data, offset, counts, classes)`` of the entries ``stays[B,G,pages,P]`` alone; some pages may be empty."""
+    bounds = counts.long().cumsum(-1)
+    upto = torch.nn.functional.pad(stays.long().cumsum(-1), (1, 0))
+    kept = upto.gather(-1, bounds)
+    new_counts = kept.diff(dim=-1, prepend=torch.zeros_like(kept[..., :1]))
+    place = upto[..., 1:] - 1  # of an entry among the survivors of its page
+    new_classes = None
+    if classes is not None:
+        high = unpack_bits(classes, layout.page)
+        order = (~stays).to(torch.int8).argsort(dim=-1, stable=True)
+        new_classes = pack_bits(high.gather(-1, order) & stays.gather(-1, order))
+    size = Addresses.of(layout, torch.zeros_like(offset), new_counts, new_classes).size.flatten()
+    ends = size.cumsum(0)
+    new_offset = (ends - size).view_as(offset)
+    new_data = records(int(ends[-1]) if len(ends) else 0, data.device).zero_()
+    for begin in range(0, offset.shape[2], CHUNK):
+        part = slice(begin, begin + CHUNK)
+        old, new = (
+            Addresses.of(layout, o[:, :, part], c[:, :, part], None if bits is None else bits[:, :, part])
+            for o, c, bits in ((offset, counts, classes), (new_offset, new_counts, new_classes))
+        )
+        _move(data, old, new_data, new, stays[:, :, part], place[:, :, part].clamp(min=0))
+    return new_data, new_offset, new_counts, new_classes
+
+
+def _move(source: Tensor, old: Addresses, target: Tensor, new: Addresses, stays: Tensor, place: Tensor) -> None:
     """Copy the rows of the entries that stay, and the parameters that they use, to where they are now."""
     layout = old.layout
     for which, side in enumerate((layout.key, layout.value)):
