@@ -233,7 +233,11 @@ inline vf absolute(vf x) { return select(x < 0, -x, x); }
 inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
 inline vi add(vi a, vi b) { return a + b; }
 inline vi maximum(vi a, vi b) { return select(a > b, a, b); }
-inline vi as_bits(vf x) { return reinterpret_cast<vi&>(x); }
+inline vi as_bits(vf x) {
+  vi bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 inline void store(int32_t* p, vi x) { std::memcpy(p, &x, sizeof x); }
 inline vi load(const int32_t* p) {
   vi x;
